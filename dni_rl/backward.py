@@ -1,0 +1,202 @@
+"""`cut` and `backward`: the two calls that put an error critic into any training loop with a recurrent core.
+
+    state = dni_rl.cut(state)                                   # a leaf: the window starts here
+    outputs, next_state = core.unroll(inputs, state, first)
+    losses = my_losses(outputs, batch)                          # [T, B], one loss per step and sequence, not reduced
+    report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, alive=alive)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dni_rl.cores.base import State, UnrolledState
+from dni_rl.critics import GradientCritic
+
+
+def cut(state: State) -> State:
+    """Starts a window: the same values as leaves of a new graph.
+
+    Args:
+        state: tuple of [B, ...] floating-point tensors, for example the state in which the last window ended.
+
+    Returns:
+        Tuple of leaves that require gradients; they share memory with `state`.
+
+    Raises:
+        ValueError: if `state` is not a tuple or list of floating-point tensors.
+    """
+    if not isinstance(state, (tuple, list)) or not all(isinstance(s, Tensor) and s.is_floating_point() for s in state):
+        found = type(state).__name__
+        if isinstance(state, (tuple, list)):
+            found += f" of {[s.dtype if isinstance(s, Tensor) else type(s).__name__ for s in state]}"
+        raise ValueError(f"state: expected a tuple of floating-point tensors [B, ...], got {found}; write (state,) for one")
+    return tuple(s.detach().requires_grad_() for s in state)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one call of `backward` saw. Scalars without gradient; NaN where there was no critic.
+
+    Attributes:
+        critic_loss: regression loss of the critic, in normalised units.
+        explained_variance: of the critic's targets by its predictions; 1 is perfect.
+        cosine: mean cosine between predicted and target gradient.
+        predicted_norm: mean norm of the predictions at the states that had a target.
+        target_norm: mean norm of the targets, in the units of one sequence's summed loss.
+        synthetic_norm: mean norm of the synthetic gradient applied at the end of the window.
+        norm_ratio: predicted_norm / target_norm.
+    """
+
+    critic_loss: Tensor
+    explained_variance: Tensor
+    cosine: Tensor
+    predicted_norm: Tensor
+    target_norm: Tensor
+    synthetic_norm: Tensor
+    norm_ratio: Tensor
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Field names to tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def backward(
+    losses: Tensor,
+    *,
+    start: State,
+    end: State,
+    critic: GradientCritic | None = None,
+    alive: Tensor | None = None,
+    context: Tensor | None = None,
+    weight: float | Tensor | None = None,
+) -> Report:
+    """Backpropagates a window, with the critic's prediction standing in for what lies beyond it, and trains the critic.
+
+        b   = alive * g * stop_gradient(M(s_K, z_K))                     synthetic gradient
+        S   = sum_t l_t + <s_K, b>                                       per sequence
+        G_j = dS / d s_j                                                 critic target, j = 0 or every j < K
+        L   = mean ((M(s_j, z_j) - stop_gradient(G_j)) / rms)^2          critic loss
+
+    Jaderberg et al. (2017), sec. 3.2. Adds weight * dS/dparameters to `.grad` of the model and dL/dparameters to `.grad` of the critic;
+    neither reaches the other. The caller zeroes, clips and steps each side. With `critic=None` this is truncated BPTT.
+
+    Args:
+        losses: [T, B], one loss per step and sequence, not reduced; multiply by 0 what must not count.
+        start: the window's first state, from `cut`.
+        end: the state after the window, from `core.unroll`. If the core recorded the window's history, and the critic wants dense
+            targets, it learns at every step, otherwise at the start alone.
+        critic: the error critic, or None.
+        alive: [B], 0 where the sequence ended exactly at the cut and nothing lies beyond it; None where none did.
+        context: [T + 1, B, Z] context of the state before each step, the last row that of `end`. None without context.
+        weight: multiplies what enters the model's `.grad`; by default 1 / (T B), the mean over all losses. With a gradient scaler
+            multiply it by the scale: targets are taken before it, so the critic never sees it.
+
+    Returns:
+        A report of the critic's fit.
+
+    Raises:
+        ValueError: if shapes disagree or losses are reduced.
+        RuntimeError: if `start` is not from `cut`, gradients are switched off, or `end` does not depend on the graph.
+    """
+    T, B = _check(losses, start, end, critic, alive, context)
+    if weight is None:
+        weight = 1.0 / (T * B)
+    if critic is None:
+        torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
+        nan = losses.new_full((), torch.nan)
+        return Report(nan, nan, nan, nan, nan, nan, nan)
+
+    if critic.max_norm_ratio is not None:
+        # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
+        inside = torch.autograd.grad(
+            losses, start, torch.ones_like(losses), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        critic.observe_window(inside)
+    synthetic = critic.synthetic_gradient(
+        tuple(s.detach() for s in end), None if context is None else context[-1], alive
+    )
+    with _gradients_of(start) as at_start:
+        # As <losses, weight> + <end, weight b>, without building the surrogate. An end that is a part of the start (a core that
+        # does not change it) is a leaf, and right to receive it.
+        torch.autograd.backward(
+            [losses, *end], [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end))]
+        )
+    history = end.history if isinstance(end, UnrolledState) and critic.dense_targets else None
+    if history is not None:
+        states = tuple(s.flatten(0, 1) for s in history.states)  # [T * B, size]
+        targets = tuple(g.flatten(0, 1) / weight for g in history.gradients)
+        valid: Tensor | None = history.valid.flatten()
+        rows = None if context is None else context[:-1].flatten(0, 1)
+        history.clear()
+    else:
+        states, valid = tuple(s.detach() for s in start), None
+        targets = tuple(g / weight for g in at_start)
+        rows = None if context is None else context[0]
+    fit = critic.fit(states, targets, rows, valid)
+    fit.loss.backward()
+    with torch.no_grad():
+        synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
+        return Report(
+            critic_loss=fit.loss.detach(),
+            explained_variance=fit.explained_variance,
+            cosine=fit.cosine,
+            predicted_norm=fit.predicted_norm,
+            target_norm=fit.target_norm,
+            synthetic_norm=synthetic_norm,
+            norm_ratio=fit.predicted_norm / fit.target_norm.clamp_min(torch.finfo(fit.target_norm.dtype).tiny),
+        )
+
+
+@contextmanager
+def _gradients_of(leaves: State) -> Iterator[list[Tensor]]:
+    """Collects what one backward pass sends to `leaves`, whatever their `.grad` held before."""
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    handles = [
+        leaf.register_hook(lambda gradient, i=i: gradients.__setitem__(i, gradient)) for i, leaf in enumerate(leaves)
+    ]
+    try:
+        yield gradients
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check(
+    losses: Tensor,
+    start: State,
+    end: State,
+    critic: GradientCritic | None,
+    alive: Tensor | None,
+    context: Tensor | None,
+) -> tuple[int, int]:
+    if losses.dim() != 2:
+        raise ValueError(f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}; do not reduce them")
+    T, B = losses.shape
+    if not losses.requires_grad:
+        raise RuntimeError("losses: no gradient flows from them; were they computed under torch.no_grad()?")
+    if [s.shape for s in start] != [s.shape for s in end]:
+        raise ValueError(
+            f"start, end: expected equal shapes, got {[tuple(s.shape) for s in start]} and {[tuple(s.shape) for s in end]}"
+        )
+    if any(len(s) != B for s in start):
+        raise ValueError(f"start: expected batch size {B} as in losses, got {[tuple(s.shape) for s in start]}")
+    if not all(s.is_leaf and s.requires_grad for s in start):
+        raise RuntimeError("start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled")
+    if critic is None:
+        return T, B
+    if not all(s.requires_grad for s in end):
+        raise RuntimeError("end: expected the state that `core.unroll` returned, with its graph; it was detached")
+    if alive is not None and alive.shape != (B,):
+        raise ValueError(f"alive: expected [B] = ({B},), got {tuple(alive.shape)}")
+    if critic.context_size and (context is None or context.shape != (T + 1, B, critic.context_size)):
+        found = None if context is None else tuple(context.shape)
+        raise ValueError(
+            f"context: expected [T + 1, B, Z] = ({T + 1}, {B}, {critic.context_size}), the last row for `end`, got {found}"
+        )
+    if not critic.context_size and context is not None:
+        raise ValueError(f"context: got {tuple(context.shape)}, but the critic was built with context_size=0; leave it out")
+    return T, B
