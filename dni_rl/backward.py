@@ -9,6 +9,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,10 +100,10 @@ def backward(
         A report of the critic's fit.
 
     Raises:
-        ValueError: if shapes disagree or losses are reduced.
+        ValueError: if shapes disagree, losses are reduced, or the weight is not one positive number.
         RuntimeError: if `start` is not from `cut`, gradients are switched off, or `end` does not depend on the graph.
     """
-    T, B = _check(losses, start, end, critic, alive, context)
+    T, B = _check(losses, start, end, critic, alive, context, weight)
     if weight is None:
         weight = 1.0 / (T * B)
     if critic is None:
@@ -137,7 +138,8 @@ def backward(
         targets = tuple(g / weight for g in at_start)
         rows = None if context is None else context[0]
     fit = critic.fit(states, targets, rows, valid)
-    fit.loss.backward()
+    if fit.loss.requires_grad:  # not if the critic is frozen
+        fit.loss.backward()
     with torch.no_grad():
         synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
         return Report(
@@ -155,9 +157,12 @@ def backward(
 def _gradients_of(leaves: State) -> Iterator[list[Tensor]]:
     """Collects what one backward pass sends to `leaves`, whatever their `.grad` held before."""
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
-    handles = [
-        leaf.register_hook(lambda gradient, i=i: gradients.__setitem__(i, gradient)) for i, leaf in enumerate(leaves)
-    ]
+
+    def record(i: int, gradient: Tensor | None) -> None:
+        if gradient is not None:  # autograd's undefined gradient is zero
+            gradients[i] = gradient
+
+    handles = [leaf.register_hook(partial(record, i)) for i, leaf in enumerate(leaves)]
     try:
         yield gradients
     finally:
@@ -172,10 +177,17 @@ def _check(
     critic: GradientCritic | None,
     alive: Tensor | None,
     context: Tensor | None,
+    weight: float | Tensor | None,
 ) -> tuple[int, int]:
     if losses.dim() != 2:
         raise ValueError(f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}; do not reduce them")
     T, B = losses.shape
+    if not torch.is_grad_enabled():
+        raise RuntimeError("backward: gradients are switched off here; call it outside of torch.no_grad()")
+    if isinstance(weight, Tensor) and weight.numel() != 1:
+        raise ValueError(f"weight: expected one number, got {tuple(weight.shape)}; weigh single steps in losses")
+    if isinstance(weight, (int, float)) and not weight > 0:
+        raise ValueError(f"weight: found {weight}, allowed above 0; multiply losses by 0 where they must not count")
     if not losses.requires_grad:
         raise RuntimeError("losses: no gradient flows from them; were they computed under torch.no_grad()?")
     if [s.shape for s in start] != [s.shape for s in end]:

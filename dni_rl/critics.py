@@ -61,6 +61,7 @@ class GradientCritic(nn.Module):
     """
 
     num_updates: Tensor
+    num_windows: Tensor
     target_rms: Tensor
     _target_square: Tensor
     _window_square: Tensor
@@ -116,6 +117,7 @@ class GradientCritic(nn.Module):
         nn.init.zeros_(head.bias)
         self.net = nn.Sequential(*layers, head)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_windows", torch.zeros((), dtype=torch.int64))
         self.register_buffer("target_rms", torch.ones(sum(self.state_sizes)))
         self.register_buffer("_target_square", torch.zeros(sum(self.state_sizes)))
         self.register_buffer("_window_square", torch.zeros(()))
@@ -212,15 +214,17 @@ class GradientCritic(nn.Module):
         """
         with torch.no_grad():
             square = self._join(tuple(g.detach() for g in gradient)).square().sum(-1).mean()
+            self.num_windows += 1
             self._window_square.lerp_(square, 1.0 - self.statistics_decay)
 
     @property
     def window_norm(self) -> Tensor:
         """Running RMS norm of the gradient that a window's own losses send to its start, a scalar."""
-        return (self._window_square / self._debias(self.num_updates)).sqrt()
+        return (self._window_square / self._debias(self.num_windows)).sqrt()
 
     def _debias(self, count: Tensor) -> Tensor:
-        return (1.0 - self.statistics_decay ** count.clamp_min(1)).to(self._window_square.dtype)
+        # to the dtype first: a power of an integer tensor is float32
+        return 1.0 - self.statistics_decay ** count.clamp_min(1).to(self._window_square.dtype)
 
     def _update_target_statistics(self, square: Tensor) -> None:
         self.num_updates += 1

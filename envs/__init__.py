@@ -1,0 +1,6 @@
+"""Environments as batches of `TimeStep`s: memory gridworlds, Atari, and adapters for gymnasium, MiniGrid and dm_env."""
+
+from envs.registry import make
+from envs.timestep import Environment, EnvSpec, TimeStep
+
+__all__ = ["EnvSpec", "Environment", "TimeStep", "make"]

@@ -33,12 +33,14 @@ class StateHistory:
         """Stores the gradients [T, B, ...] of state component `index`, replacing those of an earlier backward pass."""
         self._gradients[index] = gradient
 
-    def record_step(self, index: int, step: int, gradient: Tensor) -> None:
-        """Stores the gradient [B, ...] of state component `index` at one step."""
+    def record_step(self, index: int, step: int, gradient: Tensor | None) -> None:
+        """Stores the gradient [B, ...] of state component `index` at one step; None, autograd's undefined gradient, is zero."""
         buffer = self._gradients[index]
         if buffer is None:
-            buffer = self._gradients[index] = torch.zeros_like(self.states[index], dtype=gradient.dtype)
-        buffer[step] = gradient
+            buffer = self._gradients[index] = torch.zeros_like(
+                self.states[index], dtype=None if gradient is None else gradient.dtype
+            )
+        buffer[step] = 0.0 if gradient is None else gradient
 
     def clear(self) -> None:
         """Forgets recorded gradients, so that a second backward pass cannot be mistaken for the first."""

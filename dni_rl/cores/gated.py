@@ -65,8 +65,13 @@ class _LSTMLayer(torch.autograd.Function):
         return outputs, h.clone(), c
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_outputs: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # Not `once_differentiable`: that is silent, and wrong, where only the saved tensors would need a second derivative.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "LSTM.unroll: create_graph=True found, but it has first derivatives only; use "
+                "dni_rl.cores.unroll_stepwise(core, inputs, state, first)"
+            )
         gates, h_prev, c_prev, tanh_c, weight_hh = ctx.saved_tensors
         T, B, H = tanh_c.shape
         i, f, g, o = gates.view(T, B, 4, H).unbind(2)
@@ -277,12 +282,16 @@ class CellCore(Core):
         self.cell = cell
         self.state_sizes = tuple(state_sizes)
         self.input_size, self.output_size = input_size, output_size
-        self._step = step or (lambda module, x, state: module(x, state))
+        self._step = step or _step_module
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
         output, next_state = self._step(self.cell, x, state)
         return output, tuple(next_state)
+
+
+def _step_module(cell: nn.Module, x: Tensor, state: State) -> tuple[Tensor, State]:
+    return cell(x, state)
 
 
 def _step_lstm_cell(cell: nn.Module, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -340,6 +349,6 @@ def wrap(
             f"module: {type(module).__name__} is none of nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell; for a module of your own that maps "
             "(x, state) to (output, next_state), pass state_sizes=, input_size= and output_size="
         )
-    if not all(isinstance(size, int) and size > 0 for size in state_sizes) or math.prod(state_sizes) == 0:
+    if not state_sizes or not all(isinstance(size, int) and size > 0 for size in state_sizes):
         raise ValueError(f"state_sizes: expected positive integers, got {tuple(state_sizes)}")
     return CellCore(module, state_sizes=state_sizes, input_size=input_size, output_size=output_size)

@@ -1,0 +1,36 @@
+# One command each. The first one that runs builds a virtual environment in .venv with pinned versions.
+
+PYTHON ?= python3
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: $(STAMP)  ## train a decoupled and a plain agent on a memory task, and print both in a table
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)  ## formatter, linter, type checker, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## learning runs that take minutes
+	$(BIN)/python -m pytest -m slow
+
+clean:  ## remove the virtual environment, builds and caches; results in runs/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed again whenever the dependencies change. The stamp is written last, so that an interrupted install is repeated.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: found no '$(PYTHON)'; Python 3.11 or newer is needed; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: found $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[agents,minigrid,dev]'
+	@touch $@

@@ -1,0 +1,636 @@
+"""Settings of a training run: what they are, what they may be, and how files and the command line override them.
+
+Every setting is a field of a frozen dataclass, with its type, its allowed range, and a sentence on unit and source
+beneath it; `--help` shows the same sentences. There is one way in, whether a value comes from Python, from a YAML file,
+from the command line or from a checkpoint: the dataclass checks itself when it is built. Files and options only
+override defaults, so a file of three lines is a complete configuration; `save_config` writes the resolved one.
+"""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import math
+import re
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeAlias, Union, get_args, get_origin
+from typing import get_type_hints as _get_type_hints
+
+import torch
+import yaml
+
+CONFIG_FILE = "config.yaml"  # the resolved configuration, beside every checkpoint and result
+
+
+class _Rule(NamedTuple):
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Positive: TypeAlias = Annotated[float, _Rule("above 0", lambda x: x > 0)]
+NonNegative: TypeAlias = Annotated[float, _Rule("of at least 0", lambda x: x >= 0)]
+Fraction: TypeAlias = Annotated[float, _Rule("from 0 to 1", lambda x: 0 <= x <= 1)]
+Decay: TypeAlias = Annotated[float, _Rule("from 0 up to, not including, 1", lambda x: 0 <= x < 1)]
+MemorySteps: TypeAlias = Annotated[float, _Rule("above 2", lambda x: x > 2)]
+Count: TypeAlias = Annotated[int, _Rule("of at least 0", lambda x: x >= 0)]
+PositiveCount: TypeAlias = Annotated[int, _Rule("of at least 1", lambda x: x >= 1)]
+Seed: TypeAlias = Annotated[int, _Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
+Device: TypeAlias = Annotated[
+    str, _Rule("of the form cpu, cuda or cuda:<index>", lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x))
+]
+Text: TypeAlias = Annotated[str, _Rule("of at least one character", lambda x: x.strip())]
+FolderName: TypeAlias = Annotated[
+    str, _Rule("naming one folder, without / or \\", lambda x: x.strip(". ") and not re.search(r"[/\\]", x))
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """A group of settings that checks its own types and ranges when built.
+
+    A list becomes a tuple where one is declared.
+    """
+
+    section: ClassVar[str]
+
+    def __post_init__(self):
+        for name, annotation in _annotations(type(self)).items():
+            value = getattr(self, name)
+            try:
+                # the only write to a frozen instance: it is not yet visible to anyone
+                object.__setattr__(self, name, _convert(annotation, value))
+            except _MismatchError:
+                self._refuse(name, _allowed(annotation), f"leave it out for the default, {_show(_default(self, name))}")
+
+    def _refuse(self, name: str, allowed: str, way_out: str) -> NoReturn:
+        found = _show(getattr(self, name))
+        raise ValueError(f"{self.section}.{name}: found {found}; allowed {allowed}; {way_out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig(_Section):
+    """What the agent acts in."""
+
+    section: ClassVar[str] = "env"
+
+    id: Text = "PassiveTMaze"
+    """Name of the environment, as `envs` registers it."""
+    num_envs: PositiveCount = 64
+    """Environments stepped side by side: the batch size B."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the environment. A file replaces them as a whole; --env.kwargs.NAME VALUE overrides one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section):
+    """Torso, recurrent core and heads."""
+
+    section: ClassVar[str] = "model"
+
+    torso: Literal["auto", "none", "mlp", "conv"] = "auto"
+    """What encodes an observation for the core; auto picks by the shape and type of the observation."""
+    torso_sizes: tuple[PositiveCount, ...] = (64,)
+    """Widths of the torso's fully connected layers, in units."""
+    core: Literal["lstm", "gru"] = "lstm"
+    """The recurrent core."""
+    hidden_size: PositiveCount = 32
+    """Width H of the core's state, in units."""
+    num_layers: PositiveCount = 1
+    """Stacked layers of the core."""
+    chrono_max: MemorySteps | None = None
+    """Longest memory expected, in agent steps: the gates start out remembering up to so long (chrono initialisation,
+    Tallec & Ollivier 2018); null keeps PyTorch's initialisation."""
+    previous_action: bool = True
+    """Whether the core also sees the previous action, one-hot."""
+    previous_reward: bool = True
+    """Whether the core also sees the previous reward."""
+    head_sizes: tuple[PositiveCount, ...] = ()
+    """Widths of hidden layers in front of the policy head and, separately, the value head; [] is linear heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig(_Section):
+    """The error critic, which predicts the gradient of the losses beyond a window (Jaderberg et al. 2017)."""
+
+    section: ClassVar[str] = "critic"
+
+    kind: Literal["none", "dni", "cdni"] = "none"
+    """none: truncated BPTT; dni: the critic sees the core's state; cdni: and the environment's privileged context."""
+    hidden_sizes: tuple[PositiveCount, ...] = (128,)
+    """Widths of the critic's hidden layers, in units; [] is linear."""
+    gradient_discount: Fraction = 0.9
+    """Multiplies the bootstrapped gradient at every cut, the analogue of a reward discount. The paper has 1; with 0.9
+    our prototypes were stable."""
+    scale: NonNegative = 1.0
+    """Multiplies the synthetic gradient where it enters the core; the paper has 0.1 in recurrent nets."""
+    max_norm_ratio: Positive | None = None
+    """Bounds the norm of each sequence's synthetic gradient to this multiple of the running RMS norm of the gradient
+    inside a window, without unit; null: no bound, as in the paper."""
+    dense_targets: bool = True
+    """Whether the critic learns from the gradient at every step of a window; false: at its start, as in the paper."""
+    normalize_targets: bool = True
+    """Whether each component of the critic's target is divided by its running RMS; false: as in the paper."""
+    warmup_updates: Count = 0
+    """Updates during which the critic learns and its predictions are not applied."""
+    learning_rate: Positive = 3e-4
+    """Adam's step size for the critic at the first update; prototypes: 3e-4 for an MLP, 1e-3 for a linear critic."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Decay of Adam's two moments per update; the usual 0.999 lets one late large gradient undo a solved task."""
+    adam_eps: Positive = 1e-8
+    """Adam's epsilon, in units of the gradient (Kingma & Ba 2015)."""
+    max_grad_norm: Positive | None = None
+    """Clips the norm of the critic's gradient; null: no clipping."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of the critic, relative to the learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig(_Section):
+    """The learner: A2C (Mnih et al. 2016) or PPO (Schulman et al. 2017), over rollouts cut into windows of BPTT."""
+
+    section: ClassVar[str] = "algorithm"
+
+    name: Literal["a2c", "ppo"] = "a2c"
+    """The policy-gradient algorithm."""
+    rollout_length: PositiveCount = 32
+    """Agent steps per environment between two learning phases."""
+    bptt_horizon: PositiveCount = 8
+    """Length K of a window of truncated BPTT, in agent steps; divides the rollout length."""
+    discount: Fraction = 0.99
+    """Reward discount per agent step, that is after action repeat."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of generalised advantage estimation (Schulman et al. 2016); 1 gives n-step returns."""
+    entropy_cost: NonNegative = 0.01
+    """Weight of the entropy bonus (Mnih et al. 2016)."""
+    baseline_cost: NonNegative = 0.5
+    """Weight of the value loss (Mnih et al. 2016); prototypes on memory tasks did better with 0.1."""
+    learning_rate: Positive = 1e-3
+    """Adam's step size for the model at the first update (prototypes)."""
+    anneal_learning_rate: bool = True
+    """Whether both learning rates fall linearly to 0 at the last step of the run."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Decay of Adam's two moments per update; the usual 0.999 lets one late large gradient undo a solved task."""
+    adam_eps: Positive = 1e-8
+    """Adam's epsilon, in units of the gradient (Kingma & Ba 2015). The 1e-5 of many agents hides the small gradients
+    that carry a memory."""
+    max_grad_norm: Positive | None = 0.5
+    """Clips the norm of the model's gradient (Huang et al. 2022); null: no clipping."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of the model, relative to the learning rate."""
+    normalize_advantages: bool = False
+    """Whether advantages have mean 0 and standard deviation 1 in every minibatch; usual in PPO (Huang et al. 2022)."""
+    epochs: PositiveCount = 4
+    """PPO: passes over a rollout."""
+    minibatches: PositiveCount = 4
+    """PPO: parts of a rollout per pass, in whole sequences, so it divides env.num_envs."""
+    clip_ratio: Positive = 0.2
+    """PPO: how far the probability ratio may leave 1 (Schulman et al. 2017)."""
+    target_kl: Positive | None = None
+    """PPO: ends the passes over a rollout once the mean KL divergence from the old policy exceeds this, in nats; null:
+    never."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rollout_length % self.bptt_horizon:  # a horizon longer than the rollout included
+            divisors = [k for k in range(1, self.rollout_length + 1) if self.rollout_length % k == 0]
+            nearest = min(divisors, key=lambda k: abs(k - self.bptt_horizon))
+            self._refuse(
+                "bptt_horizon",
+                f"a divisor of algorithm.rollout_length, {self.rollout_length}",
+                f"set --algorithm.bptt_horizon {nearest}, or a rollout length that {self.bptt_horizon} divides",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Section):
+    """How long, where and with which output."""
+
+    section: ClassVar[str] = "run"
+
+    seed: Seed = 0
+    """Seed of every random generator of the run."""
+    total_steps: PositiveCount = 2_000_000
+    """Length of the run in agent steps, summed over environments."""
+    device: Device = "cpu"
+    """Where the model lives: cpu, cuda or cuda:<index>."""
+    threads: PositiveCount = 1
+    """CPU threads of PyTorch; small recurrent nets gain nothing from more."""
+    output_dir: Text = "runs"
+    """Folder that holds one folder per run."""
+    name: FolderName | None = None
+    """Name of the run's own folder; null: made from the environment, the method and the seed."""
+    log_every_steps: PositiveCount = 20_000
+    """Agent steps between two lines of metrics."""
+    checkpoint_every_steps: PositiveCount = 500_000
+    """Agent steps between two checkpoints; the last step always has one."""
+    tensorboard: bool = True
+    """Whether metrics also go to TensorBoard; metrics.jsonl is always written."""
+    progress: bool = True
+    """Whether a progress bar is shown, where stderr is a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that defines a training run."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        algorithm, num_envs = self.algorithm, self.env.num_envs
+        if algorithm.name == "ppo" and num_envs % algorithm.minibatches:
+            algorithm._refuse(
+                "minibatches",
+                f"a divisor of env.num_envs, {num_envs}, because minibatches are whole sequences",
+                f"set --env.num_envs {math.ceil(num_envs / algorithm.minibatches) * algorithm.minibatches}",
+            )
+        steps_per_rollout = num_envs * algorithm.rollout_length
+        if self.run.total_steps < steps_per_rollout:
+            self.run._refuse(
+                "total_steps",
+                f"at least one rollout, {steps_per_rollout} (env.num_envs x algorithm.rollout_length)",
+                "train longer, or with fewer environments",
+            )
+
+
+def parse_train_config(argv: Sequence[str] | None = None) -> tuple[TrainConfig, Path | None]:
+    """Reads a configuration from the command line: defaults, then config files, then options.
+
+        train.py --config configs/x.yaml --algorithm.learning_rate 1e-3
+        train.py --resume runs/x --run.total_steps 4000000
+
+    With --resume the base is the configuration saved in that run's folder instead of the defaults. A mistake ends the
+    program with exit code 2 and one line on stderr.
+
+    Args:
+        argv: the arguments, without the program's name; None for those of the process.
+
+    Returns:
+        The configuration, and the path given with --resume or None.
+    """
+    parser = _parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for option in {argument.split("=", 1)[0] for argument in argv}:
+        if re.fullmatch(r"--env\.kwargs\.\w+", option):  # arguments of environments cannot be known in advance
+            parser.add_argument(option, dest=option[2:], default=argparse.SUPPRESS)
+    try:
+        options, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise ValueError(_unknown_argument(unknown[0]))
+        resume = Path(options.resume) if options.resume is not None else None
+        data: dict[str, Any] = {} if resume is None else _read_sections(_find_config(resume))
+        for path in options.config:
+            _merge(data, _read_sections(Path(path)))
+        _merge(data, _read_options(vars(options)))
+        config = from_dict(data)
+        require_device(config.run.device)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return config, resume
+
+
+def from_dict(data: Mapping[str, Any]) -> TrainConfig:
+    """Builds a configuration from nested mappings, as `to_dict` returns them; what is missing keeps its default.
+
+    Raises:
+        ValueError: if a key is unknown, or a value has the wrong type or range.
+    """
+    _check_keys(data)
+    # copied, so that no later change of the caller's data can reach the frozen configuration
+    data = copy.deepcopy({name: settings or {} for name, settings in data.items()})
+    sections: dict[str, Any] = {name: _SECTIONS[name](**settings) for name, settings in data.items()}
+    return TrainConfig(**sections)
+
+
+def to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """The configuration as nested dicts of plain values (tuples become lists), for YAML files, checkpoints and logs."""
+    return {
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+        for name, section in dataclasses.asdict(config).items()
+    }
+
+
+def save_config(config: TrainConfig, path: str | Path) -> None:
+    """Writes the resolved configuration, every default included, as YAML."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Reads a YAML file; what it leaves out keeps its default.
+
+    Raises:
+        ValueError: if the file is missing, is not YAML, or holds an unknown key or a bad value.
+    """
+    return from_dict(_read_sections(Path(path)))
+
+
+def require_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Not checked by `RunConfig` itself, so that a configuration saved on another machine can still be read.
+
+    Raises:
+        ValueError: if this machine or this build of PyTorch does not have it.
+    """
+    device, num_gpus = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        usable = "cpu" + "".join(f", cuda:{index}" for index in range(num_gpus))
+        raise ValueError(
+            f"run.device: found {name!r}, which this machine lacks; allowed {usable}; set --run.device cpu"
+        )
+    return device
+
+
+# Types and ranges
+
+
+class _MismatchError(Exception):
+    """A value that does not fit its annotation; the caller knows the name for the message."""
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    """The value in the declared type where that loses nothing: a list as a tuple, 1 as 1.0, 2e6 as an integer."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        value = _convert(arguments[0], value)
+        if arguments[1].holds(value):
+            return value
+    elif origin in (Union, types.UnionType):  # only `X | None` is used
+        return None if value is None else _convert(arguments[0], value)
+    elif origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple) and (arguments[-1] is ... or len(arguments) == len(value)):
+            each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            return tuple(_convert(a, v) for a, v in zip(each, value, strict=True))
+    elif origin is dict:
+        if isinstance(value, dict) and _is_plain(value):
+            return value
+    elif annotation is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif annotation is int:
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and value == int(value)
+        ):
+            return int(value)
+    elif isinstance(value, annotation):  # bool, str
+        return value
+    raise _MismatchError
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether YAML and a checkpoint can hold it."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _allowed(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return f"{_allowed(arguments[0])} {arguments[1].text}"
+    if origin in (Union, types.UnionType):
+        return f"{_allowed(arguments[0])}, or null"
+    if origin is Literal:
+        return ", ".join(arguments[:-1]) + f" or {arguments[-1]}"
+    if origin is tuple:
+        return f"a list such as [{'8, 8' if arguments[-1] is ... else '0.9, 0.99'}], each {_allowed(arguments[0])}"
+    if origin is dict:
+        return "a mapping from names to plain values, such as {length: 20}"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[annotation]
+
+
+def _show(value: Any) -> str:
+    """The value as YAML would spell it, on one short line."""
+    if isinstance(value, tuple):
+        value = list(value)
+    text = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
+    return textwrap.shorten(text, 80, placeholder=" ...")
+
+
+def _annotations(section: type[_Section]) -> dict[str, Any]:
+    hints = _get_type_hints(section, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(section)}
+
+
+def _default(section: _Section | type[_Section], name: str) -> Any:
+    found = next(f for f in dataclasses.fields(section) if f.name == name)
+    return found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    s.section: s for s in (EnvConfig, ModelConfig, CriticConfig, AlgorithmConfig, RunConfig)
+}
+
+
+# Names
+
+
+def _check_keys(data: Any, source: str = "") -> None:
+    """Refuses every name that is not a setting. `source` is a file's name for the message."""
+    prefix = f"{source}: " if source else ""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{prefix}found {_show(data)}; allowed a mapping with the sections {', '.join(_SECTIONS)}")
+    for name, settings in data.items():
+        if name not in _SECTIONS:
+            match = difflib.get_close_matches(str(name), _SECTIONS, n=1)
+            hint = f"did you mean {match[0]}?" if match else _suggestion("", str(name))
+            raise ValueError(f"{prefix}{name}: found an unknown section; {hint}")
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ValueError(
+                f"{prefix}{name}: found {_show(settings)}; allowed a mapping of settings; --help lists them"
+            )
+        for key in settings or {}:
+            if key not in _annotations(_SECTIONS[name]):
+                raise ValueError(f"{prefix}{name}.{key}: found an unknown setting; {_suggestion(name, str(key))}")
+
+
+def _suggestion(name: str, key: str, prefix: str = "") -> str:
+    """What may have been meant: the setting of this name elsewhere, or the nearest in spelling, this section first."""
+    here = list(_annotations(_SECTIONS[name])) if name in _SECTIONS else []
+    everywhere = [k for section in _SECTIONS.values() for k in _annotations(section)]
+    if key not in everywhere:
+        matches = difflib.get_close_matches(key, here, n=1) or difflib.get_close_matches(key, everywhere, n=1)
+        key = matches[0] if matches else ""
+    homes = [name] if key in here else [n for n, section in _SECTIONS.items() if key in _annotations(section)]
+    if homes:
+        return f"did you mean {' or '.join(f'{prefix}{home}.{key}' for home in homes)}?"
+    return f"allowed {', '.join(here)}" if here else f"allowed {', '.join(_SECTIONS)}; --help lists their settings"
+
+
+def _unknown_argument(argument: str) -> str:
+    if not argument.startswith("--"):
+        return (
+            f"found the argument {argument!r}; allowed options of the form --section.setting VALUE; --help lists them"
+        )
+    option = argument.split("=", 1)[0]
+    name, _, key = option[2:].rpartition(".")
+    if key in _SECTIONS:
+        return f"{option}: found a section; allowed its settings, {option}.SETTING VALUE; --help lists them"
+    others = difflib.get_close_matches(option, ["--config", "--resume", "--help"], n=1)
+    hint = f"did you mean {others[0]}?" if others else _suggestion(name, key, prefix="--")
+    return f"{option}: found an unknown option; {hint}"
+
+
+# Files
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in Python and YAML 1.2, and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the parent, which silently keeps the last of two equal keys."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} appears twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*\.?\d*[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"{source}{where}: found text that is not valid YAML ({problem})") from None
+    except ValueError as error:  # a date such as 2000-99-99
+        raise ValueError(f"{source}: found text that is not valid YAML ({error})") from None
+
+
+def _read_sections(path: Path) -> dict[str, Any]:
+    """A config file as nested dicts, with its names checked so that an error tells the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ValueError(
+            f"{path}: found no readable file ({reason}); allowed a YAML file; the repository's are in configs/"
+        ) from None
+    data = _load_yaml(text, str(path)) or {}
+    _check_keys(data, str(path))
+    return {name: dict(settings or {}) for name, settings in data.items()}
+
+
+def _find_config(resume: Path) -> Path:
+    folder = resume if resume.is_dir() else resume.parent
+    if not resume.exists() or not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--resume: found no {CONFIG_FILE} in {folder}; allowed the folder of an earlier run, or a checkpoint in "
+            "it; to start anew leave --resume out"
+        )
+    return folder / CONFIG_FILE
+
+
+def _merge(data: dict[str, Any], override: dict[str, Any]) -> None:
+    for name, settings in override.items():
+        section = data.setdefault(name, {})
+        section.update(settings)
+        for key in [key for key in settings if key.startswith("kwargs.")]:  # --env.kwargs.NAME overrides one argument
+            value, kwargs = section.pop(key), section.get("kwargs", {})
+            if isinstance(kwargs, dict):  # otherwise EnvConfig tells
+                section["kwargs"] = {**kwargs, key.removeprefix("kwargs."): value}
+
+
+# Command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Instead of printing the usage, which for so many options hides the message."""
+        option, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem == "expected one argument":
+            problem = f"found no value; allowed {option} VALUE, or {option}=VALUE where it starts with a dash"
+        raise ValueError(f"{option}: {problem}" if problem else option)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        usage="%(prog)s [-h] [--config FILE] [--resume PATH] [--section.setting VALUE ...]",
+        description="Settings are read in this order: defaults (or those of --resume), --config files, options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML file of overrides; may be repeated"
+    )
+    parser.add_argument(
+        "--resume", metavar="PATH", help="folder of a run to continue, with its configuration as the base"
+    )
+    for name, section in _SECTIONS.items():
+        group = parser.add_argument_group(name, inspect.getdoc(section))
+        for key, annotation in _annotations(section).items():
+            default = _show(_default(section, key))
+            text = f"{_field_docs()[section.__name__, key]} Allowed: {_allowed(annotation)}. Default: {default}."
+            group.add_argument(
+                f"--{name}.{key}", metavar=_metavar(annotation), default=argparse.SUPPRESS, help=text.replace("%", "%%")
+            )
+    return parser
+
+
+def _metavar(annotation: Any) -> str:
+    while get_origin(annotation) in (Annotated, Union, types.UnionType):
+        annotation = get_args(annotation)[0]
+    origin = get_origin(annotation)
+    return {Literal: "NAME", tuple: "LIST", dict: "MAPPING"}.get(origin) or annotation.__name__.upper()
+
+
+@functools.cache
+def _field_docs() -> dict[tuple[str, str], str]:
+    """By class and field, the string beneath the field, which Python itself does not keep."""
+    return {
+        (definition.name, statement.target.id): " ".join(following.value.value.split())
+        for definition in ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+        if isinstance(definition, ast.ClassDef)
+        for statement, following in itertools.pairwise(definition.body)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+        and isinstance(following.value.value, str)
+    }
+
+
+def _read_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the command line as nested dicts of typed values."""
+    data: dict[str, dict[str, Any]] = {}
+    for option, text in options.items():
+        name, _, key = option.partition(".")
+        if key:
+            data.setdefault(name, {})[key] = text if _is_text(name, key, text) else _load_yaml(text, f"--{option}")
+    return data
+
+
+def _is_text(name: str, key: str, text: str) -> bool:
+    """Whether an option is to be taken literally: a run may be called 007 or no, which YAML would not read as text."""
+    annotation = _annotations(_SECTIONS[name]).get(key)  # None for an argument of the environment
+    return annotation is not None and _metavar(annotation) in ("STR", "NAME") and text != "null"

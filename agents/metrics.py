@@ -1,0 +1,190 @@
+"""Where the numbers of a run go: a JSON-lines file for tables and figures, TensorBoard to look at, a progress bar.
+
+The x-axis is agent steps everywhere. Metrics arrive as tensors, straight from the learner, and are read here and
+nowhere else.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+# What the progress bar shows, by the name of the metric. tqdm itself shows the speed, in agent steps per second.
+PROGRESS_METRICS = {"charts/episodic_return": "return", "charts/success_rate": "success"}
+
+
+class MetricsWriter:
+    """Writes metrics of a run to `metrics.jsonl`, TensorBoard and a progress bar.
+
+    Args:
+        directory: the run's folder, made if missing.
+        total_steps: agent steps of the whole run, for the progress bar.
+        resume_step: agent steps of the checkpoint that the run continues from; what an interrupted run wrote after
+            that is dropped, since it will be written again. None for a new run.
+        tensorboard: whether to write TensorBoard events as well.
+        progress: whether to show a progress bar; never shown where stderr is not a terminal.
+        hyperparameters: nested dict of settings, shown in TensorBoard as text.
+
+    Raises:
+        ValueError: if a new run would mix with the metrics of an earlier one, or if those to continue are damaged.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        total_steps: int,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        progress: bool = True,
+        hyperparameters: Mapping[str, Any] | None = None,
+    ):
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        if resume_step is not None:
+            _drop_rows_after(path, resume_step)
+        elif path.exists():
+            raise ValueError(
+                f"{path}: found metrics of an earlier run; continue it with --resume, or choose another --run.name"
+            )
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
+        self._events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and is optional
+
+            # TensorBoard hides what earlier event files hold from this step on
+            purge_step = None if resume_step is None else resume_step + 1
+            self._events = SummaryWriter(str(folder), purge_step=purge_step)
+            if hyperparameters is not None and resume_step is None:
+                text = yaml.safe_dump(dict(hyperparameters), sort_keys=False)
+                self._events.add_text("hyperparameters", f"```\n{text}```", global_step=0)
+        self._step = resume_step or 0  # of the last row
+        self._progress = tqdm(
+            total=total_steps,
+            initial=self._step,
+            unit=" steps",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not (progress and sys.stderr.isatty()),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Writes one row.
+
+        Args:
+            step: agent steps so far; at least that of the row before.
+            metrics: scalars by name, as "group/name"; tensors have one element, on any device.
+
+        Raises:
+            ValueError: if a tensor is not a scalar, or `step` decreases.
+            RuntimeError: if the writer is closed.
+        """
+        if self._file.closed:
+            raise RuntimeError("write after close; make a new MetricsWriter with resume_step to continue")
+        if step < self._step:
+            raise ValueError(f"step: found {step} after {self._step}; expected agent steps, which never decrease")
+        values = _read_scalars(metrics)
+        # JSON has no NaN and no infinity; `read_metrics` turns null back into NaN
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, global_step=step)
+        shown = {label: f"{values[name]:.3g}" for name, label in PROGRESS_METRICS.items() if name in values}
+        if shown:
+            self._progress.set_postfix(shown, refresh=False)
+        self._progress.update(step - self._step)
+        self._step = step
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system; call it with every checkpoint."""
+        self._file.flush()
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files. Calling it twice is fine."""
+        if not self._file.closed:
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
+            self._progress.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.jsonl`, for tables and figures; NaN stands for every number that was not finite.
+
+    Args:
+        path: the file, or the run's folder. A last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: if the file is missing or any other line is damaged.
+    """
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: found no metrics; expected the folder of a run, or its {METRICS_FILE}")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith("\n"):
+                break  # only the last line can lack its end
+            row = json.loads(line)
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+        except (json.JSONDecodeError, AttributeError):
+            raise ValueError(
+                f"{path}, line {number}: found text that is not a row of metrics; repair or remove it"
+            ) from None
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Keeps the rows up to `step`. Written to a second file and renamed, so that a crash loses nothing."""
+    if not path.exists():
+        return
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({name: None if math.isnan(value) else value for name, value in row.items()}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read_scalars(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """All values as floats, in their order, with one synchronisation per device instead of one per metric."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"{name}: found a tensor of shape {tuple(value.shape)}; expected one number; reduce it first"
+                )
+            by_device.setdefault(value.device, []).append(name)
+    read: dict[str, float] = {}
+    for names in by_device.values():
+        # float64 holds every count of steps exactly
+        stacked = torch.stack([torch.as_tensor(metrics[name]).detach().reshape(()).to(torch.float64) for name in names])
+        read.update(zip(names, stacked.tolist(), strict=True))  # the synchronisation with the host
+    return {name: read[name] if name in read else float(metrics[name]) for name in metrics}

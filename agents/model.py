@@ -1,0 +1,156 @@
+"""The recurrent actor-critic network: torso -> core -> policy and value heads.
+
+The torso sees one observation at a time and is applied to a whole rollout at once; only the core steps through time.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dni_rl.cores import Core, State, clear_state
+
+
+class ScaledImages(nn.Module):
+    """uint8 images [N, C, Y, X] to float32 in [0, 1] (or in [0, 255 / scale])."""
+
+    def __init__(self, scale: float = 255.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).mul_(1.0 / self.scale)
+
+
+def _orthogonal(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
+    nn.init.orthogonal_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp_torso(input_shape: Sequence[int], sizes: Sequence[int], scale: float | None = None) -> nn.Sequential:
+    """Fully connected torso with ReLU; flattens its input, [N, ...] -> [N, sizes[-1]].
+
+    Args:
+        input_shape: shape of one observation.
+        sizes: widths of the layers; () only flattens.
+        scale: divides uint8 observations by this; None for float observations.
+    """
+    layers: list[nn.Module] = [] if scale is None else [ScaledImages(scale)]
+    layers.append(nn.Flatten())
+    width = math.prod(input_shape)
+    for size in sizes:
+        layers += [_orthogonal(nn.Linear(width, size), math.sqrt(2.0)), nn.ReLU()]
+        width = size
+    return nn.Sequential(*layers)
+
+
+def conv_torso(input_shape: Sequence[int], output_size: int) -> nn.Sequential:
+    """The convolutional torso of Mnih et al., "Human-level control through deep RL" (2015), [N, C, 84, 84] -> [N, output_size].
+
+    Args:
+        input_shape: (C, Y, X) of a uint8 image.
+        output_size: width of the last, fully connected layer (512 in the source).
+    """
+    convolutions = nn.Sequential(
+        ScaledImages(),
+        _orthogonal(nn.Conv2d(input_shape[0], 32, 8, stride=4), math.sqrt(2.0)),
+        nn.ReLU(),
+        _orthogonal(nn.Conv2d(32, 64, 4, stride=2), math.sqrt(2.0)),
+        nn.ReLU(),
+        _orthogonal(nn.Conv2d(64, 64, 3, stride=1), math.sqrt(2.0)),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
+    try:
+        with torch.no_grad():
+            width = convolutions(torch.zeros(1, *input_shape, dtype=torch.uint8)).shape[-1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.torso: 'conv' needs images [C, Y, X] of at least 36 x 36 pixels, found {tuple(input_shape)}; use 'mlp'"
+        ) from error
+    return convolutions.extend([_orthogonal(nn.Linear(width, output_size), math.sqrt(2.0)), nn.ReLU()])
+
+
+class ActorCritic(nn.Module):
+    """Policy and value over a recurrent core.
+
+        x_t = [torso(observation_t), onehot(action_{t-1}), reward_{t-1}],   (y_t, s_{t+1}) = core(x_t, s_t)
+        logits_t = policy_head(y_t),   value_t = value_head(y_t)
+
+    Args:
+        torso: maps observations [N, ...] to features [N, F].
+        core: a core with `input_size` = F (+ num_actions) (+ 1).
+        num_actions: A.
+        previous_action: feed the last action to the core, as a one-hot vector; zeros where an episode starts.
+        previous_reward: feed the last reward to the core, clipped to [-1, 1]; zero where an episode starts.
+        head_sizes: widths of a hidden layer stack in front of each head; () for none.
+    """
+
+    def __init__(
+        self,
+        torso: nn.Module,
+        core: Core,
+        num_actions: int,
+        *,
+        previous_action: bool = True,
+        previous_reward: bool = True,
+        head_sizes: Sequence[int] = (),
+    ):
+        super().__init__()
+        self.torso = torso
+        self.core = core
+        self.num_actions = num_actions
+        self.previous_action = previous_action
+        self.previous_reward = previous_reward
+        width = head_sizes[-1] if head_sizes else core.output_size
+        # A nearly uniform first policy, and values of ordinary size: Andrychowicz et al., "What matters for on-policy deep
+        # actor-critic methods?" (2021), sec. 3.2.
+        self.policy_head = mlp_torso((core.output_size,), head_sizes).append(_orthogonal(nn.Linear(width, num_actions), 0.01))
+        self.value_head = mlp_torso((core.output_size,), head_sizes).append(_orthogonal(nn.Linear(width, 1), 1.0))
+
+    def core_inputs(self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor) -> Tensor:
+        """Everything the core reads, for any leading shape [N] or [T, B]: [..., D].
+
+        Args:
+            observation: [..., *observation_shape].
+            action_tm1: [...] int64, action that led here.
+            reward: [...], reward that came with this observation.
+            first: [...] bool; action and reward of another episode are hidden.
+        """
+        leading = first.shape
+        features = self.torso(observation.flatten(0, len(leading) - 1)).unflatten(0, leading)
+        parts = [features]
+        continues = (~first).unsqueeze(-1).to(features.dtype)
+        if self.previous_action:
+            parts.append(F.one_hot(action_tm1, self.num_actions).to(features.dtype) * continues)
+        if self.previous_reward:
+            parts.append(reward.clamp(-1.0, 1.0).unsqueeze(-1) * continues)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else features
+
+    def heads(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [..., A] and values [...] of core outputs [..., H]."""
+        return self.policy_head(outputs.flatten(0, -2)).unflatten(0, outputs.shape[:-1]), self.value_head(
+            outputs.flatten(0, -2)
+        ).squeeze(-1).unflatten(0, outputs.shape[:-1])
+
+    def step(
+        self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """One step of B environments: logits [B, A], value [B], next state. Clears the state where an episode starts."""
+        outputs, next_state = self.core(
+            self.core_inputs(observation, action_tm1, reward, first), clear_state(state, first)
+        )
+        return *self.heads(outputs), next_state
+
+    def unroll(
+        self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """Steps over [T, B]: logits [T, B, A], values [T, B], and the state after the last step."""
+        outputs, next_state = self.core.unroll(
+            self.core_inputs(observation, action_tm1, reward, first), state, first
+        )
+        return *self.heads(outputs), next_state

@@ -1,0 +1,283 @@
+"""The training run: build, act, learn, log, checkpoint, resume. `scripts/train.py` is the command around it."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.build import build_critic, build_environment, build_model, spread_seeds
+from agents.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
+from agents.learner import Learner
+from agents.metrics import MetricsWriter
+from agents.rollout import Actor, Rollout
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Something became NaN or infinite; the run stopped and its last good checkpoint stands."""
+
+
+class Trainer:
+    """Everything of a run that changes while it runs, and one update of it.
+
+    Args:
+        config: the resolved configuration.
+
+    Raises:
+        ValueError: if environment, device or a combination of settings does not exist.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.device = require_device(config.run.device)
+        torch.set_num_threads(config.run.threads)
+        env_seed, model_seed, actor_seed, learner_seed = spread_seeds(config.run.seed, 4)
+        torch.manual_seed(model_seed)
+        self.environment = build_environment(config.env, env_seed, self.device)
+        spec, algorithm = self.environment.spec, config.algorithm
+        model = build_model(config.model, spec).to(self.device)
+        critic = build_critic(config.critic, model, spec)
+        self.learner = Learner(
+            model,
+            None if critic is None else critic.to(self.device),
+            algorithm,
+            config.critic,
+            num_envs=config.env.num_envs,
+            seed=learner_seed,
+        )
+        self.actor = Actor(
+            self.environment,
+            model,
+            rollout_length=algorithm.rollout_length,
+            bptt_horizon=algorithm.bptt_horizon,
+            seed=actor_seed,
+        )
+        self.steps_per_update = config.env.num_envs * algorithm.rollout_length
+        self.means = _RunningMeans()  # of the learner's scalars, since the last line of metrics
+        self.step = 0  # agent steps so far, all environments together
+
+    def update(self) -> dict[str, Tensor]:
+        """Collects a rollout and learns from it. Returns scalars, still on the device."""
+        self.learner.set_progress(min(1.0, self.step / self.config.run.total_steps))
+        rollout = self.actor.collect()
+        metrics = self.learner.update(rollout)
+        self.means.add(metrics)
+        self.step += self.steps_per_update
+        return metrics
+
+    def first_non_finite(self, metrics: dict[str, Tensor]) -> str | None:
+        """Names the first tensor, in the order in which data flows, that holds NaN or infinity; None if all are finite."""
+        if all(math.isfinite(float(value)) for name, value in metrics.items() if name.startswith(("losses/", "sg/"))):
+            return None
+        rollout: Rollout = self.actor.rollout
+        flow: list[tuple[str, Tensor | None]] = [
+            (f"rollout.{name}", getattr(rollout, name))
+            for name in ("observation", "context", "reward", "discount", "logits", "value")
+        ]
+        flow += list(metrics.items())
+        flow += [(f"model.{name}", p) for name, p in self.learner.model.named_parameters()]
+        for name, tensor in flow:
+            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return name
+        return "metrics"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue exactly, the configuration included."""
+        return {
+            "config": to_dict(self.config),
+            "learner": self.learner.state_dict(),
+            "actor": self.actor.state_dict(),
+            "means": self.means.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`, with the "step" that the checkpoint adds."""
+        self.learner.load_state_dict(state["learner"])
+        self.actor.load_state_dict(state["actor"])
+        self.means.load_state_dict(state["means"])
+        set_rng_state(state["rng"])
+        self.step = state["step"]
+
+    def close(self) -> None:
+        """Frees the environments."""
+        self.environment.close()
+
+
+def run_directory(config: TrainConfig) -> Path:
+    """The folder of a run: output_dir / name, the name made of environment, method and seed unless given."""
+    name = config.run.name
+    if name is None:
+        env_id = config.env.id.replace("/", "-").replace(":", "-")
+        name = f"{env_id}_{config.critic.kind}_k{config.algorithm.bptt_horizon}_seed{config.run.seed}"
+    return Path(config.run.output_dir) / name
+
+
+def train(config: TrainConfig, resume: Path | None = None) -> Path:
+    """Trains until `total_steps`, or until Ctrl-C, and leaves config, metrics and checkpoints in the run's folder.
+
+    Args:
+        config: the resolved configuration.
+        resume: folder (or checkpoint file) of a run to continue, or None.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: if the configuration cannot be built, the folder is taken, or the checkpoint is unusable.
+        NonFiniteError: if a loss became NaN or infinite.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+    """
+    directory = run_directory(config)
+    checkpoint = None
+    if resume is not None:
+        checkpoint = load_checkpoint(resume)
+        directory = resume if resume.is_dir() else resume.parent
+        _check_resumable(config, checkpoint)
+    trainer = Trainer(config)
+    try:
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint)
+            if not trainer.environment.resumable:
+                _log.warning("%s: emulator state cannot be saved; new episodes start at step %d", config.env.id, trainer.step)
+        run = config.run
+        with (
+            MetricsWriter(
+                directory,
+                total_steps=run.total_steps,
+                resume_step=None if checkpoint is None else trainer.step,
+                tensorboard=run.tensorboard,
+                progress=run.progress,
+                hyperparameters=to_dict(config),
+            ) as writer,
+            _interruptible() as interrupted,
+        ):
+            save_config(config, directory / CONFIG_FILE)
+            _loop(trainer, writer, directory, interrupted)
+        if interrupted and trainer.step < run.total_steps:
+            raise KeyboardInterrupt
+    finally:
+        trainer.close()
+    return directory
+
+
+def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted: list[int]) -> None:
+    run, algorithm = trainer.config.run, trainer.config.algorithm
+    started, start_step = time.perf_counter(), trainer.step
+    # Reading a scalar of every update is free on a CPU and a synchronisation on a GPU.
+    check_every_update = trainer.device.type == "cpu"
+    while trainer.step < run.total_steps and not interrupted:
+        before = trainer.step
+        metrics = trainer.update()
+        logs = _passes(before, trainer.step, run.log_every_steps) or trainer.step >= run.total_steps
+        saves = _passes(before, trainer.step, run.checkpoint_every_steps)
+        saves = saves or trainer.step >= run.total_steps or bool(interrupted)
+        if check_every_update or logs or saves:
+            culprit = trainer.first_non_finite(metrics)
+            if culprit is not None:
+                raise NonFiniteError(
+                    f"{culprit}: NaN or infinity at step {trainer.step}; stopped, the last good checkpoint in {directory} stands; "
+                    "lower algorithm.learning_rate, or bound the synthetic gradient with critic.max_norm_ratio"
+                )
+        if logs:
+            writer.write(
+                trainer.step,
+                trainer.means.pop()
+                | trainer.actor.statistics.pop()
+                | {
+                    "charts/SPS": (trainer.step - start_step) / (time.perf_counter() - started),
+                    "charts/learning_rate": trainer.learner.optimizer.param_groups[0]["lr"],
+                    "bptt/horizon": algorithm.bptt_horizon,
+                },
+            )
+        if saves:
+            save_checkpoint(directory, trainer.state_dict(), trainer.step)
+            writer.flush()
+
+
+class _RunningMeans:
+    """Means of scalars since the last log line, kept on the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def pop(self) -> dict[str, float | Tensor]:
+        means: dict[str, float | Tensor] = {name: total / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+
+def _passes(before: int, after: int, every: int) -> bool:
+    return before // every != after // every
+
+
+def _check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
+    """What a resumed run may change: how long it is and what it writes. Everything else is another experiment."""
+    saved = from_dict(checkpoint["config"])
+    free = {
+        name: getattr(config.run, name)
+        for name in (
+            "total_steps",
+            "device",
+            "threads",
+            "output_dir",
+            "name",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "tensorboard",
+            "progress",
+        )
+    }
+    if replace(saved, run=replace(saved.run, **free)) != config:
+        old, new = to_dict(replace(saved, run=replace(saved.run, **free))), to_dict(config)
+        key = next(f"{s}.{k}" for s in new for k in new[s] if new[s][k] != old[s][k])
+        section, field = key.split(".")
+        raise ValueError(
+            f"{key}: found {new[section][field]!r}; allowed {old[section][field]!r}, as in the run to resume; start a new run instead"
+        )
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Lets the first Ctrl-C (or SIGTERM) end the loop after the update in flight; the second one acts as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: signals are somebody else's business
+        previous.clear()
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,193 @@
+"""A core of several recurrent levels, each slower than the one below: memory, and credit, by the tick instead of the step.
+
+Use it where what must be remembered is much older than a truncation window: a window of K ticks of a level that ticks every P
+steps covers K * P steps of the environment.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dni_rl.cores.base import Core, State, unroll_stepwise
+
+
+class Bootstrap(Protocol):
+    """What is needed of a critic: the synthetic gradient that it would apply at a cut."""
+
+    def synthetic_gradient(self, state: State, context: Tensor | None = None, alive: Tensor | None = None) -> State:
+        """Tuple of [B, size], see `GradientCritic.synthetic_gradient`."""
+
+
+class MultiTimescaleCore(Core):
+    """Levels of LSTM cells; level i ticks every `periods[i]` steps of each environment's own clock.
+
+    At the step whose clock reads k (0 where an episode starts, each row of the batch on its own), for i = 0, 1, ... upwards:
+
+        k mod periods[i] = 0:   h_i, c_i <- LSTM_i([m_i, h_{i+1}], h_i, c_i)        tick
+        otherwise:              h_i, c_i unchanged                                   held
+
+    Message up: m_0 = x; m_i is the output h_{i-1} of this step ("last"), or the mean of the outputs since the last tick ("mean").
+    Context down: h_{i+1} as it stood before this step; the highest level has none. Output: h_0. Every level ticks at the first
+    step of an episode, so that what starts it is told upwards at once. The levels of Schmidhuber, "Learning complex, extended
+    sequences using the principle of history compression" (1992) and Koutnik et al., "A Clockwork RNN" (2014), with the two-way
+    coupling of Jaderberg et al., "Human-level performance in 3D multiplayer games" (2019), here in LSTM cells.
+
+    State, each [B, size]: h_i, c_i of every level from the lowest, and after those of a level i > 0 with "mean" its inbox, the
+    running mean of h_{i-1}; last a clock of one float, a count of steps in the episode that goes 0, 1, ..., P, 1, ..., P with
+    P = periods[-1], exact in any precision up to P = 256. It is part of the state so that it resets with the episode and travels
+    with it; its gradient is exactly zero.
+
+    Args:
+        input_size: D.
+        hidden_sizes: width of each level, the lowest first; at least one.
+        periods: ticks of each level in steps, the lowest first: 1, then rising multiples of the period below.
+        message: "last" or "mean", what a level sees of the one below.
+
+    Raises:
+        ValueError: if sizes, periods or message are not as above.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_sizes: Sequence[int],
+        periods: Sequence[int],
+        *,
+        message: Literal["last", "mean"] = "last",
+    ):
+        super().__init__()
+        if input_size < 1 or not hidden_sizes or any(size < 1 for size in hidden_sizes):
+            raise ValueError(
+                f"input_size, hidden_sizes: expected positive integers, got {input_size}, {tuple(hidden_sizes)}"
+            )
+        rising = all(above > below and above % below == 0 for below, above in pairwise(periods))
+        if len(periods) != len(hidden_sizes) or periods[0] != 1 or not rising:
+            raise ValueError(
+                f"periods: expected one for each of {len(hidden_sizes)} levels: 1, then rising multiples of the one "
+                f"below, such as (1, 8); got {tuple(periods)}"
+            )
+        if message not in ("last", "mean"):
+            raise ValueError(f"message: found {message!r}, allowed 'last' or 'mean'")
+        self.input_size, self.output_size = input_size, hidden_sizes[0]
+        self.periods, self.message = tuple(periods), message
+        below, above = (input_size, *hidden_sizes[:-1]), (*hidden_sizes[1:], 0)
+        self.levels = nn.ModuleList(nn.LSTMCell(b + a, h) for b, h, a in zip(below, hidden_sizes, above, strict=True))
+        sizes: list[int] = []
+        self._level_slices: list[slice] = []
+        for i, size in enumerate(hidden_sizes):
+            inbox = [below[i]] if message == "mean" and i else []
+            self._level_slices.append(slice(len(sizes), len(sizes) + 2 + len(inbox)))
+            sizes += [size, size, *inbox]
+        self.state_sizes = (*sizes, 1)
+
+    def level_state(self, state: State, level: int) -> State:
+        """The part of `state` that belongs to one level: h, c, and with "mean" messages its inbox."""
+        return tuple(state[self._level_slices[level]])
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step; see `Core.forward`."""
+        clock = state[-1]  # [B, 1]
+        next_state: list[Tensor] = []
+        message = x
+        for i, (cell, period) in enumerate(zip(self.levels, self.periods, strict=True)):
+            h, c, *inbox = self.level_state(state, i)
+            ticks = torch.remainder(clock, period) == 0  # [B, 1]
+            if inbox:
+                total = inbox[0] + message / period
+                message = torch.where(clock == 0, message, total)  # nothing came before the first step
+                inbox = [total.masked_fill(ticks, 0.0)]
+            if i + 1 < len(self.levels):
+                message = torch.cat([message, self.level_state(state, i + 1)[0]], dim=-1)
+            new_h, new_c = cell(message, (h, c))
+            if period > 1:
+                new_h, new_c = torch.where(ticks, new_h, h), torch.where(ticks, new_c, c)
+            next_state += [new_h, new_c, *inbox]
+            message = new_h
+        now = clock.detach()
+        wrapped = torch.where(now == self.periods[-1], 1.0, now + 1.0).to(clock.dtype)
+        # Zero gradient, but a part of the graph as every state that a critic sees.
+        return next_state[0], (*next_state, wrapped + 0.0 * clock)
+
+    def unroll_in_ticks(
+        self,
+        inputs: Tensor,
+        state: State,
+        first: Tensor | None = None,
+        *,
+        ticks: int,
+        critic: Bootstrap | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, State, Tensor]:
+        """Unrolls a long window in which each level is cut after every `ticks` ticks of its own.
+
+        With K = ticks, level i is cut before steps K * periods[i], 2 K * periods[i], ... of the window: the gradient of its own
+        recurrence stops there, whereas slower levels carry theirs across. A loss thus reaches the past through the levels
+        as through a ladder: K steps along the lowest, up by a message, K * periods[1] steps along the next, down again by the
+        message of an older tick. Unroll K * periods[-1] steps at a time, and `dni_rl.cut` between these windows cuts all levels
+        at their own K ticks.
+
+        With a critic M over the whole state, the cut part s_i of the state s_m is bootstrapped with its part of M(s_m):
+
+            surrogate:  sum_t l_t + sum over cuts of <s_i, b_i>,    b = alive * g * stop_gradient(M(s_m, z_m))
+
+        M estimates the gradient of all later losses with respect to s_m, total in each component, and the other components of s_m
+        keep their graph; an oracle hence makes up for exactly what the cut removed, and the sum is full BPTT. It is the same
+        critic that `dni_rl.backward` uses at the end of the window and trains, at every step, through the history.
+
+        The bootstraps come as a third result, zero in value, to be added to the losses, which gives them the weight of losses:
+
+            outputs, next_state, bootstraps = core.unroll_in_ticks(inputs, state, first, ticks=8, critic=critic)
+            losses = my_losses(outputs, batch) + bootstraps
+            report = dni_rl.backward(losses, start=state, end=next_state, critic=critic)
+
+        Args:
+            inputs: [T, B, D].
+            state: the state before step 0, from `dni_rl.cut`.
+            first: [T, B] bool or None, as in `unroll`.
+            ticks: K, at least 1.
+            critic: predicts the gradient for every tensor of the state, or None for plain truncation.
+            context: [T + 1, B, Z] as in `dni_rl.backward`; None without context.
+
+        Returns:
+            [T, B, H] outputs, the next state, and [T, B] bootstraps.
+
+        Raises:
+            ValueError: if shapes disagree or ticks is below 1.
+        """
+        self.check_unroll(inputs, state, first)
+        if ticks < 1:
+            raise ValueError(f"ticks: found {ticks}, allowed 1 or more")
+        T, B = inputs.shape[:2]
+        if context is not None and context.shape[:2] != (T + 1, B):
+            raise ValueError(f"context: expected [T + 1, B, Z] = ({T + 1}, {B}, Z), got {tuple(context.shape)}")
+        bootstraps = [inputs.new_zeros(B) for _ in range(T)]
+        taken = 0
+
+        def step(x: Tensor, state: State) -> tuple[Tensor, State]:
+            nonlocal taken
+            output, next_state = self(x, state)
+            taken += 1
+            parts = [part for part, p in zip(self._level_slices, self.periods) if taken % (ticks * p) == 0]
+            if taken == T or not parts:
+                return output, next_state
+            cut = list(next_state)
+            for part in parts:
+                cut[part] = [s.detach().requires_grad_(s.requires_grad) for s in next_state[part]]
+            if critic is not None:
+                alive = None if first is None else ~first[taken]
+                z = None if context is None else context[taken]
+                b = critic.synthetic_gradient(tuple(s.detach() for s in next_state), z, alive)
+                inner = [(s * g.detach()).sum(-1) for part in parts for s, g in zip(next_state[part], b[part])]
+                total = torch.stack(inner).sum(0)
+                bootstraps[taken - 1] = total - total.detach()
+            return output, tuple(cut)
+
+        outputs, next_state = unroll_stepwise(step, inputs, state, first)  # type: ignore[arg-type]
+        return outputs, next_state, torch.stack(bootstraps)
+
+    def extra_repr(self) -> str:
+        """Settings that the submodules do not show."""
+        return f"periods={self.periods}, message={self.message!r}"

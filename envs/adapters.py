@@ -1,0 +1,659 @@
+"""Other people's environments as ours: gymnasium (single and vector), MiniGrid and dm_env to batched `TimeStep`s.
+
+Use `GymnasiumVector` for an existing `gymnasium.vector.VectorEnv`, `GymnasiumEnvs` and `DmEnvs` for a list of single
+environments stepped in this process, and `gymnasium_vector` to build either from an id or a constructor. Actions must
+be discrete; what is not supported is refused with the reason, never reshaped in silence. Observations become
+
+    uint8 images [Y, X], [Y, X, C] or [C, Y, X]     uint8 [C, Y, X], the smaller outer axis taken for the channels
+    MiniGrid's symbolic view [X, Y, 3]              uint8 [20, Y, X] one-hot with values 0 and 255, see `minigrid_view`
+    one discrete number                             float32 one-hot
+    any other numeric array                         float32, flattened to a vector unless it has three axes or more
+
+No adapter is resumable: neither interface can save an environment's state, and copies of third-party objects
+(emulators, handles, shared generators) are not reliably exact.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.timestep import Environment, EnvSpec, TimeStep
+
+if TYPE_CHECKING:
+    import gymnasium
+
+Encoder = Callable[[np.ndarray], np.ndarray]  # [B, *original] -> [B, *encoded], always a new array
+
+MINIGRID_SIZES = (11, 6, 3)  # objects, colours and door states of MiniGrid's encoding of a cell
+
+
+def spread_seeds(seed: int, num_seeds: int) -> list[int]:
+    """Seeds of the environments of one run, different from each other and unrelated to those of other runs.
+
+    The customary `seed + i` makes environment 1 of run 3 and environment 0 of run 4 the same, so runs that should be
+    independent are not.
+
+    Args:
+        seed: the run's seed, not negative.
+        num_seeds: how many are wanted.
+
+    Returns:
+        `num_seeds` different integers in [0, 2^31), the range every emulator accepts.
+
+    Raises:
+        ValueError: if the seed is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    wanted = num_seeds
+    while True:
+        # Drawn again, longer, in the rare case that two of them collide.
+        drawn = np.random.SeedSequence(seed).generate_state(wanted, np.uint32) >> 1
+        seeds = list(dict.fromkeys(drawn.tolist()))
+        if len(seeds) >= num_seeds:
+            return seeds[:num_seeds]
+        wanted += 1
+
+
+def checked_actions(actions: Tensor, num_actions: int, ignored: np.ndarray) -> np.ndarray:
+    """Checks a batch of actions and moves it to NumPy.
+
+    Args:
+        actions: [B] integers.
+        num_actions: A.
+        ignored: [B] bool, rows whose action does not matter and may hold anything.
+
+    Returns:
+        [B] int64 in [0, A), 0 in the ignored rows.
+
+    Raises:
+        ValueError: if the shape or the type is wrong, or an action that counts is out of range.
+    """
+    if actions.shape != ignored.shape or actions.is_floating_point() or actions.dtype == torch.bool:
+        raise ValueError(
+            f"expected integer actions of shape {ignored.shape}, got {actions.dtype} of shape {tuple(actions.shape)}"
+        )
+    checked = np.where(ignored, 0, actions.cpu().numpy())  # synchronises: these environments live on the CPU
+    out_of_range = (checked < 0) | (checked >= num_actions)
+    if out_of_range.any():
+        row = int(out_of_range.argmax())
+        raise ValueError(f"actions must be in [0, {num_actions}), got {checked[row]} for environment {row}")
+    return checked.astype(np.int64, copy=False)
+
+
+def minigrid_view(view: np.ndarray) -> np.ndarray:
+    """One-hot planes of MiniGrid's symbolic view.
+
+    MiniGrid encodes a cell as three small integers (object, colour, door state). They are categories, not brightness,
+    and a torso that divides bytes by 255 would all but erase them. One-hot planes of 0 and 255 come out of such a torso
+    as exactly 0 and 1. MiniGrid indexes cells by column and then row; the planes are [row, column] as other images.
+
+    Args:
+        view: [B, X, Y, 3] uint8.
+
+    Returns:
+        [B, 20, Y, X] uint8.
+    """
+    view = view.transpose(0, 3, 2, 1)  # [B, 3, Y, X]
+    planes = [
+        view[:, channel, None] == np.arange(size, dtype=np.uint8)[:, None, None]  # [B, size, Y, X]
+        for channel, size in enumerate(MINIGRID_SIZES)
+    ]
+    return np.concatenate(planes, axis=1).view(np.uint8) * np.uint8(255)
+
+
+def minigrid_symbols(view: np.ndarray) -> np.ndarray:
+    """MiniGrid's symbolic view [B, X, Y, 3] as it is, channels first: [B, 3, Y, X] uint8."""
+    return np.ascontiguousarray(view.transpose(0, 3, 2, 1))
+
+
+def minigrid_context(env: "gymnasium.Env") -> np.ndarray:
+    """Privileged state of a MiniGrid environment: the whole grid, the agent's place and direction and what it carries.
+
+    Args:
+        env: a MiniGrid environment, wrapped or not.
+
+    Returns:
+        [3 * W * H + 8] float32: object, colour and state of every cell scaled to [-1, 1], the agent's column and row in
+        [-1, 1], its direction as one-hot of 4, object and colour of the carried thing in [-1, 1] (-1 for nothing).
+    """
+    base: Any = env.unwrapped
+    largest = np.asarray(MINIGRID_SIZES, np.float32) - 1
+    cells = 2 * base.grid.encode() / largest - 1  # [W, H, 3]
+    place = 2 * np.asarray(base.agent_pos) / (np.asarray([base.width, base.height]) - 1) - 1
+    direction = np.arange(4) == base.agent_dir
+    carried = (0, 0) if base.carrying is None else base.carrying.encode()[:2]
+    carrying = 2 * np.asarray(carried) / largest[:2] - 1
+    return np.concatenate([cells.ravel(), place, direction, carrying], dtype=np.float32)
+
+
+class GymnasiumVector:
+    """A `gymnasium.vector.VectorEnv` with next-step or same-step autoreset.
+
+    With same-step autoreset no row is ever `last`; see `envs.timestep` for what such a step carries.
+
+    Attributes:
+        vector_env: what is wrapped.
+    """
+
+    resumable = False
+
+    def __init__(
+        self,
+        vector_env: "gymnasium.vector.VectorEnv",
+        *,
+        seed: int,
+        device: str | torch.device = "cpu",
+        encoder: Encoder | None = None,
+    ):
+        """Wraps a vector environment.
+
+        Args:
+            vector_env: B environments with a discrete action space.
+            seed: of the run; every sub-environment gets its own, see `spread_seeds`. Vector environments other than
+                gymnasium's own get a single integer.
+            device: of the TimeSteps.
+            encoder: replaces the standard conversion of observations, see the module.
+
+        Raises:
+            ValueError: if the autoreset mode or a space is not supported.
+        """
+        from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+        mode = vector_env.metadata.get("autoreset_mode")
+        if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+            raise ValueError(
+                f"{type(vector_env).__name__} has metadata['autoreset_mode'] = {mode}; expected "
+                "AutoresetMode.NEXT_STEP or AutoresetMode.SAME_STEP: episodes must restart by themselves"
+            )
+        self.vector_env = vector_env
+        self.num_envs = vector_env.num_envs
+        self.device = torch.device(device)
+        self.spec, self._encode, self._action_start = _gymnasium_spec(
+            vector_env.single_observation_space, vector_env.single_action_space, encoder
+        )
+        self._same_step = mode == AutoresetMode.SAME_STEP
+        seeds = spread_seeds(seed, self.num_envs)
+        takes_a_list = isinstance(vector_env.unwrapped, AsyncVectorEnv | SyncVectorEnv)
+        self._seed: Any = seeds if takes_a_list else seeds[0]
+        self._last: np.ndarray | None = None
+        self._closed = False
+
+    def reset(self) -> TimeStep:
+        """Starts B new episodes. The first call seeds the environments, later ones continue their generators."""
+        observation, _ = self.vector_env.reset(seed=self._seed)
+        self._seed = None
+        self._last = np.zeros(self.num_envs, bool)
+        return _first_step(self._encode(observation), self.device)
+
+    def step(self, actions: Tensor) -> TimeStep:
+        """Takes `actions` [B]; see `Environment.step`."""
+        if self._last is None:
+            raise RuntimeError("call reset before step")
+        actions_array = checked_actions(actions, self.spec.num_actions, ignored=self._last) + self._action_start
+        raw_observation, reward, terminated, truncated, info = self.vector_env.step(actions_array)
+        observation = self._encode(raw_observation)
+        ended = terminated | truncated
+        final_observation = None
+        if self._same_step:
+            first, last = ended, np.zeros(self.num_envs, bool)
+            if (truncated & ~terminated).any():
+                final_observation = self._final_observation(observation, ended, info)
+        else:
+            first = self._last
+            last = ended & ~first
+            reward, terminated = np.where(first, 0, reward), terminated & ~first
+            self._last = last
+        return _time_step(observation, reward, ~terminated, first, last, self.device, final=final_observation)
+
+    def _final_observation(self, observation: np.ndarray, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+        """`observation` [B, ...] with the rows that `ended` [B] replaced by what their episodes ended in."""
+        # The rows of the others are whatever the array held before, so the mask decides.
+        rows = np.flatnonzero(info["_final_obs"]) if "final_obs" in info else np.empty(0, np.int64)
+        if not ended[rows].all() or len(rows) != ended.sum():
+            raise RuntimeError(
+                f"{type(self.vector_env).__name__} resets within a step, but info['final_obs'] lacks the observation "
+                f"in which an episode ended: rows {np.flatnonzero(ended).tolist()} ended, {rows.tolist()} were given"
+            )
+        final = observation.copy()
+        final[rows] = self._encode(np.stack([info["final_obs"][row] for row in rows]))
+        return final
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused: see the module."""
+        raise RuntimeError(_NOT_RESUMABLE.format(type(self.vector_env).__name__))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refused: see the module."""
+        raise RuntimeError(_NOT_RESUMABLE.format(type(self.vector_env).__name__))
+
+    def close(self) -> None:
+        """Closes the vector environment."""
+        if not self._closed:
+            self.vector_env.close()
+        self._closed = True
+
+
+class _SerialEnvs:
+    """The loop shared by lists of single environments: next-step autoreset, one row after the other.
+
+    Subclasses set `spec` and `_encode` and say how one environment is reset and stepped.
+    """
+
+    resumable = False
+    spec: EnvSpec
+    _encode: Encoder
+    _context: Callable[[Any], np.ndarray] | None = None
+
+    def __init__(self, envs: Sequence[Any], device: str | torch.device):
+        if not envs:
+            raise ValueError("expected at least one environment, got an empty list")
+        self.envs = list(envs)
+        self.num_envs = len(self.envs)
+        self.device = torch.device(device)
+        self._last: np.ndarray | None = None
+        self._closed = False
+
+    def _reset_row(self, row: int) -> Any:
+        """Starts an episode in environment `row` and returns its observation."""
+        raise NotImplementedError
+
+    def _step_row(self, row: int, action: int) -> tuple[Any, float, float, bool]:
+        """Returns observation, reward, discount and whether the episode is over."""
+        raise NotImplementedError
+
+    def reset(self) -> TimeStep:
+        """Starts B new episodes. The first call uses the run's seed, later ones continue the generators."""
+        observations = [self._reset_row(row) for row in range(self.num_envs)]
+        self._last = np.zeros(self.num_envs, bool)
+        return _first_step(self._encode(np.stack(observations)), self.device, self._contexts())
+
+    def step(self, actions: Tensor) -> TimeStep:
+        """Takes `actions` [B]; see `Environment.step`."""
+        if self._last is None:
+            raise RuntimeError("call reset before step")
+        first = self._last
+        observations = []
+        reward, discount = np.zeros(self.num_envs, np.float32), np.ones(self.num_envs, np.float32)
+        last = np.zeros(self.num_envs, bool)
+        for row, action in enumerate(checked_actions(actions, self.spec.num_actions, ignored=first).tolist()):
+            if first[row]:
+                observations.append(self._reset_row(row))
+            else:
+                observation, reward[row], discount[row], last[row] = self._step_row(row, action)
+                observations.append(observation)
+        self._last = last
+        return _time_step(
+            self._encode(np.stack(observations)), reward, discount, first, last, self.device, context=self._contexts()
+        )
+
+    def _contexts(self) -> np.ndarray | None:
+        """[B, Z] privileged information, or None."""
+        return None if self._context is None else np.stack([self._context(env) for env in self.envs])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused: see the module."""
+        raise RuntimeError(_NOT_RESUMABLE.format(type(self.envs[0]).__name__))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refused: see the module."""
+        raise RuntimeError(_NOT_RESUMABLE.format(type(self.envs[0]).__name__))
+
+    def close(self) -> None:
+        """Closes every environment."""
+        if not self._closed:
+            for env in self.envs:
+                env.close()
+        self._closed = True
+
+
+class GymnasiumEnvs(_SerialEnvs):
+    """Single gymnasium environments side by side, stepped in this process.
+
+    Does what `SyncVectorEnv` under `GymnasiumVector` does with less overhead (no gathering of `info`), and can hand out
+    privileged context.
+    """
+
+    def __init__(
+        self,
+        envs: "Sequence[gymnasium.Env]",
+        *,
+        seed: int,
+        device: str | torch.device = "cpu",
+        encoder: Encoder | None = None,
+        context: "Callable[[gymnasium.Env], np.ndarray] | None" = None,
+    ):
+        """Wraps a list of environments.
+
+        Args:
+            envs: B environments with equal spaces and discrete actions.
+            seed: of the run; every environment gets its own, see `spread_seeds`.
+            device: of the TimeSteps.
+            encoder: replaces the standard conversion of observations, see the module.
+            context: maps an environment to its [Z] privileged state, for error critics only.
+
+        Raises:
+            ValueError: if a space is not supported or the spaces differ.
+        """
+        super().__init__(envs, device)
+        observation_space, action_space = self.envs[0].observation_space, self.envs[0].action_space
+        for row, env in enumerate(self.envs):
+            if env.observation_space != observation_space or env.action_space != action_space:
+                raise ValueError(
+                    f"expected equal spaces; environment {row} has {env.observation_space} and {env.action_space}, "
+                    f"environment 0 {observation_space} and {action_space}"
+                )
+        self.spec, self._encode, self._action_start = _gymnasium_spec(observation_space, action_space, encoder)
+        self._seeds: list[int | None] = [*spread_seeds(seed, self.num_envs)]
+        if context is not None:
+            self.envs[0].reset(seed=self._seeds[0])  # the context of an environment that was never reset may not exist
+            size = len(np.ravel(context(self.envs[0])))
+            self.spec = dataclasses.replace(self.spec, context_size=size)
+            self._context = lambda env: np.ravel(context(env))
+
+    def _reset_row(self, row: int) -> Any:
+        seed, self._seeds[row] = self._seeds[row], None
+        return self.envs[row].reset(seed=seed)[0]
+
+    def _step_row(self, row: int, action: int) -> tuple[Any, float, float, bool]:
+        observation, reward, terminated, truncated, _ = self.envs[row].step(action + self._action_start)
+        return observation, reward, 1.0 - terminated, terminated or truncated
+
+
+class DmEnvs(_SerialEnvs):
+    """`dm_env.Environment`s side by side, stepped in this process.
+
+    Nested observations of numeric arrays are flattened, dictionaries in the order of their sorted keys, and
+    concatenated. A discount strictly between 0 and 1 is passed on as it is.
+    """
+
+    def __init__(
+        self,
+        envs: Sequence[Any] | Callable[..., Any],
+        *,
+        num_envs: int | None = None,
+        seed: int | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        """Wraps a list of environments, or builds one.
+
+        Args:
+            envs: B environments, seeded by who built them; or a constructor, which is called with a `seed` of its own
+                for every environment (see `spread_seeds`), or without one if it has no such argument.
+            num_envs: B, with a constructor only.
+            seed: of the run, with a constructor only: dm_env has no way to seed an environment that exists.
+            device: of the TimeSteps.
+
+        Raises:
+            ValueError: if a spec is not supported, the specs differ, or the arguments contradict each other.
+        """
+        if callable(envs):
+            if num_envs is None or seed is None:
+                raise ValueError(f"a constructor needs num_envs and seed, got num_envs={num_envs} and seed={seed}")
+            built = [envs(seed=s) if _takes_seed(envs) else envs() for s in spread_seeds(seed, num_envs)]
+        else:
+            if num_envs is not None or seed is not None:
+                raise ValueError("num_envs and seed go with a constructor; a list of environments has both already")
+            built = list(envs)
+        super().__init__(built, device)
+        self.spec, self._encode, self._flatten, self._action_start = _dm_spec(self.envs[0])
+        for row, env in enumerate(self.envs):
+            if _dm_spec(env)[0] != self.spec:
+                raise ValueError(f"expected equal specs; those of environment {row} differ from environment 0's")
+
+    def _reset_row(self, row: int) -> Any:
+        return self._flatten(self.envs[row].reset().observation)
+
+    def _step_row(self, row: int, action: int) -> tuple[Any, float, float, bool]:
+        step = self.envs[row].step(action + self._action_start)
+        return self._flatten(step.observation), step.reward, step.discount, step.last()
+
+
+def gymnasium_vector(
+    env: "str | Callable[[], gymnasium.Env]",
+    num_envs: int,
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+    vectorization: str = "sync",
+    context: "str | Callable[[gymnasium.Env], np.ndarray] | None" = None,
+    view_size: int | None = None,
+    encoding: str | None = None,
+    ignore_mission: bool = False,
+    **env_kwargs: Any,
+) -> Environment:
+    """Builds B copies of one gymnasium environment.
+
+    MiniGrid is recognised by its observation: the policy sees the egocentric symbolic view, encoded by `minigrid_view`.
+    The direction is left out, as is customary, and so is the mission, a sentence.
+
+    Args:
+        env: a gymnasium id or a constructor of one environment.
+        num_envs: B.
+        seed: of the run.
+        device: of the TimeSteps.
+        vectorization: "sync" steps them in this process, "async" each in a process of its own, which pays where
+            a step takes much longer than the exchange of its observation (about 0.1 ms).
+        context: a function of the environment, or "grid" for `minigrid_context`; with "sync" only.
+        view_size: MiniGrid's view, cells to a side, odd; 7 unless given.
+        encoding: of MiniGrid's view: "one_hot" (the default) or "symbolic", the small integers themselves.
+        ignore_mission: take a MiniGrid environment whose mission differs between episodes, though the policy cannot
+            read it.
+        **env_kwargs: go to `gymnasium.make` or to the constructor.
+
+    Returns:
+        A `GymnasiumEnvs` or a `GymnasiumVector`.
+
+    Raises:
+        ValueError: if an argument or a space is not supported.
+    """
+    if vectorization not in ("sync", "async"):
+        raise ValueError(f"vectorization must be 'sync' or 'async', got {vectorization!r}")
+    if vectorization == "async" and context is not None:
+        raise ValueError("context needs vectorization='sync': other processes' environments cannot be looked into")
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    constructor = _EnvConstructor(env, view_size, env_kwargs)
+    probe = constructor.unwrapped_view()
+    encoder = None
+    try:
+        spaces: Any = probe.observation_space
+        if _is_minigrid(probe):
+            if encoding not in (None, "one_hot", "symbolic"):
+                raise ValueError(f"encoding must be 'one_hot' or 'symbolic', got {encoding!r}")
+            encoder = minigrid_symbols if encoding == "symbolic" else minigrid_view
+            if getattr(spaces["mission"], "ordered_placeholders", None) and not ignore_mission:
+                raise ValueError(
+                    f"the mission of {_env_name(probe)} differs between episodes, and the policy sees the image only; "
+                    "pass ignore_mission=True to train without it"
+                )
+        elif view_size is not None or encoding is not None or ignore_mission or context == "grid":
+            raise ValueError(
+                "view_size, encoding, ignore_mission and context='grid' are for MiniGrid, and "
+                f"{_env_name(probe)} is not one of its environments"
+            )
+        if isinstance(context, str) and context != "grid":
+            raise ValueError(f"context must be 'grid', a function of the environment or None, got {context!r}")
+    finally:
+        probe.close()
+    if vectorization == "async":
+        from gymnasium.vector import AsyncVectorEnv
+
+        # A fork of a process in which torch has started its threads can hang, so the workers start afresh.
+        vector_env = AsyncVectorEnv([constructor] * num_envs, context="spawn")
+        return GymnasiumVector(vector_env, seed=seed, device=device, encoder=encoder)
+    context_function = minigrid_context if isinstance(context, str) else context
+    envs = [constructor() for _ in range(num_envs)]
+    return GymnasiumEnvs(envs, seed=seed, device=device, encoder=encoder, context=context_function)
+
+
+class _EnvConstructor:
+    """Builds one environment; a class, so that it can be sent to another process."""
+
+    def __init__(self, env: "str | Callable[[], gymnasium.Env]", view_size: int | None, env_kwargs: Mapping[str, Any]):
+        self.env = env
+        self.view_size = view_size
+        self.env_kwargs = dict(env_kwargs)
+
+    def unwrapped_view(self) -> "gymnasium.Env":
+        """The environment before its view is taken out of MiniGrid's dictionary."""
+        if not isinstance(self.env, str):
+            return self.env(**self.env_kwargs)
+        import gymnasium
+
+        if self.env.startswith(("MiniGrid-", "BabyAI-")):
+            importlib.import_module("minigrid")  # registers its ids, in worker processes too
+        # The checker repeats at every step what tests check once, and warns about things we cannot change.
+        return gymnasium.make(self.env, disable_env_checker=True, **self.env_kwargs)
+
+    def __call__(self) -> "gymnasium.Env":
+        env = self.unwrapped_view()
+        if _is_minigrid(env):
+            from minigrid.wrappers import ImgObsWrapper, ViewSizeWrapper
+
+            if self.view_size is not None:
+                env = ViewSizeWrapper(env, agent_view_size=self.view_size)
+            env = ImgObsWrapper(env)
+        return env
+
+
+def _is_minigrid(env: "gymnasium.Env") -> bool:
+    """Whether the observations are MiniGrid's dictionaries."""
+    spaces = getattr(env.observation_space, "spaces", None)
+    return isinstance(spaces, dict) and {"image", "direction", "mission"} <= spaces.keys()
+
+
+def _env_name(env: "gymnasium.Env") -> str:
+    return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+
+
+def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder | None) -> tuple[EnvSpec, Encoder, int]:
+    """Returns the spec, the conversion of observations and the number of the first action."""
+    from gymnasium import spaces
+
+    if not isinstance(action_space, spaces.Discrete):
+        raise ValueError(f"the action space is {action_space}, but only Discrete is supported")
+    if isinstance(observation_space, spaces.Discrete):
+        n, start = int(observation_space.n), int(observation_space.start)
+        encoder = encoder or (lambda x: (np.asarray(x)[:, None] == np.arange(start, start + n)).astype(np.float32))
+        example = np.zeros((1,), np.int64)
+    elif isinstance(observation_space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
+        assert observation_space.shape is not None and observation_space.dtype is not None
+        example = np.zeros((1, *observation_space.shape), observation_space.dtype)
+        encoder = encoder or _array_encoder(example[0])
+    else:
+        raise ValueError(
+            f"the observation space is {observation_space}, but only Box, Discrete, MultiBinary and MultiDiscrete are "
+            "supported; select or flatten its parts with a wrapper of gymnasium.wrappers first"
+        )
+    return _spec_of(encoder(example), int(action_space.n)), encoder, int(action_space.start)
+
+
+def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], int]:
+    """Returns the spec, the conversion of a batch, that of one observation before batching, and the first action."""
+    action_spec = env.action_spec()
+    if getattr(action_spec, "shape", None) != () or not np.issubdtype(action_spec.dtype, np.integer):
+        raise ValueError(
+            f"the action spec is {action_spec}, but only one discrete action (shape (), integer) is supported"
+        )
+    if not hasattr(action_spec, "minimum") or not hasattr(action_spec, "maximum"):
+        raise ValueError(f"the action spec {action_spec} has no bounds; expected a DiscreteArray or BoundedArray")
+    start = int(action_spec.minimum)
+    num_actions = int(action_spec.maximum) - start + 1
+    if getattr(env.reward_spec(), "shape", ()) != ():
+        raise ValueError(f"the reward spec is {env.reward_spec()}, but only a scalar reward is supported")
+    observation_spec = env.observation_spec()
+    leaves = _leaves(observation_spec)
+    for leaf in leaves:
+        if not np.issubdtype(leaf.dtype, np.number) and leaf.dtype != np.bool_:
+            raise ValueError(f"the observation spec {leaf} is not numeric")
+    if len(leaves) == 1:
+        flatten: Callable[[Any], np.ndarray] = lambda observation: np.asarray(_leaves(observation)[0])  # noqa: E731
+        example = np.zeros(leaves[0].shape, leaves[0].dtype)
+    else:
+        flatten = _concatenated
+        example = _concatenated([np.zeros(leaf.shape, leaf.dtype) for leaf in leaves])
+    encoder = _array_encoder(example)
+    return _spec_of(encoder(example[None]), num_actions), encoder, flatten, start
+
+
+def _leaves(nest: Any) -> list[Any]:
+    """Arrays or specs of a nest of dictionaries, lists and tuples, dictionaries in the order of their sorted keys."""
+    if isinstance(nest, Mapping):
+        return [leaf for key in sorted(nest) for leaf in _leaves(nest[key])]
+    if isinstance(nest, list | tuple):
+        return [leaf for part in nest for leaf in _leaves(part)]
+    return [nest]
+
+
+def _concatenated(nest: Any) -> np.ndarray:
+    """All numbers of a nest as one float32 vector."""
+    return np.concatenate([np.ravel(leaf) for leaf in _leaves(nest)], dtype=np.float32, casting="unsafe")
+
+
+def _array_encoder(example: np.ndarray) -> Encoder:
+    """Picks the conversion of arrays that look like `example` (without a batch); see the module."""
+    if example.dtype == np.uint8 and example.ndim == 2:
+        return lambda x: np.array(x)[:, None]  # [B, 1, Y, X]
+    if example.dtype == np.uint8 and example.ndim == 3:
+        if example.shape[-1] <= example.shape[0]:  # [Y, X, C], gymnasium's custom
+            return lambda x: np.array(np.moveaxis(x, -1, 1), order="C")
+        return np.array
+    if example.dtype == np.uint8 and example.ndim > 3:
+        raise ValueError(f"images of shape {example.shape} are not supported; expected [Y, X], [Y, X, C] or [C, Y, X]")
+    if example.ndim >= 3:
+        return lambda x: np.array(x, np.float32)
+    return lambda x: np.array(x, np.float32).reshape(len(x), -1)
+
+
+def _spec_of(encoded: np.ndarray, num_actions: int) -> EnvSpec:
+    """The spec of environments whose encoded observations look like `encoded` [1, ...]."""
+    return EnvSpec(encoded.shape[1:], torch.from_numpy(encoded).dtype, num_actions)
+
+
+def _takes_seed(constructor: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(constructor).parameters.values()
+    return any(p.name == "seed" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+_NOT_RESUMABLE = "the state of {} cannot be saved: its interface has no way to restore it exactly (resumable is False)"
+
+
+def _first_step(observation: np.ndarray, device: torch.device, context: np.ndarray | None = None) -> TimeStep:
+    """The step in which every row starts an episode."""
+    num_envs = len(observation)
+    starts = np.ones(num_envs, bool)
+    return _time_step(observation, np.zeros(num_envs), starts, starts, ~starts, device, context=context)
+
+
+def _time_step(
+    observation: np.ndarray,
+    reward: np.ndarray,
+    discount: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    device: torch.device,
+    *,
+    context: np.ndarray | None = None,
+    final: np.ndarray | None = None,
+) -> TimeStep:
+    """A TimeStep of arrays. `observation`, `context` and `final` are handed over, the small ones copied."""
+
+    def tensor(x: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(x, dtype=dtype, device=device)
+
+    return TimeStep(
+        observation=torch.from_numpy(observation).to(device),
+        reward=tensor(reward, torch.float32),
+        discount=tensor(discount, torch.float32),
+        first=tensor(first, torch.bool),
+        last=tensor(last, torch.bool),
+        context=None if context is None else torch.from_numpy(context.astype(np.float32, copy=False)).to(device),
+        final_observation=None if final is None else torch.from_numpy(final).to(device),
+    )

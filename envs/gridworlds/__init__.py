@@ -1,0 +1,15 @@
+"""Memory gridworlds whose whole batch is a handful of tensors: small tasks in which one early observation decides late.
+
+Each is an `envs.timestep.Environment` with privileged `context`, saves its state exactly and knows a `reference_policy`
+that solves it. `envs.exports` offers them to gymnasium and dm_env.
+
+    PassiveTMaze   the cue is shown at once, the decision comes N steps later: long memory, short credit assignment
+    ActiveTMaze    the cue must be fetched first: long memory and long credit assignment
+    KeyToDoor      a key taken in the first room pays in the third one: long credit assignment, memory with two doors
+"""
+
+from envs.gridworlds.batched import BatchedGridworld
+from envs.gridworlds.key_to_door import KeyToDoor
+from envs.gridworlds.t_maze import ActiveTMaze, PassiveTMaze
+
+__all__ = ["ActiveTMaze", "BatchedGridworld", "KeyToDoor", "PassiveTMaze"]

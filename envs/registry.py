@@ -1,0 +1,220 @@
+"""Environments by name: `make` turns an id into B environments behind one `TimeStep`.
+
+    "PassiveTMaze", "ActiveTMaze", "KeyToDoor"   this project's gridworlds
+    "ALE/Breakout-v5"                            Atari
+    "MiniGrid-MemoryS7-v0"                       MiniGrid (an optional extra)
+    "CartPole-v1"                                any other id that gymnasium knows
+    "module:Name"                                a class or function of an importable module, or a gymnasium id that
+                                                 importing it registers; nothing in this package has to be touched
+
+Packages are imported when an id asks for them.
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from envs.timestep import Environment
+
+GRIDWORLDS = ("PassiveTMaze", "ActiveTMaze", "KeyToDoor")
+
+_OUR_ARGUMENTS = {"self", "num_envs", "seed", "device"}
+# What `gymnasium_vector` understands, beside the arguments of the environment itself.
+_GYMNASIUM_OPTIONS = ("vectorization", "context", "view_size", "encoding", "ignore_mission", "max_episode_steps")
+
+
+def make(env_id: str, *, num_envs: int, seed: int, device: str | torch.device = "cpu", **kwargs: Any) -> Environment:
+    """Builds B environments.
+
+    Args:
+        env_id: see the module.
+        num_envs: B.
+        seed: of the run; the environments are seeded differently from each other and from those of other runs.
+        device: of the TimeSteps.
+        **kwargs: settings of the environment. "module:Name" passes them to what it names, which may be a class or
+            function that takes (num_envs, seed, device) and gives an `Environment`; a `gymnasium.Env`; a
+            `gymnasium.vector.VectorEnv`, which is given num_envs; or a `dm_env.Environment`, which is given a seed if
+            it takes one.
+
+    Raises:
+        ValueError: if the id or a setting is unknown; names the nearest.
+        ImportError: if an optional package is missing; says how to install it.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    if env_id in GRIDWORLDS:
+        cls = getattr(importlib.import_module("envs.gridworlds"), env_id)
+        _check_arguments(env_id, kwargs, _argument_names(cls))
+        return cls(num_envs=num_envs, seed=seed, device=device, **kwargs)
+    if env_id.startswith("ALE/"):
+        return _make_atari(env_id, num_envs, seed, device, kwargs)
+    if ":" in env_id:
+        return _make_imported(env_id, num_envs, seed, device, kwargs)
+    return _make_gymnasium(env_id, num_envs, seed, device, kwargs)
+
+
+def _make_atari(
+    env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
+) -> Environment:
+    from envs.atari import Atari
+
+    allowed = _argument_names(Atari)
+    assert allowed is not None
+    _check_arguments(env_id, kwargs, allowed - {"game"})
+    return Atari(env_id, num_envs=num_envs, seed=seed, device=device, **kwargs)
+
+
+def _make_gymnasium(
+    env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
+) -> Environment:
+    if env_id.startswith(("MiniGrid-", "BabyAI-")):
+        try:
+            importlib.import_module("minigrid")  # registers its ids
+        except ImportError as error:
+            raise ImportError(f"{env_id} needs the package minigrid: pip install -e '.[minigrid]'") from error
+    try:
+        import gymnasium
+        from gymnasium.envs.registration import load_env_creator
+    except ImportError as error:
+        raise ImportError(f"{env_id} needs the package gymnasium: pip install -e '.[agents]'") from error
+    from envs.adapters import gymnasium_vector
+
+    if env_id not in gymnasium.registry:
+        nearest = difflib.get_close_matches(env_id, _known_ids(), n=3, cutoff=0.4)
+        hint = f"the nearest are {nearest}" if nearest else f"expected one of {list(GRIDWORLDS)}, a gymnasium id"
+        raise ValueError(f"unknown environment {env_id!r}; {hint}, or module:Name for a class of your own")
+    spec = gymnasium.registry[env_id]
+    creator: Any = spec.entry_point
+    if isinstance(creator, str):
+        creator = load_env_creator(creator)
+    if creator is None:
+        raise ValueError(f"{env_id} has no constructor of single environments; name its class as module:Name")
+    names = _argument_names(creator)
+    _check_arguments(env_id, kwargs, None if names is None else names.union(_GYMNASIUM_OPTIONS))
+    return gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
+
+
+def _make_imported(
+    env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
+) -> Environment:
+    module_name, _, name = env_id.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that is there and lacks one of its own imports tells so itself.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"{env_id}: there is no module {module_name!r}; is its folder on PYTHONPATH?") from error
+    if not hasattr(module, name):
+        gymnasium = sys.modules.get("gymnasium")
+        if gymnasium is not None and name in gymnasium.registry:
+            return _make_gymnasium(name, num_envs, seed, device, kwargs)
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        nearest = difflib.get_close_matches(name, public, n=1, cutoff=0.0)
+        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+        raise ValueError(f"{env_id}: module {module_name!r} has no {name!r}{hint}")
+    target = getattr(module, name)
+    if not callable(target):
+        raise ValueError(f"{env_id}: expected a class or a function, got {type(target).__name__}")
+    if _is_subclass(target, "gymnasium", "Env"):
+        return _make_imported_gymnasium(env_id, target, num_envs, seed, device, kwargs)
+    from envs.adapters import DmEnvs, GymnasiumVector
+
+    parameters = _argument_names(target, ours=True)
+    _check_arguments(env_id, kwargs, None if parameters is None else parameters - _OUR_ARGUMENTS)
+    if _is_subclass(target, "gymnasium.vector", "VectorEnv"):
+        return GymnasiumVector(target(num_envs=num_envs, **kwargs), seed=seed, device=device)
+    if _is_subclass(target, "dm_env", "Environment"):
+        return DmEnvs(functools.partial(target, **kwargs), num_envs=num_envs, seed=seed, device=device)
+    if parameters is not None and not {"num_envs", "seed", "device"} <= parameters:
+        raise ValueError(
+            f"{env_id}: expected a gymnasium.Env, gymnasium.vector.VectorEnv or dm_env.Environment, or something that "
+            f"takes (num_envs, seed, device) and gives an envs.Environment; it takes {sorted(parameters)}"
+        )
+    env = target(num_envs=num_envs, seed=seed, device=device, **kwargs)
+    if not isinstance(env, Environment):
+        raise ValueError(
+            f"{env_id} gave {type(env).__name__}, which is not an envs.Environment: it lacks "
+            f"{[member for member in _ENVIRONMENT_MEMBERS if not hasattr(env, member)]}"
+        )
+    return env
+
+
+def _make_imported_gymnasium(
+    env_id: str, cls: Callable[..., Any], num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
+) -> Environment:
+    from envs.adapters import gymnasium_vector
+
+    # A time limit comes with registration, so there is none here.
+    options = set(_GYMNASIUM_OPTIONS) - {"max_episode_steps"}
+    names = _argument_names(cls)
+    _check_arguments(env_id, kwargs, None if names is None else names | options)
+    return gymnasium_vector(cls, num_envs, seed=seed, device=device, **kwargs)
+
+
+_ENVIRONMENT_MEMBERS = (
+    "spec", "num_envs", "device", "resumable", "reset", "step", "state_dict", "load_state_dict", "close"
+)  # fmt: skip
+
+
+def _is_subclass(target: Any, module: str, name: str) -> bool:
+    """Whether `target` is a subclass of `module`.`name`: it cannot be one if nobody has imported that module."""
+    base = getattr(sys.modules.get(module), name, None)
+    return base is not None and inspect.isclass(target) and issubclass(target, base)
+
+
+def _argument_names(target: Callable[..., Any], ours: bool = False) -> set[str] | None:
+    """Names of the keyword arguments of a class or function, or None if it takes any.
+
+    The **kwargs of a constructor are taken to go to those of its base classes.
+
+    Args:
+        target: a class or a function.
+        ours: whether to keep num_envs, seed and device.
+    """
+    if not inspect.isclass(target):
+        constructors: list[Any] = [target]
+    else:
+        constructors = [vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base)]
+    names: set[str] = set()
+    for constructor in constructors:
+        if constructor is object.__init__:
+            break
+        parameters = inspect.signature(constructor).parameters.values()
+        names.update(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    else:
+        return None  # the last one takes **kwargs, and there is no base left to look at
+    return names - {"self"} if ours else names - _OUR_ARGUMENTS
+
+
+def _check_arguments(env_id: str, kwargs: dict[str, Any], allowed: Iterable[str] | None) -> None:
+    """Raises ValueError for the first argument that is not among the allowed ones; None allows all."""
+    if allowed is None:
+        return
+    allowed = sorted(allowed)
+    for name in kwargs:
+        if name not in allowed:
+            nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(f"{env_id} has no argument {name!r}; {hint}It takes {', '.join(allowed) or 'none'}")
+
+
+def _known_ids() -> list[str]:
+    """Ids that can be suggested, with those of the optional packages that are installed."""
+    for package in ("ale_py", "minigrid"):
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
+    gymnasium = importlib.import_module("gymnasium")
+    # Atari under its present names only: the old ones have other settings.
+    entries = gymnasium.registry.items()
+    ids = [id_ for id_, spec in entries if id_.startswith("ALE/") or not str(spec.entry_point).startswith("ale_py")]
+    return [*GRIDWORLDS, *ids]

@@ -1,0 +1,125 @@
+import json
+import math
+import sys
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents.metrics import MetricsWriter, read_metrics
+
+
+def _events(folder, tag):
+    return [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars(tag)]
+
+
+def _write_run(folder, steps, **options):
+    with MetricsWriter(folder, total_steps=100, **options) as writer:
+        for step in steps:
+            writer.write(step, {"episode/return": float(step), "loss/policy": torch.tensor(step / 2)})
+
+
+def test_rows_hold_agent_steps_and_numbers(tmp_path):
+    with MetricsWriter(tmp_path / "run", total_steps=100, tensorboard=False) as writer:
+        writer.write(
+            0, {"a": 1.5, "b": torch.tensor([2.5], requires_grad=True), "c": torch.tensor(3, dtype=torch.int64)}
+        )
+        writer.write(2**53, {"a": torch.tensor(True), "b": torch.tensor(2**40 + 1), "c": 1})
+    assert read_metrics(tmp_path / "run") == [
+        {"step": 0, "a": 1.5, "b": 2.5, "c": 3.0},
+        {"step": 2**53, "a": 1.0, "b": 2.0**40 + 1, "c": 1.0},
+    ]
+
+
+def test_tensorboard_shows_the_same_numbers_and_the_hyperparameters(tmp_path):
+    _write_run(tmp_path, [10, 20], hyperparameters={"run": {"seed": 3}})
+    assert _events(tmp_path, "episode/return") == [(10, 10.0), (20, 20.0)]
+    assert _events(tmp_path, "loss/policy") == [(10, 5.0), (20, 10.0)]
+    accumulator = EventAccumulator(str(tmp_path)).Reload()
+    (text,) = accumulator.Tensors("hyperparameters/text_summary")
+    assert text.tensor_proto.string_val[0] == b"```\nrun:\n  seed: 3\n```"
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    _write_run(tmp_path, [10, 20, 30, 40], hyperparameters={})
+    _write_run(
+        tmp_path, [30, 40, 50], resume_step=20, hyperparameters={}
+    )  # the checkpoint was at 20, the crash after 40
+    steps = [10, 20, 30, 40, 50]
+    assert [row["step"] for row in read_metrics(tmp_path)] == steps
+    assert [step for step, _ in _events(tmp_path, "episode/return")] == steps
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    _write_run(tmp_path, [10, 20], tensorboard=False)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "episode/ret')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
+    _write_run(tmp_path, [30], resume_step=20, tensorboard=False)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    with MetricsWriter(tmp_path, total_steps=1, tensorboard=False) as writer:
+        writer.write(1, {"a": math.inf, "b": torch.tensor(math.nan)})
+    _write_run(tmp_path, [2], resume_step=1, tensorboard=False)  # kept through a resume
+    line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(line) == {"step": 1, "a": None, "b": None}
+    row = read_metrics(tmp_path)[0]
+    assert math.isnan(row["a"]) and math.isnan(row["b"])
+
+
+def test_rows_can_be_read_while_the_run_goes_on_after_a_flush(tmp_path):
+    writer = MetricsWriter(tmp_path, total_steps=10)
+    writer.write(1, {"a": 1.0})
+    writer.flush()
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 1.0}]
+    writer.close()
+    writer.close()
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
+    _write_run(tmp_path, [10], tensorboard=False)
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl: found metrics of an earlier run; continue it with --resume, or"
+    ):
+        MetricsWriter(tmp_path, total_steps=100)
+
+
+def test_a_damaged_row_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: found text that is not a row of metrics; repair or"):
+        read_metrics(tmp_path)
+
+
+def test_missing_metrics_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: found no metrics; expected the folder of a run"):
+        read_metrics(tmp_path)
+
+
+def test_wrong_calls_are_refused(tmp_path):
+    writer = MetricsWriter(tmp_path, total_steps=10, tensorboard=False)
+    with pytest.raises(
+        ValueError, match=r"^loss: found a tensor of shape \(2,\); expected one number; reduce it first"
+    ):
+        writer.write(1, {"loss": torch.zeros(2)})
+    writer.write(5, {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"^step: found 4 after 5; expected agent steps, which never decrease"):
+        writer.write(4, {"loss": 1.0})
+    writer.close()
+    with pytest.raises(RuntimeError, match="write after close"):
+        writer.write(6, {"loss": 1.0})
+
+
+def test_the_progress_bar_appears_in_a_terminal_only(tmp_path, monkeypatch, capsys):
+    _write_run(tmp_path / "a", [50, 100], tensorboard=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with MetricsWriter(tmp_path / "b", total_steps=100, tensorboard=False) as writer:
+        writer.write(100, {"episode/return": 0.5, "episode/success": torch.tensor(0.75)})
+    err = capsys.readouterr().err
+    assert "return=0.5, success=0.75" in err
+    assert "100/100" in err
+    assert "steps/s" in err
+    _write_run(tmp_path / "c", [50], tensorboard=False, progress=False)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,978 @@
+"""`cut` and `backward` against full backpropagation through time, over every core."""
+
+import copy
+import importlib
+import io
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from core_cases import (
+    CORES,
+    DOUBLE,
+    D,
+    gradient_of_the_rest,
+    linear_core,
+    make_core,
+    naive_unroll,
+    random_state,
+    resets,
+    states_before,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dni_rl
+
+B, T = 3, 12
+CUTS = (0, 5, 6, 12)  # windows of 5, 1 and 6 steps
+WINDOWS = list(zip(CUTS, CUTS[1:], strict=False))
+# Episodes start inside windows, exactly at both cuts, and the data end with the last one.
+FIRST = resets(T, (2, 0), (8, 0), (5, 1), (6, 2), (9, 2))
+ALIVE = {end: torch.zeros(B) if end == T else (~FIRST[end]).float() for _, end in WINDOWS}
+every_core = pytest.mark.parametrize("name", CORES)
+dense = pytest.mark.parametrize("dense", [True, False], ids=["dense targets", "target at the start"])
+
+
+class Model(nn.Module):
+    """Torso, core, head: what a user has."""
+
+    def __init__(self, core):
+        super().__init__()
+        self.torso, self.core, self.head = nn.Linear(D, D), core, nn.Linear(core.output_size, 1)
+
+    def losses_of(self, outputs, y):
+        return (self.head(outputs).squeeze(-1) - y).square()
+
+    def forward(self, x, y, state, first=None):
+        """Losses [T, B] and the next state."""
+        outputs, end = self.core.unroll(torch.tanh(self.torso(x)), state, first)
+        return self.losses_of(outputs, y), end
+
+    def naive(self, x, y, state, first=None):
+        outputs, end = naive_unroll(self.core, torch.tanh(self.torso(x)), state, first)
+        return self.losses_of(outputs, y), end
+
+
+class Spy(dni_rl.GradientCritic):
+    """A critic that keeps what it was asked."""
+
+    def fit(self, state, target, context=None, valid=None):
+        self.fitted = {"state": state, "target": target, "context": context, "valid": valid}
+        return super().fit(state, target, context, valid)
+
+    def synthetic_gradient(self, state, context=None, alive=None):
+        b = super().synthetic_gradient(state, context, alive)
+        self.asked = {"state": state, "context": context, "answer": b, "window_norm": self.window_norm.clone()}
+        return b
+
+
+class Lookup(nn.Module):
+    """An oracle's network: answers with the gradient noted for the nearest state."""
+
+    def __init__(self, states, gradients):
+        super().__init__()
+        self.states, self.gradients = states, gradients
+
+    def forward(self, x):
+        return self.gradients[(x.unsqueeze(1) - self.states).abs().sum(-1).argmin(1)]
+
+
+def problem(name="LSTM"):
+    model = Model(make_core(name)).double()
+    x, y = torch.randn(T, B, D, dtype=DOUBLE), torch.randn(T, B, dtype=DOUBLE)
+    return model, x, y, random_state(model.core, B)
+
+
+def make_critic(model, trained=True, kind=Spy, **settings):
+    torch.manual_seed(1)
+    critic = kind(state_sizes=model.core.state_sizes, **settings).double()
+    if trained:
+        for p in critic.parameters():
+            nn.init.normal_(p, std=0.5)
+    return critic
+
+
+def gradients(module):
+    return {key: None if p.grad is None else p.grad.clone() for key, p in module.named_parameters()}
+
+
+def assert_same(actual, expected, **tolerances):
+    torch.testing.assert_close(actual, expected, **(tolerances or {"rtol": 1e-10, "atol": 1e-10}))
+
+
+def exactly(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def run_window(model, x, y, state, critic, lo=0, hi=5, first=FIRST, **settings):
+    """The user's loop body over steps lo .. hi."""
+    start = dni_rl.cut(state)
+    losses, end = model(x[lo:hi], y[lo:hi], start, None if first is None else first[lo:hi])
+    settings.setdefault("alive", ALIVE[hi])
+    return dni_rl.backward(losses, start=start, end=end, critic=critic, **settings), end
+
+
+def run_sequence(model, x, y, state, critic, **settings):
+    reports = []
+    for lo, hi in WINDOWS:
+        report, state = run_window(model, x, y, state, critic, lo, hi, **settings)
+        reports.append(report)
+    return reports
+
+
+def train(model, critic, optimizers, seeds, x_size=5, **settings):
+    """Some updates on random windows; returns what it computed on the way."""
+    tape = []
+    state = model.core.initial_state(B)
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(x_size, B, D, generator=generator, dtype=DOUBLE)
+        y = torch.randn(x_size, B, generator=generator, dtype=DOUBLE)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        report, state = run_window(model, x, y, state, critic, alive=None, **settings)
+        for optimizer in optimizers:
+            optimizer.step()
+        tape.append(torch.stack(list(report.as_dict().values())))
+    return tape
+
+
+# Traps 2, 3, 13: oracle, zero, none -------------------------------------------------------------------------------------
+
+
+@every_core
+@dense
+@pytest.mark.parametrize("weight", [1.0, 1024.0 / (T * B)])
+def test_with_an_oracle_windows_equal_full_backpropagation(name, dense, weight):
+    model, x, y, state = problem(name)
+    model.naive(x, y, state, FIRST)[0].sum().mul(weight).backward()
+    expected = gradients(model)
+    model.zero_grad()
+
+    visited = states_before(model.core, torch.tanh(model.torso(x)).detach(), state, FIRST)
+    future = gradient_of_the_rest(
+        lambda j, s: model.naive(x[j:], y[j:], s, FIRST[j:])[0].sum(), visited, range(T)
+    )
+    future.append(tuple(torch.zeros_like(s) for s in visited[T]))
+    for j in (*CUTS[1:],):  # beyond an end the oracle raves: `alive` must stop it
+        for g in future[j]:
+            g[ALIVE[j] == 0] = 1e6
+    critic = dni_rl.GradientCritic(
+        state_sizes=model.core.state_sizes, normalize_targets=False, dense_targets=dense
+    ).double()
+    critic.net = Lookup(*(torch.cat([torch.cat(row, -1) for row in table]) for table in (visited, future)))
+
+    reports = run_sequence(model, x, y, state, critic, weight=weight)
+    assert_same(gradients(model), expected)
+    if dense:  # and its answers are its targets
+        assert all(report.critic_loss < 1e-20 and report.target_norm > 0.01 for report in reports)
+        assert all(report.explained_variance > 1 - 1e-10 for report in reports)
+
+
+@every_core
+def test_without_critic_it_is_truncated_backpropagation_and_differs_from_full(name):
+    model, x, y, state = problem(name)
+    s, total = state, 0.0
+    for lo, hi in WINDOWS:
+        losses, s = model.naive(x[lo:hi], y[lo:hi], tuple(c.detach() for c in s), FIRST[lo:hi])
+        total = total + losses.sum() / (len(losses) * B)
+    total.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    run_sequence(model, x, y, state, None)
+    assert_same(gradients(model), expected)
+    model.zero_grad()
+    sum(losses[lo:hi].mean() for losses in [model.naive(x, y, state, FIRST)[0]] for lo, hi in WINDOWS).backward()
+    assert any((gradients(model)[key] - expected[key]).abs().max() > 1e-4 for key in expected)
+
+
+@every_core
+@dense
+@pytest.mark.parametrize("context_size", [0, 2], ids=["no context", "context"])
+@pytest.mark.parametrize("max_norm_ratio", [None, 0.5], ids=["no bound", "bound"])
+def test_an_untrained_critic_is_no_critic(name, dense, context_size, max_norm_ratio):
+    model, x, y, state = problem(name)
+    run_sequence(model, x, y, state, None)
+    expected = gradients(model)
+    model.zero_grad()
+    critic = make_critic(
+        model,
+        False,
+        hidden_sizes=(5,),
+        context_size=context_size,
+        dense_targets=dense,
+        max_norm_ratio=max_norm_ratio,
+    )
+    for lo, hi in WINDOWS:
+        context = torch.randn(hi - lo + 1, B, 2, dtype=DOUBLE) if context_size else None
+        report, state = run_window(model, x, y, state, critic, lo, hi, context=context)
+        assert report.synthetic_norm == 0.0 and report.predicted_norm == 0.0
+        assert report.target_norm > 0.0
+    assert_same(gradients(model), expected, rtol=1e-13, atol=1e-15)
+
+
+# Targets ----------------------------------------------------------------------------------------------------------------
+
+
+@every_core
+@pytest.mark.parametrize("lo_hi", WINDOWS, ids=str)
+@dense
+@pytest.mark.parametrize("max_norm_ratio", [None, 0.5], ids=["no bound", "bound"])
+def test_targets_are_the_gradients_of_the_surrogate(name, lo_hi, dense, max_norm_ratio):
+    lo, hi = lo_hi
+    model, x, y, state = problem(name)
+    first = FIRST[lo:hi]
+    critic = make_critic(model, dense_targets=dense, max_norm_ratio=max_norm_ratio, gradient_discount=0.9)
+    _, end = run_window(model, x, y, state, critic, lo, hi)
+    b = critic.asked["answer"]
+    assert all(g[ALIVE[hi] == 1].any() for g in b) or not ALIVE[hi].any()
+
+    def surrogate(j, s):
+        losses, last = model.naive(x[lo + j : hi], y[lo + j : hi], s, first[j:])
+        return losses.sum() + sum((c * g).sum() for c, g in zip(last, b, strict=True))
+
+    visited = states_before(model.core, torch.tanh(model.torso(x[lo:hi])).detach(), state, first)
+    steps = range(hi - lo) if dense else range(1)
+    expected = gradient_of_the_rest(surrogate, visited, steps)
+    for k in range(len(state)):
+        assert_same(critic.fitted["target"][k].view(len(steps), B, -1)[~first[: len(steps)]], torch.stack([g[k] for g in expected])[~first[: len(steps)]])
+        assert_same(critic.fitted["state"][k].view(len(steps), B, -1)[~first[: len(steps)]], torch.stack([s[k] for s in visited[: len(steps)]])[~first[: len(steps)]])
+        assert all(not g[first[j]].any() for j, g in enumerate(g[k] for g in expected))
+    if dense:
+        exactly(critic.fitted["valid"].view(-1, B), ~first)
+        assert not any(g.any() for g in end.history.gradients), "the history is used once"
+    else:
+        assert critic.fitted["valid"] is None
+
+
+def test_an_end_gives_zero_and_a_cut_the_bootstrapped_target_on_a_linear_rnn():
+    # s' = A s + W x,  l = <v, s'>:   G_j = sum_{k=1}^{K-j} (A^T)^k v  + alive (A^T)^{K-j} b
+    core, K = linear_core().double(), 4
+    A, v = core.cell.A.detach(), torch.randn(4, dtype=DOUBLE)
+    critic = Spy(state_sizes=(4,)).double()
+    nn.init.normal_(critic.net[0].weight)
+    start = dni_rl.cut((torch.randn(B, 4, dtype=DOUBLE),))
+    outputs, end = core.unroll(torch.randn(K, B, D, dtype=DOUBLE), start)
+    count = torch.ones(K, B, dtype=DOUBLE)
+    count[2:, 1] = 0.0  # sequence 1 ended after step 1; what follows is padding
+    alive = torch.tensor([1.0, 0.0, 0.0])  # sequence 2 ended exactly at the cut
+    b = (end[0] @ critic.net[0].weight.T)[0].detach()
+    dni_rl.backward((outputs @ v) * count, start=start, end=end, critic=critic, alive=alive, weight=0.3)
+    (targets,) = (g.view(K, B, 4) for g in critic.fitted["target"])
+    power = torch.linalg.matrix_power
+    for j in range(K):
+        inside = sum((power(A.T, k) @ v for k in range(1, K - j + 1)), torch.zeros(4, dtype=DOUBLE))
+        assert_same(targets[j, 0], inside + power(A.T, K - j) @ b)
+        assert_same(targets[j, 2], inside)
+        padded = sum((power(A.T, k) @ v for k in range(1, 2 - j + 1)), torch.zeros(4, dtype=DOUBLE))
+        assert_same(targets[j, 1], padded)
+    assert not targets[2:, 1].any() and targets[:, 0].any()
+
+
+@dense
+def test_a_critic_sees_beyond_its_windows_on_a_linear_rnn(dense):
+    # s' = A s,  l = |s'|^2 / 2:  the gradient of the endless future is P s with P = sum_{k>=1} (A^T)^k A^k
+    torch.manual_seed(0)
+    core = linear_core(3).double()
+    with torch.no_grad():
+        core.cell.A.copy_(0.9 * torch.linalg.qr(torch.randn(3, 3, dtype=DOUBLE))[0])  # P = 0.81 / 0.19, a window sees 0.81
+    critic = dni_rl.GradientCritic(state_sizes=(3,), dense_targets=dense).double()
+    optimizer = torch.optim.SGD(critic.parameters(), 0.5)
+    for _ in range(60):
+        start = dni_rl.cut((torch.randn(16, 3, dtype=DOUBLE),))
+        outputs, end = core.unroll(torch.zeros(2, 16, D, dtype=DOUBLE), start)
+        optimizer.zero_grad()
+        report = dni_rl.backward(outputs.square().sum(-1) / 2, start=start, end=end, critic=critic)
+        optimizer.step()
+    assert report.explained_variance > 0.99 and report.cosine > 0.99
+    s = torch.eye(3, dtype=DOUBLE)
+    truth = 0.81 / 0.19 * s
+    assert (critic((s,))[0] - truth).norm() < 0.1 * truth.norm()
+
+
+def test_a_window_written_by_hand_teaches_at_its_start_alone():
+    # No `unroll`, an ordinary tuple, and a state tensor that the core hands on as it is: its end is the leaf of the start.
+    torch.manual_seed(0)
+    A, start = torch.randn(2, 2, dtype=DOUBLE), dni_rl.cut((torch.randn(B, 2, dtype=DOUBLE), torch.randn(B, 2, dtype=DOUBLE)))
+    critic = Spy(state_sizes=(2, 2)).double()
+    nn.init.normal_(critic.net[0].weight)
+    moving, kept = start
+    moving = moving @ A.T + kept
+    dni_rl.backward(moving.sum(-1)[None], start=start, end=(moving, kept), critic=critic)
+    b = critic.asked["answer"]
+    assert critic.fitted["valid"] is None
+    assert_same(critic.fitted["target"][0], (b[0] + 1.0) @ A)
+    assert_same(critic.fitted["target"][1], (b[0] + 1.0) + b[1])
+
+
+def test_a_state_that_is_used_twice_or_has_an_old_gradient():
+    model, x, y, state = problem()
+    critics = [make_critic(model, dense_targets=False) for _ in range(2)]
+    for critic, dirt in zip(critics, (False, True), strict=True):
+        start = dni_rl.cut(state)
+        if dirt:
+            for s in start:
+                s.grad = torch.full_like(s, 7.0)
+        losses, end = model(x[:5], y[:5], start, FIRST[:5])
+        dni_rl.backward(losses, start=start, end=end, critic=critic)
+    exactly(critics[1].fitted["target"], critics[0].fitted["target"])
+
+
+@dense
+def test_a_state_without_influence_has_target_zero(dense):
+    class Deaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, 2)
+
+        def forward(self, x, state):
+            h = self.linear(x)
+            return h, (h, state[1])
+
+    core = dni_rl.wrap(Deaf(), state_sizes=(2, 2), input_size=D, output_size=2).double()
+    critic = Spy(state_sizes=(2, 2), dense_targets=dense).double()
+    nn.init.ones_(critic.net[0].bias)
+    start = dni_rl.cut(core.initial_state(B))
+    outputs, end = core.unroll(torch.randn(2, B, D, dtype=DOUBLE), start)
+    dni_rl.backward(outputs.sum(-1), start=start, end=end, critic=critic)
+    assert not critic.fitted["target"][0].any()
+    exactly(critic.fitted["target"][1], torch.ones_like(critic.fitted["target"][1]))
+
+
+@dense
+def test_undefined_gradients_are_zero(dense):
+    class Mute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, 2)
+
+        def forward(self, x, state):
+            h = self.linear(x) + Mute.apply(state[0])
+            return h, (h,)
+
+    core = dni_rl.wrap(Cell(), state_sizes=(2,), input_size=D, output_size=2).double()
+    critic = Spy(state_sizes=(2,), dense_targets=dense).double()
+    start = dni_rl.cut(core.initial_state(B))
+    outputs, end = core.unroll(torch.randn(3, B, D, dtype=DOUBLE), start)
+    dni_rl.backward(outputs.sum(-1), start=start, end=end, critic=critic)
+    assert not critic.fitted["target"][0].any()
+    assert core.cell.linear.weight.grad.any()
+
+
+@dense
+def test_context_belongs_to_the_state_before_each_step_and_its_last_row_to_the_end(dense):
+    model, x, y, state = problem()
+    critic = make_critic(model, context_size=2, dense_targets=dense)
+    context = torch.randn(6, B, 2, dtype=DOUBLE)
+    _, end = run_window(model, x, y, state, critic, context=context)
+    exactly(critic.asked["context"], context[5])
+    exactly(critic.asked["state"], tuple(s.detach() for s in end))
+    exactly(critic.fitted["context"], context[:5].flatten(0, 1) if dense else context[0])
+
+
+# Trap 4: who owns what --------------------------------------------------------------------------------------------------
+
+
+@every_core
+@dense
+def test_neither_side_sends_gradient_into_the_other(name, dense):
+    model, x, y, state = problem(name)
+    critic = make_critic(model, dense_targets=dense)
+    report, _ = run_window(model, x, y, state, critic, weight=0.25)
+    actual, actual_critic = gradients(model), gradients(critic)
+
+    model.zero_grad()  # the surrogate with its synthetic gradient as a constant
+    losses, end = model.naive(x[:5], y[:5], state, FIRST[:5])
+    b = critic.asked["answer"]
+    (0.25 * (losses.sum() + sum((s * g).sum() for s, g in zip(end, b, strict=True)))).backward()
+    assert_same(actual, gradients(model))
+
+    critic.zero_grad()  # the regression alone
+    prediction = torch.cat(critic(critic.fitted["state"]), -1)
+    goal, valid = torch.cat(critic.fitted["target"], -1), critic.fitted["valid"]
+    error = (((prediction - goal) / critic.target_rms).square()).mean(-1)
+    loss = error.mean() if valid is None else error[valid].mean()
+    assert_same(report.critic_loss, loss.detach())
+    loss.backward()
+    assert_same(actual_critic, gradients(critic))
+
+
+def test_the_model_does_not_feel_how_the_critic_learns():
+    results = []
+    for settings in ({}, {"dense_targets": False}, {"statistics_decay": 0.0}, {"frozen": True}):
+        model, x, y, state = problem()
+        frozen = settings.pop("frozen", False)
+        critic = make_critic(model, normalize_targets=False, **settings).requires_grad_(not frozen)
+        run_window(model, x, y, state, critic)
+        results.append(gradients(model))
+        assert all((g is None) == frozen for g in gradients(critic).values())
+    for other in results[1:]:
+        exactly(other, results[0])
+
+
+@every_core
+def test_the_critic_does_not_feel_which_parameters_are_frozen(name):
+    results = []
+    for frozen in ("nothing", "torso", "core", "head", "all"):
+        model, x, y, state = problem(name)
+        critic = make_critic(model)
+        for key, p in model.named_parameters():
+            p.requires_grad_(not (frozen == "all" or key.startswith(frozen)))
+        report, _ = run_window(model, x, y, state, critic)
+        results.append((gradients(critic), critic.fitted["target"], report.as_dict()))
+        for key, p in model.named_parameters():
+            assert (p.grad is None) == (not p.requires_grad), key
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_clipping_and_weight_decay_act_on_one_side():
+    model, x, y, state = problem()
+    critic = make_critic(model)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in critic.parameters()}
+    run_window(model, x, y, state, critic)
+    before = gradients(critic)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    exactly(gradients(critic), before)
+    before = gradients(model)
+    nn.utils.clip_grad_norm_(critic.parameters(), 1e-3)
+    exactly(gradients(model), before)
+    values = copy.deepcopy(critic.state_dict())
+    torch.optim.AdamW(model.parameters(), 0.1, weight_decay=1.0).step()
+    exactly(critic.state_dict(), values)
+
+
+# Traps 5, 9: units ------------------------------------------------------------------------------------------------------
+
+
+@every_core
+@dense
+def test_the_critic_does_not_feel_the_batch_size(name, dense):
+    results = []
+    for copies in (1, 4):
+        model, x, y, state = problem(name)
+        critic = make_critic(model, dense_targets=dense, max_norm_ratio=0.5)
+        report, _ = run_window(
+            model,
+            x.repeat(1, copies, 1),
+            y.repeat(1, copies),
+            tuple(s.repeat(copies, 1) for s in state),
+            critic,
+            first=FIRST.repeat(1, copies),
+            alive=ALIVE[5].repeat(copies),
+        )
+        results.append((report.as_dict(), gradients(critic), gradients(model), dict(critic.named_buffers())))
+    assert_same(results[0], results[1])
+
+
+@dense
+@pytest.mark.parametrize("weight", [1.0, 1024.0 / 15, 1e-6, torch.tensor(65536.0, dtype=DOUBLE), torch.tensor([3.0])], ids=str)
+def test_the_critic_does_not_feel_the_weight_and_the_model_does(dense, weight):
+    results = []
+    for w in (None, weight):
+        model, x, y, state = problem()
+        critic = make_critic(model, dense_targets=dense, max_norm_ratio=0.5)
+        report, _ = run_window(model, x, y, state, critic, weight=w)
+        factor = float(w) if w is not None else 1.0 / 15
+        unscaled = {key: g / factor for key, g in gradients(model).items()}
+        results.append((unscaled, critic.fitted["target"], gradients(critic), report.as_dict(), dict(critic.named_buffers())))
+    assert_same(results[0], results[1])
+
+
+def test_the_layout_of_losses_and_data_does_not_matter():
+    results = []
+    for batch_first in (False, True):
+        model, x, y, state = problem()
+        critic = make_critic(model)
+        start = dni_rl.cut(state)
+        if batch_first:  # data and losses as transposed views
+            x, y = x.transpose(0, 1).contiguous().transpose(0, 1), y.t().contiguous().t()
+        losses, end = model(x[:5], y[:5], start, FIRST[:5])
+        if batch_first:
+            losses = losses.t().contiguous().t()
+            assert not losses.is_contiguous()
+        dni_rl.backward(losses, start=start, end=end, critic=critic)
+        results.append((gradients(model), gradients(critic)))
+    assert_same(results[0], results[1])
+
+
+@pytest.mark.parametrize("max_norm_ratio", [None, 0.3])
+def test_training_does_not_depend_on_the_unit_of_the_losses(max_norm_ratio):
+    tapes = []
+    for unit in (1.0, 1000.0):
+        model, *_ = problem()
+        critic = make_critic(model, False, max_norm_ratio=max_norm_ratio)
+        model.losses_of = lambda outputs, y, m=model, u=unit: u * Model.losses_of(m, outputs, y)
+        optimizers = [torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(critic.parameters(), 0.01)]
+        tape = torch.stack(train(model, critic, optimizers, range(8), weight=1.0 / (15 * unit)))
+        tape[:, 3:6] /= unit  # the norms
+        tapes.append((tape, [p.detach() for p in model.parameters()]))
+    assert tapes[0][0][-1, 5] > 1e-3  # it is applied
+    assert_same(tapes[0], tapes[1], rtol=1e-5, atol=1e-7)
+
+
+# Discount, scale, bound, warm-up ----------------------------------------------------------------------------------------
+
+
+@every_core
+@pytest.mark.parametrize("setting", ["gradient_discount", "scale"])
+def test_discount_and_scale_interpolate_between_truncation_and_bootstrap(name, setting):
+    results = {}
+    for value in (0.0, 0.25, 1.0):
+        model, x, y, state = problem(name)
+        run_window(model, x, y, state, make_critic(model, **{setting: value}))
+        results[value] = gradients(model)
+    model, x, y, state = problem(name)
+    run_window(model, x, y, state, None)
+    assert_same(results[0.0], gradients(model))
+    for key in results[0.0]:
+        assert_same(results[0.25][key], 0.75 * results[0.0][key] + 0.25 * results[1.0][key])
+    assert any((results[1.0][key] - results[0.0][key]).abs().max() > 1e-4 for key in results[0.0])
+
+
+@every_core
+def test_the_bound_follows_the_gradient_that_losses_inside_windows_send_to_their_start(name):
+    model, x, y, state = problem(name)
+    critic = make_critic(model, max_norm_ratio=0.2, statistics_decay=0.8)
+    critic.net[0].bias.data.fill_(1e3)
+    squares = []
+    for lo, hi in WINDOWS:
+        start = dni_rl.cut(state)
+        inside = torch.autograd.grad(
+            model.naive(x[lo:hi], y[lo:hi], start, FIRST[lo:hi])[0].sum(), start, allow_unused=True, materialize_grads=True
+        )
+        squares.append(torch.cat(inside, -1).square().sum(-1).mean())
+        report, state = run_window(model, x, y, state, critic, lo, hi, alive=None)
+        ages = torch.tensor([0.8**age for age in reversed(range(len(squares)))], dtype=DOUBLE)
+        norm = ((ages * torch.stack(squares)).sum() / ages.sum()).sqrt()
+        assert_same(critic.window_norm, norm)
+        applied = torch.cat(critic.asked["answer"], -1).norm(dim=-1)
+        assert_same(applied, (0.2 * norm).expand(B))  # all of them were far too long
+        assert_same(report.synthetic_norm, 0.2 * norm)
+
+
+def test_training_stays_below_the_bound():
+    model, *_ = problem()
+    critic = make_critic(model, max_norm_ratio=0.3)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(critic.parameters(), 0.3)]
+    lengths = []
+    for seed in range(20):
+        train(model, critic, optimizers, [seed])
+        norm = torch.cat(critic.asked["answer"], -1).norm(dim=-1)
+        bound = 0.3 * critic.asked["window_norm"]
+        assert (norm <= bound * (1 + 1e-12)).all()
+        lengths.append(float(norm.max() / bound))
+    assert max(lengths) > 0.99 and min(lengths) > 0.0
+
+
+def test_warm_up_learns_and_applies_nothing():
+    model, x, y, state = problem()
+    critic = make_critic(model, warmup_updates=2)
+    report = [run_window(model, x, y, state, critic)[0] for _ in range(4)]
+    assert [bool(r.synthetic_norm > 0) for r in report] == [False, False, True, True]
+    assert all(r.predicted_norm > 0 for r in report)
+    assert all(g.any() for g in gradients(critic).values())
+
+
+# Trap 6, 8: the user's loop ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["after the forward pass", "to zeros, not None"])
+def test_zero_grad_may_be_anywhere_before_backward(when):
+    results = []
+    for moment in ("before the forward pass", when):
+        model, x, y, state = problem()
+        critic = make_critic(model)
+        run_window(model, x, y, state, critic)  # leaves gradients behind
+        if moment != "after the forward pass":
+            model.zero_grad(set_to_none=moment != "to zeros, not None")
+            critic.zero_grad(set_to_none=moment != "to zeros, not None")
+        start = dni_rl.cut(state)
+        losses, end = model(x[:5], y[:5], start, FIRST[:5])
+        if moment == "after the forward pass":
+            model.zero_grad()
+            critic.zero_grad()
+        dni_rl.backward(losses, start=start, end=end, critic=critic)
+        results.append((gradients(model), gradients(critic)))
+    exactly(results[0], results[1])
+
+
+@dense
+def test_two_calls_accumulate(dense):
+    model, x, y, state = problem()
+    critic = make_critic(model, normalize_targets=False, dense_targets=dense)
+    alone = []
+    for lo, hi in WINDOWS[::2]:
+        model.zero_grad()
+        critic.zero_grad()
+        run_window(model, x, y, state, critic, lo, hi)
+        alone.append((gradients(model), gradients(critic)))
+    model.zero_grad()
+    critic.zero_grad()
+    for lo, hi in WINDOWS[::2]:
+        run_window(model, x, y, state, critic, lo, hi)
+    for side, total in enumerate((gradients(model), gradients(critic))):
+        assert_same(total, {key: alone[0][side][key] + alone[1][side][key] for key in total})
+
+
+@every_core
+def test_parts_of_a_batch_accumulate_to_the_whole(name):
+    model, x, y, state = problem(name)
+    critic = make_critic(model)
+    run_window(model, x, y, state, critic, weight=1.0 / 15)
+    expected = gradients(model)
+    model.zero_grad()
+    critic = make_critic(model, normalize_targets=False)
+    whole = make_critic(model, normalize_targets=False)
+    model.zero_grad()
+    run_window(model, x, y, state, whole, weight=1.0 / 15)
+    expected = gradients(model)
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 3)):
+        run_window(
+            model,
+            x[:, rows],
+            y[:, rows],
+            tuple(s[rows] for s in state),
+            critic,
+            first=FIRST[:, rows],
+            alive=ALIVE[5][rows],
+            weight=1.0 / 15,
+        )
+    assert_same(gradients(model), expected)
+
+
+@every_core
+@dense
+def test_activation_checkpointing_changes_nothing(name, dense):
+    results = []
+    for checkpointed in (False, True):
+        model, x, y, state = problem(name)
+        critic = make_critic(model, dense_targets=dense, max_norm_ratio=0.5)
+        start = dni_rl.cut(state)
+        inputs = torch.tanh(model.torso(x[:5]))
+        if checkpointed:
+            outputs, end = checkpoint(model.core.unroll, inputs, start, FIRST[:5], use_reentrant=False)
+        else:
+            outputs, end = model.core.unroll(inputs, start, FIRST[:5])
+        report = dni_rl.backward(model.losses_of(outputs, y[:5]), start=start, end=end, critic=critic)
+        results.append((gradients(model), gradients(critic), critic.fitted["target"], report.as_dict()))
+    exactly(results[0], results[1])
+
+
+def test_the_old_kind_of_checkpointing_is_refused():
+    model, x, y, state = problem()
+    start = dni_rl.cut(state)
+    outputs, end = checkpoint(model.core.unroll, torch.tanh(model.torso(x)), start, FIRST, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="it was detached"):
+        dni_rl.backward(model.losses_of(outputs, y), start=start, end=end, critic=make_critic(model))
+
+
+@every_core
+def test_eval_mode_changes_nothing(name):
+    results = []
+    for mode in (True, False):
+        model, x, y, state = problem(name)
+        critic = make_critic(model)
+        run_window(model.train(mode), x, y, state, critic.train(mode))
+        results.append((gradients(model), gradients(critic), dict(critic.named_buffers())))
+    exactly(results[0], results[1])
+
+
+def test_reports_are_scalars_without_gradient():
+    model, x, y, state = problem()
+    names = ["critic_loss", "explained_variance", "cosine", "predicted_norm", "target_norm", "synthetic_norm", "norm_ratio"]
+    for critic in (None, make_critic(model)):
+        report, _ = run_window(model, x, y, state, critic)
+        assert list(report.as_dict()) == names
+        for value in report.as_dict().values():
+            assert value.shape == () and not value.requires_grad
+            assert value.isnan() == (critic is None)
+    assert_same(report.norm_ratio, report.predicted_norm / report.target_norm)
+    assert_same(report.synthetic_norm, torch.cat(critic.asked["answer"], -1).norm(dim=-1).mean())
+
+
+def test_cut_makes_leaves_that_share_memory():
+    state = (torch.randn(2, 3).requires_grad_() * 2, torch.randn(2, 3))
+    leaves = dni_rl.cut(state)
+    for leaf, s in zip(leaves, state, strict=True):
+        assert leaf.is_leaf and leaf.requires_grad and leaf.data_ptr() == s.data_ptr() and leaf is not s
+    assert isinstance(dni_rl.cut(list(state)), tuple)
+    with torch.no_grad():
+        assert all(s.requires_grad for s in dni_rl.cut(state))
+
+
+# Trap 10, 11: files, exceptions, threads, imports -----------------------------------------------------------------------
+
+
+@every_core
+@dense
+def test_save_load_and_continue_equals_never_having_stopped(name, dense):
+    def fresh(seed):
+        torch.manual_seed(seed)
+        model = Model(CORES[name]()).double()
+        critic = Spy(
+            state_sizes=model.core.state_sizes, hidden_sizes=(4,), dense_targets=dense, max_norm_ratio=0.5, warmup_updates=2
+        ).double()
+        return model, critic, [torch.optim.Adam(m.parameters(), 0.01) for m in (model, critic)]
+
+    model, critic, optimizers = fresh(0)
+    train(model, critic, optimizers, range(4))
+    expected = train(model, critic, optimizers, range(4, 7))
+    assert expected[-1][5] > 0  # it is applied
+
+    model, critic, optimizers = fresh(0)
+    train(model, critic, optimizers, range(4))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (model, critic, *optimizers)], file)
+    file.seek(0)
+    model, critic, optimizers = fresh(1)
+    for part, values in zip((model, critic, *optimizers), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(values)
+    exactly(train(model, critic, optimizers, range(4, 7)), expected)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(*_):
+    raise Stop
+
+
+@every_core
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_exception_inside_a_window_leaves_nothing_behind(name, where):
+    model, x, y, state = problem(name)
+    critic = make_critic(model)
+    run_window(model, x, y, state, critic)
+    expected = gradients(model), gradients(critic), dict(critic.named_buffers())
+
+    model, x, y, state = problem(name)
+    critic = make_critic(model)
+    before = copy.deepcopy(critic.state_dict())
+    start = dni_rl.cut(state)
+    # In the forward pass behind the core; in the backward pass below it, when all its gradients have been on their way.
+    handle = model.head.register_forward_hook(stop) if where == "forward" else model.torso.weight.register_hook(stop)
+    with pytest.raises(Stop):
+        losses, end = model(x[:5], y[:5], start, FIRST[:5])
+        dni_rl.backward(losses, start=start, end=end, critic=critic, alive=ALIVE[5])
+    handle.remove()
+    assert not any(s._backward_hooks for s in start)
+    exactly(critic.state_dict(), before)
+    assert all(g is None for g in gradients(critic).values())
+    model.zero_grad()
+    run_window(model, x, y, state, critic)
+    exactly((gradients(model), gradients(critic), dict(critic.named_buffers())), expected)
+
+
+def test_two_threads_do_not_interfere():
+    def work(seed):
+        torch.manual_seed(0)  # only for the sequential run's sake: parameters are drawn below, under a lock of one thread
+        generator = torch.Generator().manual_seed(seed)
+        model, critic = models[seed]
+        for p in (*model.parameters(), *critic.parameters()):
+            p.data.copy_(torch.randn(p.shape, generator=generator, dtype=DOUBLE) * 0.3)
+        optimizers = [torch.optim.Adam(m.parameters(), 0.01) for m in (model, critic)]
+        return torch.stack(train(model, critic, optimizers, range(10 * seed, 10 * seed + 10)))
+
+    def build():
+        for seed in range(2):
+            model = problem("LSTM" if seed else "GRU")[0]
+            models[seed] = (model, make_critic(model, max_norm_ratio=0.5))
+
+    models = {}
+    build()
+    expected = [work(seed) for seed in range(2)]
+    build()
+    with ThreadPoolExecutor(2) as pool:
+        actual = list(pool.map(work, range(2)))
+    exactly(actual, expected)
+    assert not torch.equal(expected[0], expected[1])
+
+
+def test_importing_has_no_side_effects():
+    def settings():
+        return (
+            torch.get_rng_state().tolist(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.is_anomaly_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.benchmark,
+            torch.get_default_device(),
+            sys.getrecursionlimit(),
+        )
+
+    ours = {key: module for key, module in sys.modules.items() if key.split(".")[0] == "dni_rl"}
+    before = settings()
+    try:
+        for key in ours:
+            del sys.modules[key]
+        imported = importlib.import_module("dni_rl")
+        assert imported is not ours["dni_rl"]
+        assert settings() == before
+    finally:
+        for key in [key for key in sys.modules if key.split(".")[0] == "dni_rl"]:
+            del sys.modules[key]
+        sys.modules.update(ours)
+
+
+# Errors -----------------------------------------------------------------------------------------------------------------
+
+
+def refuses(kind, message, function, *arguments, **settings):
+    with pytest.raises(kind) as error:
+        function(*arguments, **settings)
+    assert str(error.value) == message
+
+
+def test_cut_errors():
+    h = torch.zeros(2, 3)
+    for state, found in (
+        (h, "Tensor"),
+        (None, "NoneType"),
+        ((h, h.long()), "tuple of [torch.float32, torch.int64]"),
+        ([h, 3], "list of [torch.float32, 'int']"),
+    ):
+        refuses(
+            ValueError,
+            f"state: expected a tuple of floating-point tensors [B, ...], got {found}; write (state,) for one",
+            dni_rl.cut,
+            state,
+        )
+
+
+WRONG_CALLS = {
+    "reduced": (
+        lambda w: {"losses": w["losses"].mean()},
+        ValueError,
+        "losses: expected [T, B], one loss per step and sequence, got (); do not reduce them",
+    ),
+    "reduced over time": (
+        lambda w: {"losses": w["losses"].sum(0)},
+        ValueError,
+        "losses: expected [T, B], one loss per step and sequence, got (3,); do not reduce them",
+    ),
+    "no graph": (
+        lambda w: {"losses": w["losses"].detach()},
+        RuntimeError,
+        "losses: no gradient flows from them; were they computed under torch.no_grad()?",
+    ),
+    "another start": (
+        lambda w: {"start": w["start"][:1]},
+        ValueError,
+        "start, end: expected equal shapes, got [(3, 4)] and [(3, 4), (3, 4)]",
+    ),
+    "batch first": (
+        lambda w: {"losses": w["losses"].t()},
+        ValueError,
+        "start: expected batch size 5 as in losses, got [(3, 4), (3, 4)]",
+    ),
+    "start not cut": (
+        lambda w: {"start": tuple(s.detach() for s in w["start"])},
+        RuntimeError,
+        "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled",
+    ),
+    "start no leaf": (
+        lambda w: {"start": tuple(s * 1 for s in w["start"])},
+        RuntimeError,
+        "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled",
+    ),
+    "end cut": (
+        lambda w: {"end": tuple(s.detach() for s in w["end"])},
+        RuntimeError,
+        "end: expected the state that `core.unroll` returned, with its graph; it was detached",
+    ),
+    "alive": (lambda w: {"alive": torch.ones(5, 3)}, ValueError, "alive: expected [B] = (3,), got (5, 3)"),
+    "context of one step too few": (
+        lambda w: {"context": torch.zeros(5, 3, 2)},
+        ValueError,
+        "context: expected [T + 1, B, Z] = (6, 3, 2), the last row for `end`, got (5, 3, 2)",
+    ),
+    "no context": (
+        lambda w: {"context": None},
+        ValueError,
+        "context: expected [T + 1, B, Z] = (6, 3, 2), the last row for `end`, got None",
+    ),
+    "context for a critic without": (
+        lambda w: {"critic": make_critic(w["model"])},
+        ValueError,
+        "context: got (6, 3, 2), but the critic was built with context_size=0; leave it out",
+    ),
+    "a critic for another core": (
+        lambda w: {"critic": dni_rl.GradientCritic(state_sizes=(4,), context_size=2).double()},
+        ValueError,
+        "state: expected widths (4,), got shapes [(3, 4), (3, 4)]",
+    ),
+    "weight 0": (
+        lambda w: {"weight": 0.0},
+        ValueError,
+        "weight: found 0.0, allowed above 0; multiply losses by 0 where they must not count",
+    ),
+    "weight nan": (
+        lambda w: {"weight": math.nan},
+        ValueError,
+        "weight: found nan, allowed above 0; multiply losses by 0 where they must not count",
+    ),
+    "weights": (
+        lambda w: {"weight": torch.ones(3)},
+        ValueError,
+        "weight: expected one number, got (3,); weigh single steps in losses",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_CALLS)
+def test_a_wrong_call_is_refused_and_leaves_nothing_behind(mistake):
+    change, kind, message = WRONG_CALLS[mistake]
+    model, x, y, state = problem()
+    start = dni_rl.cut(state)
+    losses, end = model(x[:5], y[:5], start, FIRST[:5])
+    critic = make_critic(model, context_size=2, max_norm_ratio=0.5)
+    call = {"losses": losses, "start": start, "end": end, "critic": critic, "alive": None, "context": torch.zeros(6, 3, 2)}
+    call.update(change({**call, "model": model}))
+    before = copy.deepcopy(call["critic"].state_dict())
+    refuses(kind, message, dni_rl.backward, call.pop("losses"), **call)
+    exactly(call["critic"].state_dict(), before)
+    assert all(g is None for module in (model, critic, call["critic"]) for g in gradients(module).values())
+    dni_rl.backward(losses, start=start, end=end, critic=critic, context=torch.zeros(6, 3, 2))  # the window is still good
+
+
+@pytest.mark.parametrize("with_critic", [True, False])
+def test_backward_under_no_grad_is_refused_and_leaves_nothing_behind(with_critic):
+    model, x, y, state = problem()
+    critic = make_critic(model) if with_critic else None
+    start = dni_rl.cut(state)
+    losses, end = model(x[:5], y[:5], start, FIRST[:5])
+    message = "backward: gradients are switched off here; call it outside of torch.no_grad()"
+    with torch.no_grad():
+        refuses(RuntimeError, message, dni_rl.backward, losses, start=start, end=end, critic=critic)
+    assert all(g is None for g in gradients(model).values())
+    with torch.no_grad():
+        losses, end = model(x[:5], y[:5], start, FIRST[:5])
+    with pytest.raises(RuntimeError, match="were they computed under"):
+        dni_rl.backward(losses, start=start, end=end, critic=critic)
+
+
+def test_a_window_cannot_be_used_twice():
+    model, x, y, state = problem()
+    start = dni_rl.cut(state)
+    losses, end = model(x[:5], y[:5], start, FIRST[:5])
+    dni_rl.backward(losses, start=start, end=end, critic=make_critic(model))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        dni_rl.backward(losses, start=start, end=end, critic=make_critic(model))

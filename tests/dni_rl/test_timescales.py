@@ -1,0 +1,267 @@
+import pytest
+import torch
+
+import dni_rl
+from dni_rl import GradientCritic
+from dni_rl.cores.base import unroll_stepwise
+from dni_rl.cores.timescales import MultiTimescaleCore
+
+T, B, D = 24, 3, 2
+SETTINGS = [((3, 2), (1, 3), "last"), ((3, 2, 4), (1, 2, 6), "last"), ((3, 2, 4), (1, 2, 6), "mean"), ((3,), (1,), "last")]
+
+
+@pytest.fixture(params=SETTINGS, ids=["2 levels", "3 levels", "3 levels, mean", "1 level"])
+def core(request):
+    torch.manual_seed(0)
+    hidden_sizes, periods, message = request.param
+    return MultiTimescaleCore(D, hidden_sizes, periods, message=message).double()
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(T, B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def first():
+    first = torch.zeros(T, B, dtype=torch.bool)
+    first[0], first[7, 1], first[12, 1], first[4, 2], first[9, 2] = True, True, True, True, True
+    return first
+
+
+def losses_of(outputs):
+    return (outputs - 0.3).square().sum(-1)
+
+
+def reference(core, inputs, first, ticks=None):
+    """Row by row, with integer clocks and Python conditions; level i detached after every `ticks` of its own ticks."""
+    rows = []
+    for b in range(inputs.shape[1]):
+        sizes = [cell.hidden_size for cell in core.levels]
+        outputs = []
+        for t in range(len(inputs)):
+            if t == 0 or first[t, b]:
+                h = [inputs.new_zeros(size) for size in sizes]
+                c = [inputs.new_zeros(size) for size in sizes]
+                heard = [[] for _ in sizes]
+                clock = 0
+            for i, period in enumerate(core.periods):
+                if ticks is not None and t % (ticks * period) == 0:
+                    h[i], c[i], heard[i] = h[i].detach(), c[i].detach(), [m.detach() for m in heard[i]]
+            before = list(h)
+            for i, (cell, period) in enumerate(zip(core.levels, core.periods)):
+                message = inputs[t, b] if i == 0 else h[i - 1]
+                heard[i].append(message)
+                if clock % period == 0:
+                    if core.message == "mean" and i:
+                        message = torch.stack(heard[i]).mean(0)
+                    heard[i] = []
+                    below = torch.cat([message, before[i + 1]]) if i + 1 < len(sizes) else message
+                    h[i], c[i] = (s[0] for s in cell(below[None], (h[i][None], c[i][None])))
+            clock += 1
+            outputs.append(h[0])
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows, 1)
+
+
+def gradients_of(core):
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in core.parameters()])
+
+
+def full_bptt(core, inputs, first):
+    core.zero_grad()
+    start = dni_rl.cut(core.initial_state(B))
+    outputs, end = core.unroll(inputs, start, first)
+    losses_of(outputs).sum().backward()
+    gradients = gradients_of(core)
+    core.zero_grad()
+    return gradients, end.history.gradients
+
+
+class Oracle(GradientCritic):
+    """Knows the true gradient [T + 1, B, ...] of every state; the step is told as context."""
+
+    def __init__(self, state_sizes, gradients):
+        super().__init__(state_sizes=state_sizes, context_size=1)
+        self.truth = tuple(torch.cat([g, torch.zeros_like(g[:1])]) for g in gradients)
+
+    def synthetic_gradient(self, state, context=None, alive=None):
+        steps = context[:, 0].long()
+        rows = torch.arange(len(steps))
+        return tuple(torch.where(alive.bool().unsqueeze(-1), g[steps, rows], 0.0) for g in self.truth)
+
+
+def in_windows(core, inputs, first, length, ticks, critic=None):
+    """Trains through windows of `length` as a user does; summed model gradients and the reports."""
+    state, reports = core.initial_state(B), []
+    steps = torch.arange(T + 1.0, dtype=inputs.dtype).view(-1, 1, 1).expand(-1, B, 1)
+    for t in range(0, T, length):
+        window = slice(t, t + length)
+        state = dni_rl.cut(state)
+        context = steps[t : t + length + 1] if critic is not None and critic.context_size else None
+        outputs, end, bootstraps = core.unroll_in_ticks(
+            inputs[window], state, first[window], ticks=ticks, critic=critic, context=context
+        )
+        alive = ~first[t + length] if t + length < T else torch.zeros(B)
+        reports.append(
+            dni_rl.backward(
+                losses_of(outputs) + bootstraps,
+                start=state,
+                end=end,
+                critic=critic,
+                context=context,
+                alive=alive,
+                weight=1.0,
+            )
+        )
+        state = end
+    gradients = gradients_of(core)
+    core.zero_grad()
+    return gradients, reports
+
+
+def test_unroll_matches_row_by_row_clocks(core, inputs, first):
+    outputs, _ = core.unroll(inputs, core.initial_state(B), first)
+    torch.testing.assert_close(outputs, reference(core, inputs, first), rtol=1e-12, atol=1e-12)
+
+
+def test_two_unrolls_equal_one(core, inputs, first):
+    whole, _ = core.unroll(inputs, core.initial_state(B), first)
+    head, state = core.unroll(inputs[:11], core.initial_state(B), first[:11])
+    tail, _ = core.unroll(inputs[11:], state, first[11:])
+    assert torch.cat([head, tail]).equal(whole)
+
+
+def test_clock_counts_steps_of_the_episode_and_wraps(inputs, first):
+    core = MultiTimescaleCore(D, (2, 2), (1, 3)).double()
+    _, end = core.unroll(inputs, core.initial_state(B), first)
+    clock = end.history.states[-1][:, :, 0].long()
+    assert clock[:9, 0].tolist() == [0, 1, 2, 3, 1, 2, 3, 1, 2]
+    assert clock[:9, 1].tolist() == [0, 1, 2, 3, 1, 2, 3, 0, 1]
+
+
+def test_upper_level_moves_at_its_ticks_alone(inputs):
+    core = MultiTimescaleCore(D, (2, 2), (1, 4)).double()
+    _, end = core.unroll(inputs, core.initial_state(B))
+    h = end.history.states[2]  # [T, B, 2], before each step
+    moved = (h[1:] != h[:-1]).all(-1).all(-1)
+    assert moved.nonzero().flatten().tolist() == list(range(0, T - 1, 4))
+
+
+def test_clock_receives_no_gradient(core, inputs, first):
+    _, gradients = full_bptt(core, inputs, first)
+    assert gradients[-1].eq(0).all() and any(g.ne(0).any() for g in gradients[:-1])
+
+
+@pytest.mark.parametrize(("length", "ticks"), [(24, 2), (12, 2), (6, 1), (8, 3), (1, 1)])
+def test_an_oracle_critic_gives_full_bptt(core, inputs, first, length, ticks):
+    truth, at_states = full_bptt(core, inputs, first)
+    oracle = Oracle(core.state_sizes, at_states).double()
+    found, _ = in_windows(core, inputs, first, length, ticks, oracle)
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_an_oracle_critic_gives_full_bptt_with_plain_windows(core, inputs, first):
+    truth, at_states = full_bptt(core, inputs, first)
+    oracle = Oracle(core.state_sizes, at_states).double()
+    found, _ = in_windows(core, inputs, first, length=4, ticks=T, critic=oracle)
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_with_an_oracle_every_recorded_gradient_is_the_true_one(core, inputs, first):
+    _, at_states = full_bptt(core, inputs, first)
+    oracle = Oracle(core.state_sizes, at_states).double()
+    steps = torch.arange(T + 1.0, dtype=inputs.dtype).view(-1, 1, 1).expand(-1, B, 1)
+    state = dni_rl.cut(core.initial_state(B))
+    outputs, end, bootstraps = core.unroll_in_ticks(inputs, state, first, ticks=1, critic=oracle, context=steps)
+    (losses_of(outputs) + bootstraps).sum().backward()
+    valid = end.history.valid.unsqueeze(-1)
+    for found, true in zip(end.history.gradients, at_states, strict=True):
+        torch.testing.assert_close(found * valid, true * valid, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ticks", [1, 2, 3])
+def test_no_critic_and_a_zero_critic_cut_each_level_at_its_own_ticks(core, inputs, first, ticks):
+    length = ticks * core.periods[-1]
+    if T % length:
+        pytest.skip("windows must fill the sequence")
+    losses_of(reference(core, inputs, first, ticks)).sum().backward()
+    expected = gradients_of(core)
+    core.zero_grad()
+    torch.testing.assert_close(in_windows(core, inputs, first, length, ticks)[0], expected, rtol=1e-10, atol=1e-12)
+    zero = GradientCritic(state_sizes=core.state_sizes).double()
+    zero.requires_grad_(False)
+    found, _ = in_windows(core, inputs, first, length, ticks, zero)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_window_of_k_ticks_covers_k_times_period_steps():
+    """K = 4, period 6: the last loss reaches the first of 24 inputs across the cuts of the lower level, and not the one before."""
+    torch.manual_seed(0)
+    core = MultiTimescaleCore(D, (3, 3), (1, 6)).double()
+    x = torch.randn(30, 1, D, dtype=torch.float64, requires_grad=True)
+    _, state = core.unroll(x[:6], core.initial_state(1))
+    outputs, _, _ = core.unroll_in_ticks(x[6:], dni_rl.cut(state), ticks=4)
+    outputs[-1].sum().backward()
+    assert x.grad[6].ne(0).all() and x.grad[:6].eq(0).all()
+    single = MultiTimescaleCore(D, (3,), (1,)).double()
+    x.grad = None
+    outputs, _, _ = single.unroll_in_ticks(x, single.initial_state(1), ticks=4)
+    outputs[-1].sum().backward()
+    assert x.grad[28:].ne(0).all() and x.grad[:28].eq(0).all()
+
+
+def test_bootstraps_have_no_value_and_the_weight_of_losses(core, inputs, first):
+    critic = GradientCritic(state_sizes=core.state_sizes, normalize_targets=False).double()
+    torch.nn.init.normal_(critic.net[-1].weight)
+
+    def train(weight):
+        core.zero_grad()
+        state = dni_rl.cut(core.initial_state(B))
+        outputs, end, bootstraps = core.unroll_in_ticks(inputs, state, first, ticks=2, critic=critic)
+        assert bootstraps.eq(0).all()
+        dni_rl.backward(losses_of(outputs) + bootstraps, start=state, end=end, critic=critic, weight=weight)
+        return gradients_of(core)
+
+    torch.testing.assert_close(train(1.0), 8.0 * train(1 / 8))
+
+
+def test_critic_learns_from_dense_targets(core, inputs, first):
+    critic = GradientCritic(state_sizes=core.state_sizes).double()
+    _, reports = in_windows(core, inputs, first, 12, 2, critic)
+    assert all(report.target_norm > 0 for report in reports)
+    assert any(p.grad is not None and p.grad.ne(0).any() for p in critic.parameters())
+
+
+def test_steps_equal_unroll(core, inputs, first):
+    fast, _ = core.unroll(inputs, core.initial_state(B), first)
+    slow, _ = unroll_stepwise(core, inputs, core.initial_state(B), first)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_bfloat16_keeps_the_clock(inputs):
+    core = MultiTimescaleCore(D, (2, 2), (1, 256)).bfloat16()
+    x = torch.zeros(600, 1, D, dtype=torch.bfloat16)
+    with torch.no_grad():
+        _, end = core.unroll(x, core.initial_state(1))
+    assert end[-1].item() == 600 - 2 * 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((3, 3), (1,)), "periods: expected"),
+        (((3, 3), (2, 4)), "periods: expected"),
+        (((3, 3, 3), (1, 4, 6)), "periods: expected"),
+        (((3, 0), (1, 2)), "hidden_sizes: expected"),
+        (((3, 3), (1, 2), "sum"), "message: found 'sum'"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiTimescaleCore(D, *arguments[:2], **({"message": arguments[2]} if len(arguments) > 2 else {}))
+
+
+def test_ticks_below_one_are_refused(core, inputs):
+    with pytest.raises(ValueError, match="ticks: found 0"):
+        core.unroll_in_ticks(inputs, core.initial_state(B), ticks=0)

@@ -1,0 +1,560 @@
+import dm_env
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from dm_env import specs
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from envs.adapters import (
+    DmEnvs,
+    GymnasiumEnvs,
+    GymnasiumVector,
+    checked_actions,
+    gymnasium_vector,
+    minigrid_context,
+    minigrid_view,
+    spread_seeds,
+)
+from tests.envs.conformance import check_environment
+
+
+class Counter(gymnasium.Env):
+    """Counts its steps; action 1 terminates. Rewards are 10 times the count."""
+
+    def __init__(self, observation_space=None, action_space=None, limit=3):
+        self.observation_space = observation_space or spaces.Box(-100, 100, (1,), np.float64)
+        self.action_space = action_space or spaces.Discrete(2)
+        self.limit = limit
+        self.seeds = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seeds.append(seed)
+        self.count = 0
+        return self._observation(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.count += 1
+        return self._observation(), 10.0 * self.count, bool(action == 1), self.count >= self.limit, {}
+
+    def _observation(self):
+        return np.full(self.observation_space.shape, self.count, self.observation_space.dtype)
+
+
+class Catch(dm_env.Environment):
+    """A ball falls through three rows of three columns; the paddle at the bottom catches it."""
+
+    def __init__(self, seed=0, observe=lambda ball, paddle: np.eye(3, dtype=np.float64)[ball], spec=None):
+        self._generator = np.random.default_rng(seed)
+        self._observe = observe
+        self._spec = spec or specs.BoundedArray((3,), np.float64, 0, 1)
+        self._row = None
+
+    def reset(self):
+        self._row, self._ball, self._paddle = 0, self._generator.integers(3), 1
+        return dm_env.restart(self._observe(self._ball, self._paddle))
+
+    def step(self, action):
+        if self._row is None:
+            return self.reset()
+        self._row += 1
+        self._paddle = int(np.clip(self._paddle + action, 0, 2))
+        if self._row < 2:
+            return dm_env.transition(0.0, self._observe(self._ball, self._paddle))
+        self._row = None
+        return dm_env.termination(float(self._ball == self._paddle), self._observe(self._ball, self._paddle))
+
+    def observation_spec(self):
+        return self._spec
+
+    def action_spec(self):
+        return specs.BoundedArray((), np.int32, -1, 1)
+
+
+def zeros(env):
+    return torch.zeros(env.num_envs, dtype=torch.int64)
+
+
+# Seeds and actions
+
+
+def test_seeds_of_neighbouring_runs_do_not_overlap():
+    seeds = [seed for run in range(50) for seed in spread_seeds(run, 64)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert spread_seeds(7, 4) == spread_seeds(7, 4) == spread_seeds(7, 9)[:4]
+
+
+def test_colliding_seeds_are_drawn_again():
+    assert len(set(spread_seeds(0, 100_000))) == 100_000  # two or three of so many collide
+
+
+def test_negative_seeds_are_refused():
+    with pytest.raises(ValueError, match="negative"):
+        spread_seeds(-1, 2)
+
+
+def test_ignored_actions_may_hold_anything():
+    ignored = np.array([True, False])
+    assert checked_actions(torch.tensor([9, 1]), 2, ignored).tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"in \[0, 2\), got 9 for environment 1"):
+        checked_actions(torch.tensor([1, 9]), 2, ignored)
+
+
+# Single gymnasium environments
+
+
+def test_serial_environments_follow_the_timeline():
+    env = GymnasiumEnvs([Counter(), Counter()], seed=0)
+    steps = [env.reset()]
+    for actions in ([0, 0], [0, 1], [0, 7], [-3, 0]):  # row 1 terminates, row 0 runs into its limit
+        steps.append(env.step(torch.tensor(actions)))
+    timeline = {
+        name: torch.stack([getattr(step, name) for step in steps], 1).tolist()
+        for name in ("reward", "discount", "first", "last")
+    }
+    assert timeline == {
+        "reward": [[0, 10, 20, 30, 0], [0, 10, 20, 0, 10]],
+        "discount": [[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]],
+        "first": [[True, False, False, False, True], [True, False, False, True, False]],
+        "last": [[False, False, False, True, False], [False, False, True, False, False]],
+    }
+    assert torch.stack([step.observation for step in steps], 1).squeeze(-1).tolist() == [
+        [0, 1, 2, 3, 0],
+        [0, 1, 2, 0, 1],
+    ]
+    assert steps[0].observation.dtype == torch.float32
+
+
+def test_seeds_are_given_once():
+    envs = [Counter(limit=1), Counter(limit=1)]
+    env = GymnasiumEnvs(envs, seed=5)
+    env.reset()
+    env.step(zeros(env))
+    env.step(zeros(env))
+    env.reset()
+    assert [inner.seeds for inner in envs] == [[seed, None, None] for seed in spread_seeds(5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("space", "shape", "dtype"),
+    [
+        (spaces.Box(0, 255, (5, 6, 3), np.uint8), (3, 5, 6), torch.uint8),
+        (spaces.Box(0, 255, (4, 5, 6), np.uint8), (4, 5, 6), torch.uint8),
+        (spaces.Box(0, 255, (5, 6), np.uint8), (1, 5, 6), torch.uint8),
+        (spaces.Box(0, 255, (128,), np.uint8), (128,), torch.float32),
+        (spaces.Box(-1, 1, (5, 6), np.float64), (30,), torch.float32),
+        (spaces.Box(-1, 1, (3, 5, 6), np.float32), (3, 5, 6), torch.float32),
+        (spaces.Box(-1, 1, (), np.float32), (1,), torch.float32),
+        (spaces.MultiBinary(4), (4,), torch.float32),
+        (spaces.MultiDiscrete([3, 4]), (2,), torch.float32),
+        (spaces.Discrete(5, start=-1), (5,), torch.float32),
+    ],
+)
+def test_observations_become_what_the_spec_says(space, shape, dtype):
+    env = GymnasiumEnvs([Counter(space), Counter(space)], seed=0)
+    step = env.reset()
+    assert (env.spec.observation_shape, env.spec.observation_dtype) == (shape, dtype)
+    assert step.observation.shape == (2, *shape) and step.observation.dtype == dtype
+    stored = step.observation.clone()
+    env.step(zeros(env))
+    assert torch.equal(step.observation, stored)
+
+
+def test_image_channels_are_moved_not_reshaped():
+    class Image(Counter):
+        def _observation(self):
+            return np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3)
+
+    class Wide(Counter):
+        def _observation(self):
+            return np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+
+    step = GymnasiumEnvs([Wide(spaces.Box(0, 255, (5, 4, 3), np.uint8))], seed=0).reset()
+    assert step.observation[0, 2, 4, 1] == (4 * 4 + 1) * 3 + 2
+    stacked = GymnasiumEnvs([Image(spaces.Box(0, 255, (2, 4, 3), np.uint8))], seed=0).reset()
+    assert stacked.observation.shape == (1, 2, 4, 3)  # two channels first
+
+
+def test_discrete_observations_become_one_hot():
+    class Numbers(Counter):
+        def _observation(self):
+            return np.int64(self.count + 3)
+
+    env = GymnasiumEnvs([Numbers(spaces.Discrete(4, start=3))], seed=0)
+    assert env.reset().observation.tolist() == [[1, 0, 0, 0]]
+    assert env.step(zeros(env)).observation.tolist() == [[0, 1, 0, 0]]
+
+
+def test_actions_are_counted_from_zero():
+    env = GymnasiumEnvs([Counter(action_space=spaces.Discrete(3, start=-1))], seed=0)
+    env.reset()
+    assert env.step(torch.tensor([0])).discount == 1 and env.step(torch.tensor([2])).discount == 0  # -1, and 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"action_space": spaces.Box(-1, 1, (2,))},
+            r"action space is Box\(-1.0, 1.0, \(2,\), float32\), but only Disc",
+        ),
+        ({"action_space": spaces.MultiDiscrete([2, 2])}, r"action space is MultiDiscrete"),
+        (
+            {"observation_space": spaces.Dict(a=spaces.Discrete(2))},
+            r"observation space is Dict\('a': Discrete\(2\)\), but",
+        ),
+        ({"observation_space": spaces.Box(0, 255, (2, 3, 4, 5), np.uint8)}, r"images of shape \(2, 3, 4, 5\)"),
+    ],
+)
+def test_unsupported_spaces_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GymnasiumEnvs([Counter(**settings)], seed=0)
+
+
+def test_differing_spaces_are_refused():
+    with pytest.raises(ValueError, match="equal spaces; environment 1"):
+        GymnasiumEnvs([Counter(), Counter(spaces.Box(0, 1, (2,)))], seed=0)
+
+
+def test_context_is_a_function_of_the_environment():
+    env = gymnasium_vector(Counter, 2, seed=0, context=lambda env: np.array([env.count, 7]))
+    assert env.spec.context_size == 2
+    assert env.reset().context.tolist() == [[0, 7], [0, 7]]
+    assert env.step(torch.tensor([0, 0])).context.tolist() == [[1, 7], [1, 7]]
+    assert env.step(torch.tensor([1, 0])).context.dtype == torch.float32
+    assert env.step(torch.tensor([0, 0])).context.tolist() == [[0, 7], [3, 7]]
+
+
+# Vector environments
+
+
+def cartpole(mode, limit=6, num_envs=3):
+    def make():
+        return gymnasium.make("CartPole-v1", max_episode_steps=limit)
+
+    return SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+
+
+def test_next_step_vectors_equal_serial_environments():
+    vector = GymnasiumVector(cartpole(AutoresetMode.NEXT_STEP, limit=12), seed=4)
+    serial = gymnasium_vector("CartPole-v1", 3, seed=4, max_episode_steps=12)
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(vector.reset(), serial.reset())]
+    for _ in range(40):
+        actions = torch.randint(2, (3,), generator=generator)
+        pairs.append((vector.step(actions), serial.step(actions)))
+    assert any(a.last.any() for a, _ in pairs)
+    for a, b in pairs:
+        for name in ("observation", "reward", "discount", "first", "last"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert a.final_observation is None
+
+
+def test_same_step_vectors_carry_the_end_in_the_first_step():
+    """The two modes show the same episodes: what is `last` in one is `final_observation` in the other."""
+    same = GymnasiumVector(cartpole(AutoresetMode.SAME_STEP), seed=4)
+    following = GymnasiumVector(cartpole(AutoresetMode.NEXT_STEP), seed=4)
+    same.reset()
+    following.reset()
+    for t in range(1, 25):
+        actions = torch.full((3,), t % 2)  # CartPole balances for six steps under these
+        a = same.step(actions)
+        b = following.step(actions)
+        assert not a.last.any() and torch.equal(a.first, b.last)
+        assert torch.equal(a.reward, b.reward) and a.reward.all() and torch.equal(a.discount, b.discount)
+        assert a.discount.all()  # cut by the time limit
+        if b.last.any():
+            assert b.last.all() and torch.equal(a.final_observation, b.observation)
+            b = following.step(actions)
+            assert b.first.all()
+        else:
+            assert a.final_observation is None
+        assert torch.equal(a.observation, b.observation)
+
+
+def test_final_observations_of_unfinished_rows_repeat_the_observation():
+    limits = [2, 5, 9]
+    vector = SyncVectorEnv([lambda limit=limit: Counter(limit=limit) for limit in limits], autoreset_mode="SameStep")
+    env = GymnasiumVector(vector, seed=0)
+    env.reset()
+    assert env.step(torch.tensor([0, 0, 0])).final_observation is None
+    step = env.step(torch.tensor([0, 0, 1]))  # row 0 cut, row 2 terminated
+    assert step.first.tolist() == [True, False, True] and step.discount.tolist() == [1, 1, 0]
+    assert step.reward.tolist() == [20, 20, 20]
+    assert step.observation.squeeze(-1).tolist() == [0, 2, 0]
+    assert step.final_observation.squeeze(-1).tolist() == [2, 2, 2]
+    step = env.step(torch.tensor([1, 0, 0]))  # terminated only: nothing to bootstrap from
+    assert step.discount.tolist() == [0, 1, 1] and step.final_observation is None
+
+
+def test_a_same_step_vector_without_final_observations_is_refused_where_one_is_needed():
+    class Forgetful(gymnasium.vector.VectorWrapper):
+        def step(self, actions):
+            *arrays, _ = super().step(actions)
+            return *arrays, {}
+
+    vector = SyncVectorEnv([lambda: Counter(limit=1)] * 2, autoreset_mode="SameStep")
+    env = GymnasiumVector(Forgetful(vector), seed=0)
+    env.reset()
+    with pytest.raises(RuntimeError, match="lacks the observation in which an episode ended"):
+        env.step(zeros(env))
+
+
+def test_vectors_that_do_not_reset_are_refused():
+    with pytest.raises(ValueError, match=r"metadata\['autoreset_mode'\] = AutoresetMode.DISABLED"):
+        GymnasiumVector(cartpole(AutoresetMode.DISABLED), seed=0)
+
+
+def test_vectors_that_reuse_their_buffers_do_not_reach_stored_steps():
+    env = GymnasiumVector(SyncVectorEnv([Counter] * 2, copy=False), seed=0)
+    step = env.reset()
+    env.step(zeros(env))
+    assert step.observation.eq(0).all()
+
+
+def test_native_vector_environments_work():
+    env = GymnasiumVector(gymnasium.make_vec("CartPole-v1", 4, vectorization_mode="vector_entry_point"), seed=0)
+    assert env.reset().observation.shape == (4, 4)
+    assert env.step(zeros(env)).reward.tolist() == [1, 1, 1, 1]
+    env.close()
+    env.close()
+
+
+def test_async_environments_equal_serial_ones():
+    parallel = gymnasium_vector("CartPole-v1", 1, seed=1, vectorization="async")
+    serial = gymnasium_vector("CartPole-v1", 1, seed=1)
+    try:
+        assert isinstance(parallel.vector_env, AsyncVectorEnv)
+        assert torch.equal(parallel.reset().observation, serial.reset().observation)
+        for _ in range(15):
+            actions = torch.ones(1, dtype=torch.int64)
+            assert torch.equal(parallel.step(actions).observation, serial.step(actions).observation)
+    finally:
+        parallel.close()
+
+
+# MiniGrid
+
+
+def test_minigrid_views_are_one_hot_planes():
+    env = gymnasium_vector("MiniGrid-MemoryS7-v0", 3, seed=0)
+    assert env.spec.observation_shape == (20, 7, 7) and env.spec.num_actions == 7
+    step = env.reset()
+    assert step.observation.dtype == torch.uint8 and set(step.observation.unique().tolist()) == {0, 255}
+    # One object, one colour and one state in every cell.
+    for planes in step.observation.split([11, 6, 3], dim=1):
+        assert planes.eq(255).sum(1).eq(1).all()
+
+
+def test_minigrid_planes_are_rows_and_columns():
+    view = np.zeros((1, 7, 7, 3), np.uint8)
+    view[0, 2, 5] = (4, 1, 2)  # column 2, row 5: a locked green door
+    planes = minigrid_view(view)
+    assert planes[0, :, 5, 2].nonzero()[0].tolist() == [4, 11 + 1, 17 + 2]
+    assert planes[0, :, 2, 5].nonzero()[0].tolist() == [0, 11, 17]
+
+
+def test_minigrid_symbols_and_view_size():
+    env = gymnasium_vector("MiniGrid-MemoryS7-v0", 2, seed=0, view_size=3, encoding="symbolic")
+    step = env.reset()
+    assert step.observation.shape == (2, 3, 3, 3) and step.observation.max() <= 10
+
+
+def test_minigrid_constants_are_those_of_the_package():
+    from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
+
+    from envs.adapters import MINIGRID_SIZES
+
+    assert tuple(len(table) for table in (OBJECT_TO_IDX, COLOR_TO_IDX, STATE_TO_IDX)) == MINIGRID_SIZES
+
+
+def test_minigrid_episodes_end_and_start_again():
+    env = gymnasium_vector("MiniGrid-MemoryS7-v0", 2, seed=0, max_steps=5, context="grid")
+    assert env.spec.context_size == 3 * 7 * 7 + 8
+    steps = [env.reset()]
+    for _ in range(6):
+        steps.append(env.step(zeros(env)))  # turns left
+    assert steps[5].last.all() and steps[5].discount.all() and steps[6].first.all()
+    for step in steps:
+        assert step.context.shape == (2, 155) and step.context.dtype == torch.float32
+        assert step.context.abs().max() <= 1
+    assert not torch.equal(steps[0].context, steps[1].context)  # the direction
+    assert torch.equal(steps[0].context[:, :-8], steps[1].context[:, :-8])  # the grid
+
+
+def test_minigrid_context_tells_where_the_agent_is_and_what_it_carries():
+    env = gymnasium.make("MiniGrid-DoorKey-5x5-v0").unwrapped
+    env.reset(seed=0)
+    before = minigrid_context(env)
+    env.agent_pos, env.agent_dir = (4, 0), 2
+    env.carrying = next(cell for cell in env.grid.grid if cell is not None and cell.type == "key")
+    after = minigrid_context(env)
+    assert np.array_equal(before[:75], after[:75])
+    assert before[-2:].tolist() == [-1, -1] and after[75:81].tolist() == [1, -1, 0, 0, 1, 0]
+    assert after[-2] == pytest.approx(2 * 5 / 10 - 1)  # a key is object 5 of 0 to 10
+
+
+def test_a_mission_the_policy_cannot_read_is_refused():
+    with pytest.raises(ValueError, match=r"mission of MiniGrid-Fetch-5x5-N2-v0 differs .* ignore_mission=True"):
+        gymnasium_vector("MiniGrid-Fetch-5x5-N2-v0", 1, seed=0)
+    assert gymnasium_vector("MiniGrid-Fetch-5x5-N2-v0", 1, seed=0, ignore_mission=True).reset().first
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vectorization": "threads"}, "vectorization must be"),
+        ({"vectorization": "async", "context": "grid"}, "context needs vectorization='sync'"),
+        ({"context": "walls"}, "context must be 'grid'"),
+        ({"encoding": "pixels"}, "encoding must be"),
+        ({"num_envs": 0}, "num_envs must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        gymnasium_vector("MiniGrid-MemoryS7-v0", **{"num_envs": 1, "seed": 0, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"view_size": 5}, {"encoding": "one_hot"}, {"context": "grid"}])
+def test_settings_of_minigrid_are_refused_elsewhere(settings):
+    with pytest.raises(ValueError, match="CartPole-v1 is not one of its environments"):
+        gymnasium_vector("CartPole-v1", 1, seed=0, **settings)
+
+
+# dm_env
+
+
+def test_dm_environments_follow_the_timeline():
+    env = DmEnvs(Catch, num_envs=4, seed=0)
+    assert env.spec.num_actions == 3 and env.spec.observation_shape == (3,)
+    steps = [env.reset()]
+    ball = steps[0].observation.argmax(1)
+    steps.append(env.step(ball))  # actions 0, 1, 2 move by -1, 0, 1 from the middle
+    steps.append(env.step(torch.ones(4, dtype=torch.int64)))
+    steps.append(env.step(torch.full((4,), 99)))
+    assert [step.first.all().item() for step in steps] == [True, False, False, True]
+    assert [step.last.all().item() for step in steps] == [False, False, True, False]
+    assert [step.reward.tolist() for step in steps] == [[0] * 4, [0] * 4, [1] * 4, [0] * 4]
+    assert [step.discount.tolist() for step in steps] == [[1] * 4, [1] * 4, [0] * 4, [1] * 4]
+
+
+def test_dm_constructors_get_different_seeds_or_none():
+    tape = torch.stack([DmEnvs(Catch, num_envs=32, seed=0).reset().observation for _ in range(2)])
+    assert torch.equal(tape[0], tape[1]) and len(tape[0].unique(dim=0)) == 3
+    same = DmEnvs(lambda: Catch(0), num_envs=4, seed=0).reset().observation
+    assert len(same.unique(dim=0)) == 1
+
+
+def test_dm_time_limits_keep_the_discount():
+    class Cut(Catch):
+        def step(self, action):
+            step = super().step(action)
+            return dm_env.truncation(step.reward, step.observation) if step.last() else step
+
+    env = DmEnvs([Cut()])
+    env.reset()
+    env.step(zeros(env))
+    step = env.step(zeros(env))
+    assert step.last and step.discount == 1
+
+
+def test_nested_dm_observations_are_concatenated_by_key():
+    spec = {"paddle": specs.Array((), np.int64), "ball": (specs.Array((1, 2), np.float32), specs.Array((), np.bool_))}
+    env = DmEnvs([Catch(observe=lambda ball, p: {"ball": (np.array([[ball, 9.0]]), True), "paddle": p}, spec=spec)])
+    assert env.spec.observation_shape == (4,)
+    ball, nine, true, paddle = env.reset().observation[0].tolist()
+    assert ball in (0, 1, 2) and (nine, true, paddle) == (9, 1, 1)
+
+
+def test_dm_images_stay_bytes():
+    spec = {"board": specs.Array((4, 5, 3), np.uint8)}
+    env = DmEnvs([Catch(observe=lambda ball, paddle: {"board": np.ones((4, 5, 3), np.uint8)}, spec=spec)])
+    assert env.reset().observation.shape == (1, 3, 4, 5) and env.spec.observation_dtype == torch.uint8
+
+
+def test_unsupported_dm_specs_are_named():
+    class Continuous(Catch):
+        def action_spec(self):
+            return specs.BoundedArray((2,), np.float32, -1, 1, name="torque")
+
+    with pytest.raises(ValueError, match=r"action spec is BoundedArray.*torque.*only one discrete action"):
+        DmEnvs([Continuous()])
+    with pytest.raises(ValueError, match="not numeric"):
+        DmEnvs([Catch(spec=specs.StringArray(()))])
+    with pytest.raises(ValueError, match="needs num_envs and seed"):
+        DmEnvs(Catch, num_envs=2)
+    with pytest.raises(ValueError, match="go with a constructor"):
+        DmEnvs([Catch()], seed=1)
+    with pytest.raises(ValueError, match="those of environment 1 differ"):
+        DmEnvs([Catch(), Catch(spec=specs.Array((4,), np.float32))])
+
+
+# All of them
+
+
+@pytest.mark.parametrize(
+    "make_env",
+    [
+        lambda num_envs, seed: gymnasium_vector("CartPole-v1", num_envs, seed=seed, max_episode_steps=12),
+        lambda num_envs, seed: GymnasiumVector(cartpole(AutoresetMode.NEXT_STEP, 12, num_envs), seed=seed),
+        lambda num_envs, seed: GymnasiumVector(
+            gymnasium.make_vec("CartPole-v1", num_envs, vectorization_mode="vector_entry_point"), seed=seed
+        ),
+    ],
+    ids=["serial", "sync", "native"],
+)
+def test_next_step_adapters_conform(make_env):
+    report = check_environment(make_env, num_steps=60)
+    assert report.terminations
+
+
+def test_same_step_adapter_conforms():
+    report = check_environment(
+        lambda num_envs, seed: GymnasiumVector(cartpole(AutoresetMode.SAME_STEP, 14, num_envs), seed=seed),
+        num_steps=60,
+        same_step=True,
+    )
+    assert report.terminations and report.time_limits
+
+
+def test_minigrid_conforms():
+    report = check_environment(
+        lambda num_envs, seed: gymnasium_vector(
+            "MiniGrid-MemoryS7-v0", num_envs, seed=seed, context="grid", max_steps=20
+        ),
+        num_steps=50,
+    )
+    assert report.time_limits
+
+
+def test_dm_environments_conform():
+    assert check_environment(lambda num_envs, seed: DmEnvs(Catch, num_envs=num_envs, seed=seed), num_steps=20)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: GymnasiumVector(SyncVectorEnv([Counter] * 2), seed=0),
+        lambda: GymnasiumEnvs([Counter(), Counter()], seed=0),
+        lambda: DmEnvs(Catch, num_envs=2, seed=0),
+    ],
+)
+def test_the_order_of_calls(build):
+    env = build()
+    with pytest.raises(RuntimeError, match="reset before step"):
+        env.step(zeros(env))
+    assert not env.resumable
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        env.state_dict()
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        env.load_state_dict({})
+    env.reset()
+    for actions in ([0, 3], [-1, 0], [0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="actions"):
+            env.step(torch.tensor(actions))
+    env.close()
+    env.close()

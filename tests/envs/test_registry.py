@@ -1,0 +1,275 @@
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import envs
+from envs import Environment, make
+from envs.adapters import DmEnvs, GymnasiumEnvs, GymnasiumVector
+from envs.atari import Atari
+
+THEIRS = """
+    import dm_env
+    import gymnasium
+    import numpy as np
+    import torch
+    from dm_env import specs
+    from gymnasium import spaces
+
+    from envs import EnvSpec, TimeStep
+
+    number = 3
+
+
+    class Gym(gymnasium.Env):
+        observation_space = spaces.Box(-1, 1, (2,))
+        action_space = spaces.Discrete(2)
+
+        def __init__(self, speed=1.0):
+            self.speed = speed
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(2, np.float32), self.speed, False, False, {}
+
+
+    class Vector(gymnasium.vector.SyncVectorEnv):
+        def __init__(self, num_envs, speed=1.0):
+            super().__init__([lambda: Gym(speed)] * num_envs)
+
+
+    class Dm(dm_env.Environment):
+        def __init__(self, seed, speed=1.0):
+            self.seed, self.speed = seed, speed
+
+        def reset(self):
+            return dm_env.restart(np.zeros(2))
+
+        def step(self, action):
+            return dm_env.transition(self.speed, np.zeros(2))
+
+        def observation_spec(self):
+            return specs.Array((2,), np.float64)
+
+        def action_spec(self):
+            return specs.DiscreteArray(2)
+
+
+    class Ours:
+        resumable = True
+
+        def __init__(self, *, num_envs, seed, device="cpu", speed=1.0):
+            self.num_envs, self.seed, self.device, self.speed = num_envs, seed, torch.device(device), speed
+            self.spec = EnvSpec((2,), torch.float32, 2)
+
+        def reset(self):
+            return self._step(0.0, True)
+
+        def step(self, actions):
+            return self._step(self.speed, False)
+
+        def _step(self, reward, first):
+            row = torch.ones(self.num_envs)
+            first = torch.full((self.num_envs,), first)
+            return TimeStep(torch.zeros(self.num_envs, 2), row * reward, row, first, torch.zeros_like(first))
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+        def close(self):
+            pass
+
+
+    def factory(num_envs, seed, device, speed=1.0):
+        return Ours(num_envs=num_envs, seed=seed, device=device, speed=speed)
+
+
+    class Incomplete:
+        def __init__(self, *, num_envs, seed, device="cpu"):
+            pass
+
+
+    class Other:
+        def __init__(self, colour):
+            pass
+
+
+    gymnasium.register("Theirs-v0", entry_point=Gym, max_episode_steps=2)
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """A module of somebody else's, importable as `their_envs`."""
+    (tmp_path / "their_envs.py").write_text(textwrap.dedent(THEIRS))
+    (tmp_path / "broken_envs.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    import gymnasium
+
+    sys.modules.pop("their_envs", None)
+    gymnasium.registry.pop("Theirs-v0", None)
+
+
+@pytest.mark.parametrize("name", ["PassiveTMaze", "ActiveTMaze", "KeyToDoor"])
+def test_makes_gridworlds(name):
+    env = make(name, num_envs=3, seed=0)
+    assert isinstance(env, Environment) and type(env).__name__ == name
+    assert env.reset().observation.shape[0] == 3
+
+
+def test_settings_reach_the_gridworld():
+    env = make("PassiveTMaze", num_envs=1, seed=0, corridor_length=5, num_distractors=4)
+    assert env.spec.observation_shape == (7,)
+
+
+def test_makes_atari():
+    env = make("ALE/Pong-v5", num_envs=1, seed=0, num_threads=1, frame_stack=2)
+    assert isinstance(env, Atari) and isinstance(env, Environment)
+    assert env.game == "pong" and env.spec.observation_shape == (2, 84, 84)
+
+
+def test_makes_minigrid():
+    env = make("MiniGrid-MemoryS7-v0", num_envs=2, seed=0, context="grid", view_size=5, max_steps=4)
+    assert isinstance(env, GymnasiumEnvs) and isinstance(env, Environment)
+    assert env.reset().observation.shape == (2, 20, 5, 5)
+    for _ in range(4):
+        step = env.step(torch.zeros(2, dtype=torch.int64))
+    assert step.last.all()
+
+
+def test_makes_other_gymnasium_environments():
+    env = make("CartPole-v1", num_envs=2, seed=0, max_episode_steps=3, sutton_barto_reward=True)
+    assert isinstance(env, GymnasiumEnvs) and isinstance(env, Environment)
+    env.reset()
+    assert env.step(torch.tensor([0, 1])).reward.tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("name", "cls"), [("Gym", GymnasiumEnvs), ("Theirs-v0", GymnasiumEnvs), ("Vector", GymnasiumVector), ("Dm", DmEnvs)]
+)
+def test_makes_what_a_module_holds(name, cls):
+    env = make(f"their_envs:{name}", num_envs=3, seed=0, speed=2.5)
+    assert isinstance(env, cls) and isinstance(env, Environment)
+    assert env.reset().observation.tolist() == [[0, 0]] * 3
+    assert env.step(torch.tensor([0, 1, 0])).reward.tolist() == [2.5] * 3
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("name", ["Ours", "factory"])
+def test_environments_of_our_protocol_need_no_adapter(name):
+    env = make(f"their_envs:{name}", num_envs=3, seed=8, speed=2.5)
+    assert type(env).__name__ == "Ours" and env.seed == 8
+    assert env.step(torch.tensor([0, 1, 0])).reward.tolist() == [2.5] * 3
+
+
+@pytest.mark.usefixtures("theirs")
+def test_dm_environments_of_a_module_are_seeded_differently():
+    env = make("their_envs:Dm", num_envs=3, seed=0)
+    assert len({inner.seed for inner in env.envs}) == 3
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("their_envs:Gmy", "has no 'Gmy'; the nearest is 'Gym'"),
+        ("their_envs:number", "expected a class or a function, got int"),
+        ("their_envs:Incomplete", r"Incomplete, which is not an envs.Environment: it lacks \['spec', "),
+        ("their_envs:Other", r"takes \(num_envs, seed, device\) and gives an envs.Environment; it takes \['colour'\]"),
+        ("no_such_module:Gym", "there is no module 'no_such_module'; is its folder on PYTHONPATH"),
+    ],
+)
+def test_what_a_module_does_not_hold_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, num_envs=2, seed=0)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_module_that_lacks_an_import_says_so_itself():
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        make("broken_envs:Gym", num_envs=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "nearest"),
+    [
+        ("PasiveTMaze", "PassiveTMaze"),
+        ("CartPole", "CartPole-v1"),
+        ("MiniGrid-MemoryS8-v0", "MiniGrid-MemoryS7-v0"),
+        ("ALE/Brekout-v5", "ALE/Breakout-v5"),
+        ("Breakout-v5", "ALE/Breakout-v5"),
+    ],
+)
+def test_an_unknown_id_names_the_nearest(env_id, nearest):
+    with pytest.raises(ValueError, match=rf"unknown .*{env_id}.*'{nearest}'"):
+        make(env_id, num_envs=1, seed=0)
+
+
+def test_an_id_like_no_other_says_what_there_is():
+    with pytest.raises(ValueError, match=r"unknown environment '\?'; expected one of \['PassiveTMaze'.*module:Name"):
+        make("?", num_envs=1, seed=0)
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("env_id", "argument", "nearest"),
+    [
+        ("PassiveTMaze", "coridor_length", "corridor_length"),
+        ("ALE/Pong-v5", "sticky_action", "sticky_actions"),
+        ("CartPole-v1", "max_episode_step", "max_episode_steps"),
+        ("MiniGrid-MemoryS7-v0", "viewsize", "view_size"),
+        ("MiniGrid-MemoryS7-v0", "max_step", "max_steps"),  # an argument of the base class
+        ("their_envs:Gym", "sped", "speed"),
+        ("their_envs:Vector", "sped", "speed"),
+        ("their_envs:Dm", "sped", "speed"),
+        ("their_envs:factory", "sped", "speed"),
+    ],
+)
+def test_an_unknown_argument_names_the_nearest_and_the_allowed_ones(env_id, argument, nearest):
+    with pytest.raises(
+        ValueError, match=rf"{env_id} has no argument '{argument}'; did you mean '{nearest}'\? It takes .*{nearest}"
+    ):
+        make(env_id, num_envs=1, seed=0, **{argument: 1})
+
+
+@pytest.mark.parametrize("env_id", ["PassiveTMaze", "ALE/Pong-v5", "CartPole-v1"])
+def test_at_least_one_environment(env_id):
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        make(env_id, num_envs=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "package", "extra"),
+    [
+        ("MiniGrid-MemoryS7-v0", "minigrid", "minigrid"),
+        ("ALE/Pong-v5", "ale_py", "agents"),
+        ("X-v0", "gymnasium", "agents"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, env_id, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
+    with pytest.raises(ImportError, match=rf"{package}.*: pip install -e '\.\[{extra}\]'"):
+        make(env_id, num_envs=1, seed=0)
+
+
+def test_importing_the_package_imports_no_environment_library():
+    code = (
+        "import sys, envs; "
+        "print([m for m in ('gymnasium', 'ale_py', 'minigrid', 'dm_env', 'envs.gridworlds') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
+    assert found.stdout.strip() == "[]" and not found.stderr
+
+
+def _root():
+    return envs.__path__[0] + "/.."
