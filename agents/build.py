@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from torch import nn
 
 import dni_rl
 import envs
 from agents.config import CriticConfig, EnvConfig, ModelConfig
-from agents.model import ActorCritic, conv_torso, mlp_torso
+from agents.model import ActorCritic, Torso, conv_torso, mlp_torso
 from envs.timestep import Environment, EnvSpec
 
 
@@ -21,33 +20,29 @@ def build_environment(config: EnvConfig, seed: int, device: torch.device) -> Env
     return envs.make(config.id, num_envs=config.num_envs, seed=seed, device=device, **config.kwargs)
 
 
-def build_torso(config: ModelConfig, spec: EnvSpec) -> tuple[nn.Module, int]:
-    """The torso and its output width.
-
-    'auto' is a convolutional net for images of at least 36 x 36 pixels, an MLP for small symbolic images, and nothing
-    at all for vectors, which a core reads as they are.
-    """
+def build_torso(config: ModelConfig, spec: EnvSpec) -> Torso:
+    """The torso. 'auto' is a convolutional net for images of at least 36 x 36 pixels and an MLP otherwise."""
     shape, is_image = spec.observation_shape, spec.observation_dtype == torch.uint8
+    is_large = is_image and len(shape) == 3 and min(shape[1:]) >= 36
     kind = config.torso
     if kind == "auto":
-        kind = "none" if not is_image else "conv" if len(shape) == 3 and min(shape[1:]) >= 36 else "mlp"
+        kind = "conv" if is_large else "mlp"
     if kind == "conv":
-        if not is_image or len(shape) != 3:
+        if not is_large:
             raise ValueError(
-                f"model.torso: found 'conv' for observations {shape} {spec.observation_dtype}; allowed for uint8 images [C, Y, X]; use 'mlp'"
+                f"model.torso: found 'conv' for observations {shape}, {spec.observation_dtype}; allowed for uint8 images [C, Y, X] of at "
+                "least 36 x 36 pixels; use 'mlp'"
             )
-        return conv_torso(shape, config.torso_sizes[-1]), config.torso_sizes[-1]
-    sizes = () if kind == "none" else config.torso_sizes
-    # Symbolic images (MiniGrid) hold object, colour and state codes up to about 10, not brightness.
-    scale = None if not is_image else 255.0 if min(shape[-2:]) >= 36 else 10.0
-    torso = mlp_torso(shape, sizes, scale)
-    return torso, sizes[-1] if sizes else int(np.prod(shape))
+        return conv_torso(shape, config.torso_sizes[-1])
+    # Small symbolic images (MiniGrid) hold object, colour and state codes up to about 10, not brightness.
+    scale = None if not is_image else 255.0 if is_large else 10.0
+    return mlp_torso(shape, () if kind == "none" else config.torso_sizes, scale)
 
 
 def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
     """The actor-critic network; initialised from torch's global generator."""
-    torso, width = build_torso(config, spec)
-    width += spec.num_actions * config.previous_action + config.previous_reward
+    torso = build_torso(config, spec)
+    width = torso.output_size + spec.num_actions * config.previous_action + config.previous_reward
     kind = {"lstm": dni_rl.LSTM, "gru": dni_rl.GRU}[config.core]
     core = kind(width, config.hidden_size, config.num_layers, chrono_max=config.chrono_max)
     return ActorCritic(

@@ -110,13 +110,23 @@ def select_sequences(windows: Windows, environments: Tensor, num_envs: int) -> W
     """
     W = windows.alive.shape[0] // num_envs
     rows = (torch.arange(W, device=environments.device).unsqueeze(1) * num_envs + environments).flatten()
-    fields = {name: getattr(windows, name) for name in Windows.__dataclass_fields__}
-    picked = {name: x.index_select(1, rows) for name, x in fields.items() if isinstance(x, Tensor) and x.dim() > 1}
+
+    def pick(x: Tensor) -> Tensor:
+        return x.index_select(1, rows)  # [K, N, ...] -> [K, W * M, ...]
+
     return Windows(
-        **picked,
+        observation=pick(windows.observation),
+        action_tm1=pick(windows.action_tm1),
+        reward=pick(windows.reward),
+        first=pick(windows.first),
+        action=pick(windows.action),
+        advantage=pick(windows.advantage),
+        value_target=pick(windows.value_target),
+        behaviour_log_prob=pick(windows.behaviour_log_prob),
+        valid=pick(windows.valid),
         alive=windows.alive[rows],
+        context=None if windows.context is None else pick(windows.context),
         state=tuple(s[rows] for s in windows.state),
-        **({} if windows.context is not None else {"context": None}),
     )
 
 
@@ -175,7 +185,9 @@ class Learner:
             if algorithm.name == "ppo" and algorithm.target_kl is not None:
                 if metrics["losses/approx_kl"].item() > algorithm.target_kl:
                     break
-        return {name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in collected.items()}
+        return {
+            name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in collected.items()
+        }
 
     def _minibatches(self, windows: Windows) -> Iterator[Windows]:
         algorithm = self.algorithm
@@ -203,9 +215,7 @@ class Learner:
 
         self.optimizer.zero_grad(set_to_none=True)
         state = dni_rl.cut(batch.state)
-        logits, values, next_state = model.unroll(
-            batch.observation, batch.action_tm1, batch.reward, batch.first, state
-        )
+        logits, values, next_state = model.unroll(batch.observation, batch.action_tm1, batch.reward, batch.first, state)
         loss = actor_critic_loss(
             logits,
             values,

@@ -70,6 +70,7 @@ class MetricsWriter:
                 text = yaml.safe_dump(dict(hyperparameters), sort_keys=False)
                 self._events.add_text("hyperparameters", f"```\n{text}```", global_step=0)
         self._step = resume_step or 0  # of the last row
+        self._shown: dict[str, str] = {}
         self._progress = tqdm(
             total=total_steps,
             initial=self._step,
@@ -101,9 +102,10 @@ class MetricsWriter:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, global_step=step)
-        shown = {label: f"{values[name]:.3g}" for name, label in PROGRESS_METRICS.items() if name in values}
-        if shown:
-            self._progress.set_postfix(shown, refresh=False)
+        for name, label in PROGRESS_METRICS.items():
+            if math.isfinite(values.get(name, math.nan)):  # otherwise no episode ended: the last value stays
+                self._shown[label] = f"{values[name]:.3g}"
+        self._progress.set_postfix(self._shown, refresh=False)
         self._progress.update(step - self._step)
         self._step = step
 

@@ -31,24 +31,57 @@ def _orthogonal(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Con
     return layer
 
 
-def mlp_torso(input_shape: Sequence[int], sizes: Sequence[int], scale: float | None = None) -> nn.Sequential:
-    """Fully connected torso with ReLU; flattens its input, [N, ...] -> [N, sizes[-1]].
+def mlp(input_size: int, sizes: Sequence[int]) -> nn.Sequential:
+    """Fully connected layers with ReLU, [..., input_size] -> [..., sizes[-1]]; nothing at all for sizes ()."""
+    layers: list[nn.Module] = []
+    for size in sizes:
+        layers += [_orthogonal(nn.Linear(input_size, size), math.sqrt(2.0)), nn.ReLU()]
+        input_size = size
+    return nn.Sequential(*layers)
+
+
+class Torso(nn.Module):
+    """Encodes observations, [..., *observation_shape] -> [..., output_size]; leading dimensions are kept.
+
+    Args:
+        net: maps [N, *observation_shape] to [N, output_size].
+        observation_shape: shape of one observation.
+        output_size: width of the features.
+        flat: whether `net` takes vectors with any leading dimensions; spares reshaping in the time loop.
+    """
+
+    def __init__(self, net: nn.Sequential, observation_shape: Sequence[int], output_size: int, *, flat: bool = False):
+        super().__init__()
+        self.net = net
+        self.observation_shape = tuple(observation_shape)
+        self.output_size = output_size
+        self.flat = flat
+
+    def forward(self, observation: Tensor) -> Tensor:
+        if self.flat:
+            return self.net(observation)
+        leading = observation.shape[: observation.dim() - len(self.observation_shape)]
+        return self.net(observation.reshape(-1, *self.observation_shape)).view(*leading, self.output_size)
+
+
+def mlp_torso(input_shape: Sequence[int], sizes: Sequence[int], scale: float | None = None) -> Torso:
+    """Fully connected torso.
 
     Args:
         input_shape: shape of one observation.
         sizes: widths of the layers; () only flattens.
         scale: divides uint8 observations by this; None for float observations.
     """
-    layers: list[nn.Module] = [] if scale is None else [ScaledImages(scale)]
-    layers.append(nn.Flatten())
     width = math.prod(input_shape)
-    for size in sizes:
-        layers += [_orthogonal(nn.Linear(width, size), math.sqrt(2.0)), nn.ReLU()]
-        width = size
-    return nn.Sequential(*layers)
+    net = mlp(width, sizes)
+    output_size = sizes[-1] if sizes else width
+    if len(input_shape) == 1 and scale is None:
+        return Torso(net, input_shape, output_size, flat=True)
+    front: list[nn.Module] = [] if scale is None else [ScaledImages(scale)]
+    return Torso(nn.Sequential(*front, nn.Flatten(), *net), input_shape, output_size)
 
 
-def conv_torso(input_shape: Sequence[int], output_size: int) -> nn.Sequential:
+def conv_torso(input_shape: Sequence[int], output_size: int) -> Torso:
     """The convolutional torso of Mnih et al., "Human-level control through deep RL" (2015), [N, C, 84, 84] -> [N, output_size].
 
     Args:
@@ -72,7 +105,7 @@ def conv_torso(input_shape: Sequence[int], output_size: int) -> nn.Sequential:
         raise ValueError(
             f"model.torso: 'conv' needs images [C, Y, X] of at least 36 x 36 pixels, found {tuple(input_shape)}; use 'mlp'"
         ) from error
-    return convolutions.extend([_orthogonal(nn.Linear(width, output_size), math.sqrt(2.0)), nn.ReLU()])
+    return Torso(convolutions.extend(mlp(width, (output_size,))), input_shape, output_size)
 
 
 class ActorCritic(nn.Module):
@@ -82,7 +115,7 @@ class ActorCritic(nn.Module):
         logits_t = policy_head(y_t),   value_t = value_head(y_t)
 
     Args:
-        torso: maps observations [N, ...] to features [N, F].
+        torso: maps observations [..., *observation_shape] to features [..., F].
         core: a core with `input_size` = F (+ num_actions) (+ 1).
         num_actions: A.
         previous_action: feed the last action to the core, as a one-hot vector; zeros where an episode starts.
@@ -92,7 +125,7 @@ class ActorCritic(nn.Module):
 
     def __init__(
         self,
-        torso: nn.Module,
+        torso: Torso,
         core: Core,
         num_actions: int,
         *,
@@ -107,10 +140,9 @@ class ActorCritic(nn.Module):
         self.previous_action = previous_action
         self.previous_reward = previous_reward
         width = head_sizes[-1] if head_sizes else core.output_size
-        # A nearly uniform first policy, and values of ordinary size: Andrychowicz et al., "What matters for on-policy deep
-        # actor-critic methods?" (2021), sec. 3.2.
-        self.policy_head = mlp_torso((core.output_size,), head_sizes).append(_orthogonal(nn.Linear(width, num_actions), 0.01))
-        self.value_head = mlp_torso((core.output_size,), head_sizes).append(_orthogonal(nn.Linear(width, 1), 1.0))
+        # A nearly uniform first policy: Andrychowicz et al., "What matters for on-policy deep actor-critic methods?" (2021), sec. 3.2.
+        self.policy_head = mlp(core.output_size, head_sizes).append(_orthogonal(nn.Linear(width, num_actions), 0.01))
+        self.value_head = mlp(core.output_size, head_sizes).append(_orthogonal(nn.Linear(width, 1), 1.0))
 
     def core_inputs(self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor) -> Tensor:
         """Everything the core reads, for any leading shape [N] or [T, B]: [..., D].
@@ -121,21 +153,18 @@ class ActorCritic(nn.Module):
             reward: [...], reward that came with this observation.
             first: [...] bool; action and reward of another episode are hidden.
         """
-        leading = first.shape
-        features = self.torso(observation.flatten(0, len(leading) - 1)).unflatten(0, leading)
+        features = self.torso(observation)
         parts = [features]
-        continues = (~first).unsqueeze(-1).to(features.dtype)
+        starts = first.unsqueeze(-1)
         if self.previous_action:
-            parts.append(F.one_hot(action_tm1, self.num_actions).to(features.dtype) * continues)
+            parts.append(F.one_hot(action_tm1, self.num_actions).to(features.dtype).masked_fill(starts, 0.0))
         if self.previous_reward:
-            parts.append(reward.clamp(-1.0, 1.0).unsqueeze(-1) * continues)
+            parts.append(reward.clamp(-1.0, 1.0).unsqueeze(-1).masked_fill(starts, 0.0))
         return torch.cat(parts, dim=-1) if len(parts) > 1 else features
 
     def heads(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [..., A] and values [...] of core outputs [..., H]."""
-        return self.policy_head(outputs.flatten(0, -2)).unflatten(0, outputs.shape[:-1]), self.value_head(
-            outputs.flatten(0, -2)
-        ).squeeze(-1).unflatten(0, outputs.shape[:-1])
+        return self.policy_head(outputs), self.value_head(outputs).squeeze(-1)
 
     def step(
         self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
@@ -150,7 +179,5 @@ class ActorCritic(nn.Module):
         self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
     ) -> tuple[Tensor, Tensor, State]:
         """Steps over [T, B]: logits [T, B, A], values [T, B], and the state after the last step."""
-        outputs, next_state = self.core.unroll(
-            self.core_inputs(observation, action_tm1, reward, first), state, first
-        )
+        outputs, next_state = self.core.unroll(self.core_inputs(observation, action_tm1, reward, first), state, first)
         return *self.heads(outputs), next_state

@@ -1,4 +1,4 @@
-"""Acting: steps environments with the current policy and keeps what a learner needs, in buffers allocated once."""
+"""Acting: steps environments with the current policy and keeps what a learner needs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,19 +63,26 @@ class EpisodeStatistics:
 
     def observe_rollout(self, rewards: Tensor, first: Tensor, last: Tensor) -> None:
         """Counts T steps at once: rewards, first, last are [T, B]."""
-        for reward, is_first, is_last in zip(rewards.to(torch.float64), first, last, strict=True):
-            restarted = is_first & self._was_last  # no transition led here
-            self._return += reward.masked_fill(restarted, 0.0)
-            self._length += ~restarted
-            ended = is_last | (is_first & ~self._was_last)
-            self._done += ended
-            self._returns += self._return * ended
-            self._lengths += self._length * ended
-            if self.success_reward is not None:
-                self._successes += ended & (self._return >= self.success_reward - 1e-6)
-            self._return.masked_fill_(ended, 0.0)
-            self._length.masked_fill_(ended, 0.0)
-            self._was_last = is_last.clone()
+        T = len(rewards)
+        was_last = torch.cat([self._was_last.unsqueeze(0), last[:-1]])
+        restarted = first & was_last  # no transition led here
+        ended = last | (first & ~was_last)
+        # Sums since the last end: the running sum at an end minus the running sum at the end before.
+        sums = torch.stack([rewards.to(torch.float64).masked_fill(restarted, 0.0), (~restarted).to(torch.float64)])
+        carried = torch.stack([self._return, self._length]).unsqueeze(1)
+        running = torch.cat([torch.zeros_like(carried), carried + sums.cumsum(1)], dim=1)  # [2, T + 1, B]
+        steps = torch.arange(1, T + 1, device=rewards.device).unsqueeze(1)
+        latest_end = torch.where(ended, steps, 0).cummax(0).values  # [T, B], 0 where none yet
+        before = torch.cat([torch.zeros_like(latest_end[:1]), latest_end[:-1]])
+        returns, lengths = running[:, 1:] - running.gather(1, before.expand(2, -1, -1))
+        counted = ended.to(torch.float64)
+        self._done += counted.sum(0)
+        self._returns += (returns * counted).sum(0)
+        self._lengths += (lengths * counted).sum(0)
+        if self.success_reward is not None:
+            self._successes += (ended & (returns >= self.success_reward - 1e-6)).sum(0)
+        self._return, self._length = running[:, -1] - running.gather(1, latest_end[-1:].expand(2, -1, -1)).squeeze(1)
+        self._was_last = last[-1].clone()
 
     def pop(self) -> dict[str, Tensor]:
         """Means over the episodes that ended since the last call; NaN where none did. No host synchronisation."""
@@ -112,82 +119,80 @@ class Actor:
         seed: of the stream that samples actions.
     """
 
-    def __init__(self, environment: Environment, model: ActorCritic, *, rollout_length: int, bptt_horizon: int, seed: int):
+    def __init__(
+        self, environment: Environment, model: ActorCritic, *, rollout_length: int, bptt_horizon: int, seed: int
+    ):
         self.environment, self.model = environment, model
         self.rollout_length, self.bptt_horizon = rollout_length, bptt_horizon
-        device, spec, B, T = environment.device, environment.spec, environment.num_envs, rollout_length
+        device, spec, B = environment.device, environment.spec, environment.num_envs
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.statistics = EpisodeStatistics(B, spec.success_reward, device)
         self.state = model.core.initial_state(B)
         self.action_tm1 = torch.zeros(B, dtype=torch.int64, device=device)
         self.timestep: TimeStep | None = None
-
-        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        self.rollout = Rollout(
-            observation=buffer(T + 1, B, *spec.observation_shape, dtype=spec.observation_dtype),
-            action_tm1=buffer(T + 1, B, dtype=torch.int64),
-            reward=buffer(T + 1, B),
-            discount=buffer(T + 1, B),
-            first=buffer(T + 1, B, dtype=torch.bool),
-            last=buffer(T + 1, B, dtype=torch.bool),
-            context=buffer(T + 1, B, spec.context_size) if spec.context_size else None,
-            action=buffer(T, B, dtype=torch.int64),
-            logits=buffer(T, B, spec.num_actions),
-            value=buffer(T + 1, B),
-            final_value=buffer(T + 1, B),
-            states=tuple(buffer(T // bptt_horizon, B, *s.shape[1:]) for s in self.state),
-        )
-        self._raw_reward = buffer(T + 1, B)
+        self.rollout: Rollout | None = None  # the last one
 
     @torch.no_grad()
     def collect(self) -> Rollout:
-        """Takes T steps. The returned buffers are overwritten by the next call."""
-        rollout, T = self.rollout, self.rollout_length
+        """Takes T steps."""
+        T, B, A = self.rollout_length, self.environment.num_envs, self.environment.spec.num_actions
         timestep = self.environment.reset() if self.timestep is None else self.timestep
-        self._store(0, timestep)
+        # argmax(logits + Gumbel noise) is a draw from softmax(logits); the noise of a whole rollout comes in one call
+        noise = (
+            torch.empty(T, B, A, device=self.environment.device).exponential_(generator=self.generator).log_().neg_()
+        )
+        timesteps, actions, logits, values, states = [timestep], [self.action_tm1], [], [], []
+        final_values: list[Tensor | None] = [None]
         for t in range(T):
             if t % self.bptt_horizon == 0:
-                for kept, s in zip(rollout.states, self.state, strict=True):
-                    kept[t // self.bptt_horizon].copy_(s)
-            logits, value, self.state = self.model.step(
+                states.append(self.state)
+            step_logits, value, self.state = self.model.step(
                 timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
             )
-            action = self._sample(logits)
-            rollout.logits[t], rollout.value[t], rollout.action[t] = logits, value, action
-            timestep = self.environment.step(action)
-            self.action_tm1 = action
-            self._store(t + 1, timestep)
-            if timestep.final_observation is not None:
-                # The same memory that acted, one observation further, in the episode that the time limit cut.
-                continues = torch.zeros_like(timestep.first)
-                _, rollout.final_value[t + 1], _ = self.model.step(
-                    timestep.final_observation, action, timestep.reward, continues, self.state
-                )
+            self.action_tm1 = (step_logits + noise[t]).argmax(-1)
+            timestep = self.environment.step(self.action_tm1)
+            timesteps.append(timestep)
+            actions.append(self.action_tm1)
+            logits.append(step_logits)
+            values.append(value)
+            final_values.append(None if timestep.final_observation is None else self._final_value(timestep))
         self.timestep = timestep
-        _, rollout.value[T], _ = self.model.step(
+        _, value, _ = self.model.step(
             timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
         )
-        self.statistics.observe_rollout(self._raw_reward[1:], rollout.first[1:], rollout.last[1:])
+        value_tp1 = torch.stack([*values, value])
+        has_context = timestep.context is not None
+        action_tm1 = torch.stack(actions)
+        rollout = Rollout(
+            observation=torch.stack([step.observation for step in timesteps]),
+            action_tm1=action_tm1,
+            reward=torch.stack([step.reward for step in timesteps]),
+            discount=torch.stack([step.discount for step in timesteps]),
+            first=torch.stack([step.first for step in timesteps]),
+            last=torch.stack([step.last for step in timesteps]),
+            context=torch.stack([step.context for step in timesteps if step.context is not None])
+            if has_context
+            else None,
+            action=action_tm1[1:],
+            logits=torch.stack(logits),
+            value=value_tp1,
+            final_value=torch.stack([v if f is None else f for f, v in zip(final_values, value_tp1, strict=True)]),
+            states=tuple(torch.stack(component) for component in zip(*states, strict=True)),
+        )
+        rewards = rollout.reward
+        if timestep.raw_reward is not None:
+            rewards = torch.stack([step.reward if step.raw_reward is None else step.raw_reward for step in timesteps])
+        self.statistics.observe_rollout(rewards[1:], rollout.first[1:], rollout.last[1:])
+        self.rollout = rollout
         return rollout
 
-    def _store(self, t: int, timestep: TimeStep) -> None:
-        rollout = self.rollout
-        rollout.observation[t] = timestep.observation
-        rollout.action_tm1[t] = self.action_tm1
-        rollout.reward[t] = timestep.reward
-        rollout.discount[t] = timestep.discount
-        rollout.first[t] = timestep.first
-        rollout.last[t] = timestep.last
-        if rollout.context is not None and timestep.context is not None:
-            rollout.context[t] = timestep.context
-        self._raw_reward[t] = timestep.reward if timestep.raw_reward is None else timestep.raw_reward
-
-    def _sample(self, logits: Tensor) -> Tensor:
-        # argmax p / e with e ~ Exp(1) is a draw from p (the exponential race): cheaper than torch.multinomial
-        race = torch.empty_like(logits).exponential_(generator=self.generator)
-        return (F.softmax(logits, dim=-1) / race).argmax(-1)
+    def _final_value(self, timestep: TimeStep) -> Tensor:
+        """V of the observation in which a time limit cut an episode: the memory that acted there, one observation further."""
+        assert timestep.final_observation is not None
+        _, value, _ = self.model.step(
+            timestep.final_observation, self.action_tm1, timestep.reward, torch.zeros_like(timestep.first), self.state
+        )
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to act on exactly: core state, last step, random stream and the environments' own state.

@@ -19,7 +19,7 @@ from agents.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_r
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
 from agents.learner import Learner
 from agents.metrics import MetricsWriter
-from agents.rollout import Actor, Rollout
+from agents.rollout import Actor
 
 _log = logging.getLogger(__name__)
 
@@ -80,9 +80,8 @@ class Trainer:
         """Names the first tensor, in the order in which data flows, that holds NaN or infinity; None if all are finite."""
         if all(math.isfinite(float(value)) for name, value in metrics.items() if name.startswith(("losses/", "sg/"))):
             return None
-        rollout: Rollout = self.actor.rollout
         flow: list[tuple[str, Tensor | None]] = [
-            (f"rollout.{name}", getattr(rollout, name))
+            (f"rollout.{name}", getattr(self.actor.rollout, name))
             for name in ("observation", "context", "reward", "discount", "logits", "value")
         ]
         flow += list(metrics.items())
@@ -150,7 +149,9 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint)
             if not trainer.environment.resumable:
-                _log.warning("%s: emulator state cannot be saved; new episodes start at step %d", config.env.id, trainer.step)
+                _log.warning(
+                    "%s: emulator state cannot be saved; new episodes start at step %d", config.env.id, trainer.step
+                )
         run = config.run
         with (
             MetricsWriter(
@@ -264,7 +265,7 @@ def _check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
 def _interruptible() -> Iterator[list[int]]:
     """Lets the first Ctrl-C (or SIGTERM) end the loop after the update in flight; the second one acts as usual."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)

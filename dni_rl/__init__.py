@@ -1,19 +1,40 @@
 """Synthetic gradients for recurrent learning beyond the truncation window."""
 
 from dni_rl.backward import Report, backward, cut
-from dni_rl.cores import GRU, LSTM, CellCore, Core, State, wrap
+from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace
+from dni_rl.cores import (
+    GRU,
+    LSTM,
+    CellCore,
+    Core,
+    ElementwiseLSTM,
+    MultiTimescaleCore,
+    Sensitivity,
+    State,
+    fit_interfaces,
+    wrap,
+)
 from dni_rl.critics import CriticFit, GradientCritic
+from dni_rl.horizon import CreditHorizon, credit_horizon
 
 __all__ = [
     "GRU",
     "LSTM",
     "CellCore",
     "Core",
+    "CreditHorizon",
     "CriticFit",
+    "ElementwiseLSTM",
     "GradientCritic",
+    "MultiTimescaleCore",
     "Report",
+    "Sensitivity",
     "State",
     "backward",
+    "bp_lambda_backward",
+    "bp_lambda_trace",
+    "credit_horizon",
     "cut",
+    "fit_interfaces",
     "wrap",
 ]

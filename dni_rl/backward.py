@@ -1,9 +1,9 @@
 """`cut` and `backward`: the two calls that put an error critic into any training loop with a recurrent core.
 
-    state = dni_rl.cut(state)                                   # a leaf: the window starts here
-    outputs, next_state = core.unroll(inputs, state, first)
-    losses = my_losses(outputs, batch)                          # [T, B], one loss per step and sequence, not reduced
-    report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, alive=alive)
+state = dni_rl.cut(state)                                   # a leaf: the window starts here
+outputs, next_state = core.unroll(inputs, state, first)
+losses = my_losses(outputs, batch)                          # [T, B], one loss per step and sequence, not reduced
+report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, alive=alive)
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,9 @@ def cut(state: State) -> State:
         found = type(state).__name__
         if isinstance(state, (tuple, list)):
             found += f" of {[s.dtype if isinstance(s, Tensor) else type(s).__name__ for s in state]}"
-        raise ValueError(f"state: expected a tuple of floating-point tensors [B, ...], got {found}; write (state,) for one")
+        raise ValueError(
+            f"state: expected a tuple of floating-point tensors [B, ...], got {found}; write (state,) for one"
+        )
     return tuple(s.detach().requires_grad_() for s in state)
 
 
@@ -124,7 +126,8 @@ def backward(
         # As <losses, weight> + <end, weight b>, without building the surrogate. An end that is a part of the start (a core that
         # does not change it) is a leaf, and right to receive it.
         torch.autograd.backward(
-            [losses, *end], [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end))]
+            [losses, *end],
+            [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end))],
         )
     history = end.history if isinstance(end, UnrolledState) and critic.dense_targets else None
     if history is not None:
@@ -180,7 +183,9 @@ def _check(
     weight: float | Tensor | None,
 ) -> tuple[int, int]:
     if losses.dim() != 2:
-        raise ValueError(f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}; do not reduce them")
+        raise ValueError(
+            f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}; do not reduce them"
+        )
     T, B = losses.shape
     if not torch.is_grad_enabled():
         raise RuntimeError("backward: gradients are switched off here; call it outside of torch.no_grad()")
@@ -197,7 +202,9 @@ def _check(
     if any(len(s) != B for s in start):
         raise ValueError(f"start: expected batch size {B} as in losses, got {[tuple(s.shape) for s in start]}")
     if not all(s.is_leaf and s.requires_grad for s in start):
-        raise RuntimeError("start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled")
+        raise RuntimeError(
+            "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
+        )
     if critic is None:
         return T, B
     if not all(s.requires_grad for s in end):
@@ -210,5 +217,7 @@ def _check(
             f"context: expected [T + 1, B, Z] = ({T + 1}, {B}, {critic.context_size}), the last row for `end`, got {found}"
         )
     if not critic.context_size and context is not None:
-        raise ValueError(f"context: got {tuple(context.shape)}, but the critic was built with context_size=0; leave it out")
+        raise ValueError(
+            f"context: got {tuple(context.shape)}, but the critic was built with context_size=0; leave it out"
+        )
     return T, B

@@ -34,17 +34,43 @@ class CriticFit:
     target_norm: Tensor
 
 
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class _LinearPlusMLP(nn.Module):
+    """A linear map plus an MLP, [..., inputs] -> [..., outputs], zero at the start."""
+
+    def __init__(self, inputs: int, hidden_sizes: Sequence[int], outputs: int):
+        super().__init__()
+        self.linear = _zero_linear(inputs, outputs)
+        layers: list[nn.Module] = []
+        for size in hidden_sizes:
+            layers += [nn.Linear(inputs, size), nn.Tanh()]
+            inputs = size
+        self.mlp = nn.Sequential(*layers, _zero_linear(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.mlp(x)
+
+
 class GradientCritic(nn.Module):
-    """Predicts dL/ds directly: a linear map or an MLP from (state, context) to the gradient of every state tensor.
+    """Predicts dL/ds directly: a linear map, or a linear map plus an MLP, of (state, context) for the gradient of every state tensor.
 
         M(s, z) = rms * net([s, z])        with normalised targets, otherwise  M(s, z) = net([s, z])
 
-    The last layer starts at exactly zero, weight and bias, so the first synthetic gradient is zero and training starts as plain
+    The linear path is not an ornament. Targets are nearly all noise (a few per cent of their variance can be explained), and an MLP
+    alone spends its hidden layer on the noise of the first updates and never recovers the rest; docs/results/critic_fit.md has the figures.
+
+    The last layers start at exactly zero, weight and bias, so the first synthetic gradient is zero and training starts as plain
     truncated BPTT.
 
     Args:
         state_sizes: width of each state tensor, as in `core.state_sizes`.
-        hidden_sizes: widths of the hidden layers; () is linear.
+        hidden_sizes: widths of the hidden layers (tanh) beside the linear path; () is linear alone.
         context_size: Z, width of the context; 0 for none. With context this is cDNI.
         normalize_targets: divide each component of the target by a running RMS of it, and multiply predictions by it.
         dense_targets: regress on the gradient at every step of the window where the core recorded it, not only at its start.
@@ -108,14 +134,12 @@ class GradientCritic(nn.Module):
         self.warmup_updates = warmup_updates
         self.statistics_decay = statistics_decay
 
-        width, layers = sum(self.state_sizes) + context_size, []
-        for size in hidden_sizes:
-            layers += [nn.Linear(width, size), nn.ReLU()]
-            width = size
-        head = nn.Linear(width, sum(self.state_sizes))
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        self.net = nn.Sequential(*layers, head)
+        inputs, outputs = sum(self.state_sizes) + context_size, sum(self.state_sizes)
+        self.net = (
+            _LinearPlusMLP(inputs, hidden_sizes, outputs)
+            if hidden_sizes
+            else nn.Sequential(_zero_linear(inputs, outputs))
+        )
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_windows", torch.zeros((), dtype=torch.int64))
         self.register_buffer("target_rms", torch.ones(sum(self.state_sizes)))
@@ -214,21 +238,25 @@ class GradientCritic(nn.Module):
         """
         with torch.no_grad():
             square = self._join(tuple(g.detach() for g in gradient)).square().sum(-1).mean()
-            self.num_windows += 1
-            self._window_square.lerp_(square, 1.0 - self.statistics_decay)
+            self._average(self._window_square, square, self.num_windows)
 
     @property
     def window_norm(self) -> Tensor:
         """Running RMS norm of the gradient that a window's own losses send to its start, a scalar."""
         return (self._window_square / self._debias(self.num_windows)).sqrt()
 
+    def _average(self, running: Tensor, square: Tensor, count: Tensor) -> None:
+        # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; the loss does show it.
+        finite = square.isfinite().all()
+        running.copy_(torch.where(finite, running.lerp(square, 1.0 - self.statistics_decay), running))
+        count += finite
+
     def _debias(self, count: Tensor) -> Tensor:
         # to the dtype first: a power of an integer tensor is float32
         return 1.0 - self.statistics_decay ** count.clamp_min(1).to(self._window_square.dtype)
 
     def _update_target_statistics(self, square: Tensor) -> None:
-        self.num_updates += 1
-        self._target_square.lerp_(square, 1.0 - self.statistics_decay)
+        self._average(self._target_square, square, self.num_updates)
         rms = (self._target_square / self._debias(self.num_updates)).sqrt()
         # A component that has never had a gradient keeps unit scale; one that almost never has cannot blow up the loss.
         floor = 1e-3 * rms.square().mean().sqrt()

@@ -7,19 +7,12 @@ sequences with frozen parameters; no `.grad` is touched and nothing is trained.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dni_rl.cores.base import Core, State, UnrolledState
-
-
-class Bootstrap(Protocol):
-    """What is needed of a critic: the synthetic gradient that it would apply at a cut."""
-
-    def synthetic_gradient(self, state: State, context: Tensor | None = None, alive: Tensor | None = None) -> State:
-        """Tuple of [B, size], see `GradientCritic.synthetic_gradient`."""
+from dni_rl.cores.timescales import Bootstrap, LevelledState
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +71,7 @@ def credit_horizon(
     *,
     window: int | None = None,
     critic: Bootstrap | None = None,
+    unroll: Callable[[Tensor, State, Tensor | None], tuple[Tensor, LevelledState, Tensor]] | None = None,
     context: Tensor | None = None,
     loss_times: Sequence[int] | None = None,
     num_lags: int | None = None,
@@ -112,6 +106,13 @@ def credit_horizon(
         true_norm = sqrt(mean |g_n|^2),    delivered_norm = sqrt(mean |d_n|^2)
         cosine    = sum <d_n, g_n> / sqrt(sum |d_n|^2  sum |g_n|^2)
 
+    Where cuts are not of the whole state at once, as with `MultiTimescaleCore.unroll_in_ticks`, pass how the method
+    unrolls. Credit then arrives in parts: i_n(j) through the graph with its cuts, the rest r_n = g_n - i_n by
+    bootstraps alone, b(j) being all that they send to s_j and T(j) = sum_n r_n(j) what they stand for. With a = <b,
+    T> / |T|^2, as above for r = g,
+
+        |d_n|^2 = |i_n + a r_n|^2 + |r_n|^2 (|b|^2 / |T|^2 - a^2),      <d_n, g_n> = <i_n + a r_n, g_n>
+
     Losses fall on every phase of a window. Without a critic and with gradients of equal norm the cosine at lag n is
     therefore sqrt((K - n) / K), above 0.5 for n < 3 K / 4.
 
@@ -131,6 +132,8 @@ def credit_horizon(
         window: K, steps between cuts; None for no cuts, where delivered and true gradient agree.
         critic: bootstraps at cuts; None for plain truncated BPTT. Discount, scale and bound are part of what it
             delivers.
+        unroll: instead of window and critic, how the method unrolls the whole batch: (inputs, state, first) to
+            (outputs, next state, bootstraps), for example `partial(core.unroll_in_ticks, ticks=8, critic=critic)`.
         context: [T + 1, B, Z], as in `dni_rl.backward`.
         loss_times: which t to measure, each in [0, T); None for at most 64, evenly spread over the batch and over
             window phases.
@@ -143,10 +146,12 @@ def credit_horizon(
         The curves, float64, on the device of the losses, without synchronising with it.
 
     Raises:
-        ValueError: if a shape, time or count is out of range, or a critic comes without a window.
+        ValueError: if a shape, time or count is out of range, or window, critic and unroll do not go together.
         RuntimeError: if the core records no history.
     """
     T = _check(inputs, window, critic, context, loss_times, num_lags, margin)
+    if unroll is not None and window is not None:
+        raise ValueError("unroll: it replaces window= and critic=; leave those out")
     if loss_times is None:
         loss_times = _spread(T, window)
     start = tuple(
@@ -165,6 +170,10 @@ def credit_horizon(
     if critic is not None and window is not None:
         total = _gradients(losses.sum(), start, end)
         norm_ratio, alignment = _bootstrap_quality(core, inputs, end, total, starts, window, critic, context)
+    method = None if unroll is None else _Method(unroll, loss_fn, inputs, start, first)
+    if method is not None:
+        total = _gradients(losses.sum(), start, end)
+        norm_ratio, alignment = method.bootstrap_quality(_join(total).double())
 
     N = T if num_lags is None else num_lags
     sums = torch.zeros(4, N, dtype=torch.float64, device=losses.device)  # true, delivered, inner product, count
@@ -180,6 +189,13 @@ def credit_horizon(
             reached = math.floor(t / window) * window + 1  # first j with t < k(j)
             delivered[:reached] *= norm_ratio[:reached]
             inner[:reached] *= alignment[:reached]
+        if method is not None:
+            inside = method.inside(t)[: t + 1]
+            rest, a = gradient - inside, alignment[: t + 1]
+            mixed = inside + a.unsqueeze(-1) * rest
+            delivered = mixed.square().sum(-1) + rest.square().sum(-1) * (norm_ratio[: t + 1] - a.square())
+            inner = (mixed * gradient).sum(-1)
+            delivered, inner = (torch.where(connected, x, 0.0) for x in (delivered, inner))
         curves = torch.stack([true, delivered, inner, connected.to(true.dtype)]).sum(-1).flip(-1)  # [4, t + 1], by lag
         sums[:, : min(N, t + 1)] += curves[:, :N]
     true, delivered, inner, count = sums
@@ -191,6 +207,57 @@ def credit_horizon(
         cosine=torch.where(joint > 0, inner / joint, 0.0),
         num_pairs=count,
     )
+
+
+class _Method:
+    """The graph of a method that cuts parts of the state; see the last equations of `credit_horizon`."""
+
+    def __init__(
+        self,
+        unroll: Callable[[Tensor, State, Tensor | None], tuple[Tensor, LevelledState, Tensor]],
+        loss_fn: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        start: State,
+        first: Tensor | None,
+    ):
+        # States behind a cut lead back to inputs only, not to the start: both have to be asked for, so that the history is
+        # passed on the way.
+        inputs = inputs.detach().requires_grad_()
+        start = tuple(s.detach().requires_grad_() for s in start)
+        self.leaves = (*start, inputs)
+        with torch.enable_grad():
+            outputs, self.end, self.bootstraps = unroll(inputs, start, first)
+            self.losses = loss_fn(outputs)
+        # What the history notes at a cut is behind it; what the step before receives is the synthetic gradient.
+        states = _join(self.end.history.states)
+        self.cut = torch.zeros(states.shape, dtype=torch.bool, device=states.device)  # [T, B, S]
+        self.synthetic = torch.zeros_like(states, dtype=torch.float64)
+        edges = [0]
+        for s in start:
+            edges.append(edges[-1] + s.shape[-1])
+        for step, part, synthetic in self.end.cuts:
+            columns = slice(edges[part.start], edges[part.stop])
+            self.cut[step, :, columns] = True
+            if synthetic is not None:
+                self.synthetic[step, :, columns] = _join(synthetic).double()
+        self.cut[0] = True  # the window starts with a cut of its own, at which no critic is asked
+
+    def inside(self, t: int) -> Tensor:
+        """[T, B, S] what the loss of step t sends through the graph."""
+        return self._arriving(self.losses[t].sum()).masked_fill(self.cut, 0.0)
+
+    def bootstrap_quality(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, B] |b|^2 / |T|^2 and <b, T> / |T|^2, for total [T, B, S], the true gradient of all losses."""
+        inside = self._arriving(self.losses.sum()).masked_fill(self.cut, 0.0)
+        b = torch.where(self.cut, self.synthetic, self._arriving(self.bootstraps.sum()))
+        tail = total - inside
+        square = tail.square().sum(-1)
+        rounding = (64 * torch.finfo(self.losses.dtype).eps) ** 2 * total.square().sum(-1)  # of total - inside
+        scale = torch.where(square > rounding, square, torch.inf)
+        return b.square().sum(-1) / scale, (b * tail).sum(-1) / scale
+
+    def _arriving(self, root: Tensor) -> Tensor:
+        return _join(_gradients(root, self.leaves, self.end)).double()
 
 
 def _bootstrap_quality(
@@ -245,15 +312,15 @@ def _bootstrap_quality(
 
 
 def _gradients(
-    roots: Tensor | State, start: State, end: UnrolledState, vectors: State | None = None
+    roots: Tensor | State, leaves: State, end: UnrolledState, vectors: State | None = None
 ) -> tuple[Tensor, ...]:
     """Gradients [T, B, ...] that arrive at every state of a window; the graph is kept, no `.grad` is touched."""
     end.history.clear()
     roots = (roots,) if isinstance(roots, Tensor) else roots
     pairs = [(r, v) for r, v in zip(roots, vectors or (None,) * len(roots), strict=True) if r.requires_grad]
     if pairs:
-        # Towards `start`, hence past every state on the way, where the history takes notes.
-        torch.autograd.grad([r for r, _ in pairs], start, [v for _, v in pairs], retain_graph=True, allow_unused=True)
+        # Towards the leaves, hence past every state on the way, where the history takes notes.
+        torch.autograd.grad([r for r, _ in pairs], leaves, [v for _, v in pairs], retain_graph=True, allow_unused=True)
     valid = end.history.valid
     gradients = tuple(
         torch.where(valid.view(*valid.shape, *[1] * (g.dim() - 2)), g, 0.0) for g in end.history.gradients

@@ -24,7 +24,7 @@ class _LSTMLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_proj: Tensor,
         h: Tensor,
@@ -65,7 +65,7 @@ class _LSTMLayer(torch.autograd.Function):
         return outputs, h.clone(), c
 
     @staticmethod
-    def backward(ctx: Any, d_outputs: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_outputs: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         # Not `once_differentiable`: that is silent, and wrong, where only the saved tensors would need a second derivative.
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -129,9 +129,7 @@ class _Gated(Core):
                 f"bidirectional: a bidirectional nn.{kind} reads the future and has no state to cut at; use bidirectional=False"
             )
         if module.proj_size:
-            raise ValueError(
-                f"proj_size: found {module.proj_size}, allowed 0; put a Linear behind the core instead"
-            )
+            raise ValueError(f"proj_size: found {module.proj_size}, allowed 0; put a Linear behind the core instead")
         if module.dropout and module.num_layers > 1:
             raise ValueError(f"dropout: found {module.dropout}, allowed 0; put a Dropout before or behind the core")
         self.rnn = module
@@ -154,7 +152,9 @@ class _Gated(Core):
             chrono_max: the longest dependency expected, in steps of the core; above 2.
         """
         if not chrono_max > 2:
-            raise ValueError(f"chrono_max: found {chrono_max}, allowed above 2; it is the longest expected memory in steps")
+            raise ValueError(
+                f"chrono_max: found {chrono_max}, allowed above 2; it is the longest expected memory in steps"
+            )
         if not self.rnn.bias:
             raise ValueError("chrono_max: the module was built with bias=False; chrono initialisation sets biases")
         H = self.rnn.hidden_size

@@ -1,9 +1,9 @@
 """An LSTM with element-wise recurrence, for which real-time recurrent learning is exact at a price one can pay.
 
-RTRL carries the derivative of the state with respect to the parameters forward in time instead of gradients backward, so that
-nothing is truncated and nothing is predicted. It is the honest third arm beside truncated BPTT and error critics. For a core
-with recurrent matrices that derivative has state times parameters entries; here every unit recurs on itself alone, and it has
-only twice as many entries as there are parameters, for each sequence.
+RTRL carries the derivative of the state with respect to the parameters forward in time instead of gradients backward,
+so that nothing is truncated and nothing is predicted. It is the honest third arm beside truncated BPTT and error
+critics. For a core with recurrent matrices that derivative has state times parameters entries; here every unit recurs
+on itself alone, and it has only twice as many entries as there are parameters, for each sequence.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ class Sensitivity:
     """Derivative of an `ElementwiseLSTM`'s state with respect to its parameters, for every sequence; without gradient.
 
     Attributes:
-        h: [B, 4, H, D + 2], d h_u / d (parameters of unit u), for the gates i, f, g, o; the last dimension holds the row of
-            `weight_ih`, then the entry of `weight_hh`, then that of `bias`. Other units' parameters have derivative 0.
+        h: [B, 4, H, D + 2], d h_u / d (parameters of unit u), for the gates i, f, g, o; the last dimension holds the
+            row of `weight_ih`, then the entry of `weight_hh`, then that of `bias`. Other units' parameters have
+            derivative 0.
         c: the same for c.
     """
 
@@ -36,10 +37,11 @@ class ElementwiseLSTM(Core):
         i, f, o = sigmoid(.),  g = tanh(.)       of  a_q = W_q x_t + v_q * h_{t-1} + b_q,   q in {i, f, g, o}
         c_t = f * c_{t-1} + i * g,    h_t = o * tanh(c_t)
 
-    with vectors v_q. After the eLSTM of Irie, Gopalakrishnan & Schmidhuber, "Exploring the promise and limits of real-time
-    recurrent learning" (2023), sec. 3, which recurs on c_{t-1} and mixes units in its output gate; here the usual LSTM with diagonal
-    recurrent matrices. One layer: through a stack, RTRL is not exact at this price. A core like any other for truncated BPTT
-    and error critics; for exact gradients across windows, add the three marked lines:
+    with vectors v_q. After the eLSTM of Irie, Gopalakrishnan & Schmidhuber, "Exploring the promise and limits of
+    real-time recurrent learning" (2023), which recurs on c_{t-1} and mixes units in its output gate; here the
+    usual LSTM with diagonal recurrent matrices. One layer: through a stack, RTRL is not exact at this price. A core
+    like any other for truncated BPTT and error critics; for exact gradients across windows, add the three marked
+    lines:
 
         sensitivity = core.initial_sensitivity(batch_size)                                  # once
         ...
@@ -47,19 +49,20 @@ class ElementwiseLSTM(Core):
         outputs, next_state = core.unroll(inputs, core.attach(state, sensitivity), first)   # instead of `state`
         losses = my_losses(outputs, batch)
         dni_rl.backward(losses, start=state, end=next_state)
-        sensitivity = core.advance(sensitivity, inputs, next_state)                         # before the optimiser's step
+        sensitivity = core.advance(sensitivity, inputs, next_state)                         # before the optimiser's
+        step
 
-    The parameters of the core then receive the gradient of full BPTT since the start of each episode: exactly, if they did not
-    change meanwhile; an optimiser's steps make older derivatives stale, as always in online RTRL. What lies in front of
-    the core, a torso, receives the gradient of the window alone.
+    The parameters of the core then receive the gradient of full BPTT since the start of each episode: exactly, if
+    they did not change meanwhile; an optimiser's steps make older derivatives stale, as always in online RTRL. What
+    lies in front of the core, a torso, receives the gradient of the window alone.
 
     State: (h, c), each [B, hidden_size].
 
     Args:
         input_size: D.
         hidden_size: H.
-        chrono_max: if given, b_f ~ log U(1, chrono_max - 1) and b_i = -b_f, for dependencies of up to so many steps (Tallec & Ollivier
-            2018, sec. 2.2); above 2.
+        chrono_max: if given, b_f ~ log U(1, chrono_max - 1) and b_i = -b_f, for dependencies of up to so many steps
+            (Tallec & Ollivier 2018, sec. 2.2); above 2.
 
     Raises:
         ValueError: if a size is not positive or chrono_max not above 2.
@@ -110,7 +113,8 @@ class ElementwiseLSTM(Core):
     def attach(self, state: State, sensitivity: Sensitivity) -> State:
         """Makes the parameters known to `state`: same values, and its gradient flows on into them as well.
 
-            d loss / d parameters  +=  sum over sequences of  d loss / d h * dh/dparameters + d loss / d c * dc/dparameters
+            d loss / d parameters  +=  sum over sequences of  d loss / d h * dh/dparameters + d loss / d c *
+            dc/dparameters
 
         Args:
             state: (h, c), from `dni_rl.cut`, which receives its gradient as before.
@@ -132,11 +136,12 @@ class ElementwiseLSTM(Core):
     def advance(self, sensitivity: Sensitivity, inputs: Tensor, end: State) -> Sensitivity:
         """Carries the sensitivity from the start to the end of a window.
 
-            S_t = J_t S_{t-1} + U_t,   J_t = d(h_t, c_t) / d(h_{t-1}, c_{t-1}),   U_t = d(h_t, c_t) / d parameters, immediate
-            S_T = J_T ... J_1 S_0 + sum_t (J_T ... J_{t+1}) U_t
+            S_t = J_t S_{t-1} + U_t,   J_t = d(h_t, c_t) / d(h_{t-1}, c_{t-1}),   U_t = d(h_t, c_t) / d parameters,
+            immediate S_T = J_T ... J_1 S_0 + sum_t (J_T ... J_{t+1}) U_t
 
-        J_t is a 2 by 2 block for each unit, 0 where an episode starts; U_t is an outer product of four factors with (x_t, h_{t-1}, 1).
-        The second line needs one product of matrices for the whole window instead of T passes over S.
+        J_t is a 2 by 2 block for each unit, 0 where an episode starts; U_t is an outer product of four factors with
+        (x_t, h_{t-1}, 1). The second line needs one product of matrices for the whole window instead of T passes over
+        S.
 
         Args:
             sensitivity: of the state before the window; unchanged.
@@ -171,13 +176,13 @@ class ElementwiseLSTM(Core):
         # (J_T ... J_{t+1}) U_t, without the factor (x_t, h_{t-1}, 1) that all of a step share: [2, T, B, 4, H]
         immediate = gates.new_empty(2, T, B, 4, H)
         one, zero = torch.ones_like(h[0]), torch.zeros_like(h[0])
-        carried = ((one, zero), (zero, one))  # J_T ... J_{t+1}, rows h, c
+        carried = [(one, zero), (zero, one)]  # J_T ... J_{t+1}, rows h, c
         for t in reversed(range(T)):
             for row, (from_h, from_c) in enumerate(carried):
                 # a gate of c moves h as well, through c
                 immediate[row, t, :, :3] = (from_h * h_from_c[t] + from_c).unsqueeze(1) * to_c[t]
                 immediate[row, t, :, 3] = from_h * to_h[t]
-            carried = tuple((p * hh[t] + q * ch[t], p * hc[t] + q * cc[t]) for p, q in carried)  # type: ignore[assignment]
+            carried = [(p * hh[t] + q * ch[t], p * hc[t] + q * cc[t]) for p, q in carried]
         added = torch.cat(
             [
                 torch.einsum("rtbqh,tbd->rbqhd", immediate, inputs),

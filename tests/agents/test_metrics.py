@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.metrics import MetricsWriter, read_metrics
+from agents.metrics import PROGRESS_METRICS, MetricsWriter, read_metrics
 
 
 def _events(folder, tag):
@@ -16,7 +16,7 @@ def _events(folder, tag):
 def _write_run(folder, steps, **options):
     with MetricsWriter(folder, total_steps=100, **options) as writer:
         for step in steps:
-            writer.write(step, {"episode/return": float(step), "loss/policy": torch.tensor(step / 2)})
+            writer.write(step, {"charts/episodic_return": float(step), "loss/policy": torch.tensor(step / 2)})
 
 
 def test_rows_hold_agent_steps_and_numbers(tmp_path):
@@ -33,7 +33,7 @@ def test_rows_hold_agent_steps_and_numbers(tmp_path):
 
 def test_tensorboard_shows_the_same_numbers_and_the_hyperparameters(tmp_path):
     _write_run(tmp_path, [10, 20], hyperparameters={"run": {"seed": 3}})
-    assert _events(tmp_path, "episode/return") == [(10, 10.0), (20, 20.0)]
+    assert _events(tmp_path, "charts/episodic_return") == [(10, 10.0), (20, 20.0)]
     assert _events(tmp_path, "loss/policy") == [(10, 5.0), (20, 10.0)]
     accumulator = EventAccumulator(str(tmp_path)).Reload()
     (text,) = accumulator.Tensors("hyperparameters/text_summary")
@@ -47,7 +47,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     )  # the checkpoint was at 20, the crash after 40
     steps = [10, 20, 30, 40, 50]
     assert [row["step"] for row in read_metrics(tmp_path)] == steps
-    assert [step for step, _ in _events(tmp_path, "episode/return")] == steps
+    assert [step for step, _ in _events(tmp_path, "charts/episodic_return")] == steps
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
@@ -116,7 +116,8 @@ def test_the_progress_bar_appears_in_a_terminal_only(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with MetricsWriter(tmp_path / "b", total_steps=100, tensorboard=False) as writer:
-        writer.write(100, {"episode/return": 0.5, "episode/success": torch.tensor(0.75)})
+        writer.write(50, dict(zip(PROGRESS_METRICS, [0.5, torch.tensor(0.75)], strict=True)))
+        writer.write(100, dict.fromkeys(PROGRESS_METRICS, math.nan))  # no episode ended
     err = capsys.readouterr().err
     assert "return=0.5, success=0.75" in err
     assert "100/100" in err

@@ -1,4 +1,4 @@
-"""What the tests of cores, critics and `backward` share: every exported core, and references as slow as their definitions."""
+"""What tests of cores and `backward` share: every exported core, and references as slow as their definitions."""
 
 from collections.abc import Callable, Sequence
 
@@ -58,6 +58,9 @@ CORES: dict[str, Callable[[], Core]] = {
     "nn.GRUCell": lambda: dni_rl.wrap(nn.GRUCell(D, H, bias=False)),
     "a user's module": lambda: dni_rl.wrap(LeakyCell(), state_sizes=(4, 2), input_size=D, output_size=5),
     "linear, own step": linear_core,
+    "element-wise LSTM": lambda: dni_rl.ElementwiseLSTM(D, H),
+    "2 timescales": lambda: dni_rl.MultiTimescaleCore(D, (H, 2), (1, 2)),
+    "3 timescales, mean": lambda: dni_rl.MultiTimescaleCore(D, (H, 2, 3), (1, 2, 4), message="mean"),
 }
 
 
@@ -99,7 +102,7 @@ def states_before(core: Core, inputs: Tensor, state: State, first: Tensor | None
 def gradient_of_the_rest(
     objective: Callable[[int, State], Tensor], visited: Sequence[State], steps: Sequence[int]
 ) -> list[State]:
-    """G_j = d objective(j, s_j) / d s_j, with `objective` what is left of the window or sequence when it restarts from s_j."""
+    """G_j = d objective(j, s_j) / d s_j, where `objective` is what remains of the window when it restarts from s_j."""
     result = []
     for j in steps:
         state = tuple(s.detach().clone().requires_grad_() for s in visited[j])

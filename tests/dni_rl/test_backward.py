@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import itertools
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ import dni_rl
 
 B, T = 3, 12
 CUTS = (0, 5, 6, 12)  # windows of 5, 1 and 6 steps
-WINDOWS = list(zip(CUTS, CUTS[1:], strict=False))
+WINDOWS = list(itertools.pairwise(CUTS))
 # Episodes start inside windows, exactly at both cuts, and the data end with the last one.
 FIRST = resets(T, (2, 0), (8, 0), (5, 1), (6, 2), (9, 2))
 ALIVE = {end: torch.zeros(B) if end == T else (~FIRST[end]).float() for _, end in WINDOWS}
@@ -123,14 +124,14 @@ def run_sequence(model, x, y, state, critic, **settings):
     return reports
 
 
-def train(model, critic, optimizers, seeds, x_size=5, **settings):
+def train(model, critic, optimizers, seeds, **settings):
     """Some updates on random windows; returns what it computed on the way."""
     tape = []
     state = model.core.initial_state(B)
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(x_size, B, D, generator=generator, dtype=DOUBLE)
-        y = torch.randn(x_size, B, generator=generator, dtype=DOUBLE)
+        x = torch.randn(5, B, D, generator=generator, dtype=DOUBLE)
+        y = torch.randn(5, B, generator=generator, dtype=DOUBLE)
         for optimizer in optimizers:
             optimizer.zero_grad()
         report, state = run_window(model, x, y, state, critic, alive=None, **settings)
@@ -140,7 +141,7 @@ def train(model, critic, optimizers, seeds, x_size=5, **settings):
     return tape
 
 
-# Traps 2, 3, 13: oracle, zero, none -------------------------------------------------------------------------------------
+# Traps 2, 3, 13: oracle, zero, none -----------------------------------------------------------------------------------
 
 
 @every_core
@@ -153,11 +154,9 @@ def test_with_an_oracle_windows_equal_full_backpropagation(name, dense, weight):
     model.zero_grad()
 
     visited = states_before(model.core, torch.tanh(model.torso(x)).detach(), state, FIRST)
-    future = gradient_of_the_rest(
-        lambda j, s: model.naive(x[j:], y[j:], s, FIRST[j:])[0].sum(), visited, range(T)
-    )
+    future = gradient_of_the_rest(lambda j, s: model.naive(x[j:], y[j:], s, FIRST[j:])[0].sum(), visited, range(T))
     future.append(tuple(torch.zeros_like(s) for s in visited[T]))
-    for j in (*CUTS[1:],):  # beyond an end the oracle raves: `alive` must stop it
+    for j in CUTS[1:]:  # beyond an end the oracle raves: `alive` must stop it
         for g in future[j]:
             g[ALIVE[j] == 0] = 1e6
     critic = dni_rl.GradientCritic(
@@ -214,7 +213,7 @@ def test_an_untrained_critic_is_no_critic(name, dense, context_size, max_norm_ra
     assert_same(gradients(model), expected, rtol=1e-13, atol=1e-15)
 
 
-# Targets ----------------------------------------------------------------------------------------------------------------
+# Targets --------------------------------------------------------------------------------------------------------------
 
 
 @every_core
@@ -237,10 +236,13 @@ def test_targets_are_the_gradients_of_the_surrogate(name, lo_hi, dense, max_norm
     visited = states_before(model.core, torch.tanh(model.torso(x[lo:hi])).detach(), state, first)
     steps = range(hi - lo) if dense else range(1)
     expected = gradient_of_the_rest(surrogate, visited, steps)
+    keep = ~first[: len(steps)]
     for k in range(len(state)):
-        assert_same(critic.fitted["target"][k].view(len(steps), B, -1)[~first[: len(steps)]], torch.stack([g[k] for g in expected])[~first[: len(steps)]])
-        assert_same(critic.fitted["state"][k].view(len(steps), B, -1)[~first[: len(steps)]], torch.stack([s[k] for s in visited[: len(steps)]])[~first[: len(steps)]])
-        assert all(not g[first[j]].any() for j, g in enumerate(g[k] for g in expected))
+        target, at = (critic.fitted[key][k].view(len(steps), B, -1) for key in ("target", "state"))
+        goal = torch.stack([g[k] for g in expected])
+        assert_same(target[keep], goal[keep])
+        assert_same(at[keep], torch.stack([s[k] for s in visited[: len(steps)]])[keep])
+        assert not goal[~keep].any()
     if dense:
         exactly(critic.fitted["valid"].view(-1, B), ~first)
         assert not any(g.any() for g in end.history.gradients), "the history is used once"
@@ -278,7 +280,9 @@ def test_a_critic_sees_beyond_its_windows_on_a_linear_rnn(dense):
     torch.manual_seed(0)
     core = linear_core(3).double()
     with torch.no_grad():
-        core.cell.A.copy_(0.9 * torch.linalg.qr(torch.randn(3, 3, dtype=DOUBLE))[0])  # P = 0.81 / 0.19, a window sees 0.81
+        core.cell.A.copy_(
+            0.9 * torch.linalg.qr(torch.randn(3, 3, dtype=DOUBLE))[0]
+        )  # P = 0.81 / 0.19, a window sees 0.81
     critic = dni_rl.GradientCritic(state_sizes=(3,), dense_targets=dense).double()
     optimizer = torch.optim.SGD(critic.parameters(), 0.5)
     for _ in range(60):
@@ -294,9 +298,12 @@ def test_a_critic_sees_beyond_its_windows_on_a_linear_rnn(dense):
 
 
 def test_a_window_written_by_hand_teaches_at_its_start_alone():
-    # No `unroll`, an ordinary tuple, and a state tensor that the core hands on as it is: its end is the leaf of the start.
+    # No `unroll`, an ordinary tuple, and a state tensor handed on as it is: its end is the leaf of the start.
     torch.manual_seed(0)
-    A, start = torch.randn(2, 2, dtype=DOUBLE), dni_rl.cut((torch.randn(B, 2, dtype=DOUBLE), torch.randn(B, 2, dtype=DOUBLE)))
+    A, start = (
+        torch.randn(2, 2, dtype=DOUBLE),
+        dni_rl.cut((torch.randn(B, 2, dtype=DOUBLE), torch.randn(B, 2, dtype=DOUBLE))),
+    )
     critic = Spy(state_sizes=(2, 2)).double()
     nn.init.normal_(critic.net[0].weight)
     moving, kept = start
@@ -382,7 +389,7 @@ def test_context_belongs_to_the_state_before_each_step_and_its_last_row_to_the_e
     exactly(critic.fitted["context"], context[:5].flatten(0, 1) if dense else context[0])
 
 
-# Trap 4: who owns what --------------------------------------------------------------------------------------------------
+# Trap 4: who owns what ------------------------------------------------------------------------------------------------
 
 
 @every_core
@@ -454,7 +461,7 @@ def test_clipping_and_weight_decay_act_on_one_side():
     exactly(critic.state_dict(), values)
 
 
-# Traps 5, 9: units ------------------------------------------------------------------------------------------------------
+# Traps 5, 9: units ----------------------------------------------------------------------------------------------------
 
 
 @every_core
@@ -478,7 +485,9 @@ def test_the_critic_does_not_feel_the_batch_size(name, dense):
 
 
 @dense
-@pytest.mark.parametrize("weight", [1.0, 1024.0 / 15, 1e-6, torch.tensor(65536.0, dtype=DOUBLE), torch.tensor([3.0])], ids=str)
+@pytest.mark.parametrize(
+    "weight", [1.0, 1024.0 / 15, 1e-6, torch.tensor(65536.0, dtype=DOUBLE), torch.tensor([3.0])], ids=str
+)
 def test_the_critic_does_not_feel_the_weight_and_the_model_does(dense, weight):
     results = []
     for w in (None, weight):
@@ -487,7 +496,9 @@ def test_the_critic_does_not_feel_the_weight_and_the_model_does(dense, weight):
         report, _ = run_window(model, x, y, state, critic, weight=w)
         factor = float(w) if w is not None else 1.0 / 15
         unscaled = {key: g / factor for key, g in gradients(model).items()}
-        results.append((unscaled, critic.fitted["target"], gradients(critic), report.as_dict(), dict(critic.named_buffers())))
+        results.append(
+            (unscaled, critic.fitted["target"], gradients(critic), report.as_dict(), dict(critic.named_buffers()))
+        )
     assert_same(results[0], results[1])
 
 
@@ -523,7 +534,7 @@ def test_training_does_not_depend_on_the_unit_of_the_losses(max_norm_ratio):
     assert_same(tapes[0], tapes[1], rtol=1e-5, atol=1e-7)
 
 
-# Discount, scale, bound, warm-up ----------------------------------------------------------------------------------------
+# Discount, scale, bound, warm-up --------------------------------------------------------------------------------------
 
 
 @every_core
@@ -551,7 +562,10 @@ def test_the_bound_follows_the_gradient_that_losses_inside_windows_send_to_their
     for lo, hi in WINDOWS:
         start = dni_rl.cut(state)
         inside = torch.autograd.grad(
-            model.naive(x[lo:hi], y[lo:hi], start, FIRST[lo:hi])[0].sum(), start, allow_unused=True, materialize_grads=True
+            model.naive(x[lo:hi], y[lo:hi], start, FIRST[lo:hi])[0].sum(),
+            start,
+            allow_unused=True,
+            materialize_grads=True,
         )
         squares.append(torch.cat(inside, -1).square().sum(-1).mean())
         report, state = run_window(model, x, y, state, critic, lo, hi, alive=None)
@@ -586,7 +600,7 @@ def test_warm_up_learns_and_applies_nothing():
     assert all(g.any() for g in gradients(critic).values())
 
 
-# Trap 6, 8: the user's loop ---------------------------------------------------------------------------------------------
+# Trap 6, 8: the user's loop -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["after the forward pass", "to zeros, not None"])
@@ -630,13 +644,7 @@ def test_two_calls_accumulate(dense):
 @every_core
 def test_parts_of_a_batch_accumulate_to_the_whole(name):
     model, x, y, state = problem(name)
-    critic = make_critic(model)
-    run_window(model, x, y, state, critic, weight=1.0 / 15)
-    expected = gradients(model)
-    model.zero_grad()
-    critic = make_critic(model, normalize_targets=False)
-    whole = make_critic(model, normalize_targets=False)
-    model.zero_grad()
+    whole, critic = (make_critic(model, normalize_targets=False) for _ in range(2))
     run_window(model, x, y, state, whole, weight=1.0 / 15)
     expected = gradients(model)
     model.zero_grad()
@@ -693,7 +701,15 @@ def test_eval_mode_changes_nothing(name):
 
 def test_reports_are_scalars_without_gradient():
     model, x, y, state = problem()
-    names = ["critic_loss", "explained_variance", "cosine", "predicted_norm", "target_norm", "synthetic_norm", "norm_ratio"]
+    names = [
+        "critic_loss",
+        "explained_variance",
+        "cosine",
+        "predicted_norm",
+        "target_norm",
+        "synthetic_norm",
+        "norm_ratio",
+    ]
     for critic in (None, make_critic(model)):
         report, _ = run_window(model, x, y, state, critic)
         assert list(report.as_dict()) == names
@@ -714,7 +730,7 @@ def test_cut_makes_leaves_that_share_memory():
         assert all(s.requires_grad for s in dni_rl.cut(state))
 
 
-# Trap 10, 11: files, exceptions, threads, imports -----------------------------------------------------------------------
+# Trap 10, 11: files, exceptions, threads, imports ---------------------------------------------------------------------
 
 
 @every_core
@@ -724,7 +740,11 @@ def test_save_load_and_continue_equals_never_having_stopped(name, dense):
         torch.manual_seed(seed)
         model = Model(CORES[name]()).double()
         critic = Spy(
-            state_sizes=model.core.state_sizes, hidden_sizes=(4,), dense_targets=dense, max_norm_ratio=0.5, warmup_updates=2
+            state_sizes=model.core.state_sizes,
+            hidden_sizes=(4,),
+            dense_targets=dense,
+            max_norm_ratio=0.5,
+            warmup_updates=2,
         ).double()
         return model, critic, [torch.optim.Adam(m.parameters(), 0.01) for m in (model, critic)]
 
@@ -780,11 +800,7 @@ def test_an_exception_inside_a_window_leaves_nothing_behind(name, where):
 
 def test_two_threads_do_not_interfere():
     def work(seed):
-        torch.manual_seed(0)  # only for the sequential run's sake: parameters are drawn below, under a lock of one thread
-        generator = torch.Generator().manual_seed(seed)
         model, critic = models[seed]
-        for p in (*model.parameters(), *critic.parameters()):
-            p.data.copy_(torch.randn(p.shape, generator=generator, dtype=DOUBLE) * 0.3)
         optimizers = [torch.optim.Adam(m.parameters(), 0.01) for m in (model, critic)]
         return torch.stack(train(model, critic, optimizers, range(10 * seed, 10 * seed + 10)))
 
@@ -819,6 +835,12 @@ def test_importing_has_no_side_effects():
         )
 
     ours = {key: module for key, module in sys.modules.items() if key.split(".")[0] == "dni_rl"}
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    # values that nobody sets, so that setting anything shows
+    torch.manual_seed(54321)
+    torch.set_num_threads(3)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
     before = settings()
     try:
         for key in ours:
@@ -827,12 +849,15 @@ def test_importing_has_no_side_effects():
         assert imported is not ours["dni_rl"]
         assert settings() == before
     finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision(precision)
         for key in [key for key in sys.modules if key.split(".")[0] == "dni_rl"]:
             del sys.modules[key]
         sys.modules.update(ours)
 
 
-# Errors -----------------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def refuses(kind, message, function, *arguments, **settings):
@@ -944,13 +969,22 @@ def test_a_wrong_call_is_refused_and_leaves_nothing_behind(mistake):
     start = dni_rl.cut(state)
     losses, end = model(x[:5], y[:5], start, FIRST[:5])
     critic = make_critic(model, context_size=2, max_norm_ratio=0.5)
-    call = {"losses": losses, "start": start, "end": end, "critic": critic, "alive": None, "context": torch.zeros(6, 3, 2)}
+    call = {
+        "losses": losses,
+        "start": start,
+        "end": end,
+        "critic": critic,
+        "alive": None,
+        "context": torch.zeros(6, 3, 2),
+    }
     call.update(change({**call, "model": model}))
     before = copy.deepcopy(call["critic"].state_dict())
     refuses(kind, message, dni_rl.backward, call.pop("losses"), **call)
     exactly(call["critic"].state_dict(), before)
     assert all(g is None for module in (model, critic, call["critic"]) for g in gradients(module).values())
-    dni_rl.backward(losses, start=start, end=end, critic=critic, context=torch.zeros(6, 3, 2))  # the window is still good
+    dni_rl.backward(
+        losses, start=start, end=end, critic=critic, context=torch.zeros(6, 3, 2)
+    )  # the window is still good
 
 
 @pytest.mark.parametrize("with_critic", [True, False])

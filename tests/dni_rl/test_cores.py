@@ -155,6 +155,17 @@ def test_no_grad_gives_the_same_values_without_a_graph(name):
 
 
 @every_core
+def test_writing_into_the_next_state_changes_nothing_else(name):
+    core, inputs, state, first = problem(name)
+    with torch.no_grad():
+        outputs, end = core.unroll(inputs, state, first)
+        before = [s.clone() for s in (outputs, *end.history.states)]
+        for s in end:
+            s.zero_()
+    assert_same([outputs, *end.history.states], before, rtol=0, atol=0)
+
+
+@every_core
 def test_train_and_eval_mode_agree(name):
     core, inputs, state, first = problem(name)
     expected = core.train().unroll(inputs, state, first)[0]
@@ -199,7 +210,9 @@ def test_gradients_pass_gradcheck(name):
 
     def run(x, *rest):
         s, p = rest[: len(state)], rest[len(state) :]
-        return torch.func.functional_call(Unroll(), {f"core.{k}": v for k, v in zip(parameters, p, strict=True)}, (x, *s))
+        return torch.func.functional_call(
+            Unroll(), {f"core.{k}": v for k, v in zip(parameters, p, strict=True)}, (x, *s)
+        )
 
     # fast_mode: a random direction of each input; the exact gradients are compared with the plain loop above
     arguments = (inputs.requires_grad_(), *dni_rl.cut(state), *parameters.values())
@@ -228,7 +241,9 @@ def test_freezing_parameters_changes_no_other_gradient(name, frozen):
     for plain, with_frozen in zip(*results, strict=True):
         if with_frozen is not None:
             assert_same(with_frozen, plain)
-    assert [g is None for g in results[1]] == [False] * (1 + 2 * len(state)) + [not p.requires_grad for p in core.parameters()]
+    assert [g is None for g in results[1]] == [False] * (1 + 2 * len(state)) + [
+        not p.requires_grad for p in core.parameters()
+    ]
 
 
 @every_core
@@ -248,6 +263,7 @@ def test_state_dict_survives_a_file_and_the_core_a_copy(name):
 
 LAYER = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
 LAYER_1 = ["weight_ih_l1", "weight_hh_l1", "bias_ih_l1", "bias_hh_l1"]
+CELL = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 KEYS = {
     "LSTM": [f"rnn.{key}" for key in LAYER],
     "LSTM, 2 layers": [f"rnn.{key}" for key in LAYER + LAYER_1],
@@ -261,6 +277,9 @@ KEYS = {
     "nn.GRUCell": ["cell.weight_ih", "cell.weight_hh"],
     "a user's module": [f"cell.{key}.{kind}" for key in ("fast", "slow", "readout") for kind in ("weight", "bias")],
     "linear, own step": ["cell.A", "cell.W"],
+    "element-wise LSTM": ["weight_ih", "weight_hh", "bias"],
+    "2 timescales": [f"levels.{i}.{key}" for i in range(2) for key in CELL],
+    "3 timescales, mean": [f"levels.{i}.{key}" for i in range(3) for key in CELL],
 }
 
 
@@ -310,7 +329,9 @@ def test_golden_step_of_an_lstm_without_weights():
 def test_fused_lstm_refuses_second_derivatives_which_the_plain_loop_has():
     core, inputs, state, first = problem("LSTM")
     x = inputs.requires_grad_()
-    message = "LSTM.unroll: create_graph=True found, but it has first derivatives only; use dni_rl.cores.unroll_stepwise"
+    message = (
+        "LSTM.unroll: create_graph=True found, but it has first derivatives only; use dni_rl.cores.unroll_stepwise"
+    )
     with pytest.raises(RuntimeError, match=message):
         torch.autograd.grad(core.unroll(x, state, first)[0].sum(), x, create_graph=True)
     (g,) = torch.autograd.grad(unroll_stepwise(core, x, state, first)[0].sum(), x, create_graph=True)
@@ -378,12 +399,15 @@ def refuses(message, function, *arguments, **settings):
 def test_what_cannot_be_cut_is_refused(kind):
     name = kind.__name__
     refuses(
-        f"bidirectional: a bidirectional nn.{name} reads the future and has no state to cut at; use bidirectional=False",
+        f"bidirectional: a bidirectional nn.{name} reads the future and has no state to cut at; "
+        "use bidirectional=False",
         dni_rl.wrap,
         kind(D, H, bidirectional=True),
     )
     refuses(
-        "dropout: found 0.5, allowed 0; put a Dropout before or behind the core", dni_rl.wrap, kind(D, H, 2, dropout=0.5)
+        "dropout: found 0.5, allowed 0; put a Dropout before or behind the core",
+        dni_rl.wrap,
+        kind(D, H, 2, dropout=0.5),
     )
     if kind is nn.LSTM:  # nn.GRU refuses it itself
         refuses(
@@ -433,7 +457,13 @@ def test_unroll_errors(name):
     refuses("inputs: expected [T, B, D] with T >= 1, got (3, 3)", core.unroll, inputs[0], state)
     refuses("inputs: expected [T, B, D] with T >= 1, got (0, 3, 3)", core.unroll, inputs[:0], state)
     refuses("first: expected [T, B] = (5, 3), got (4, 3)", core.unroll, inputs, state, first[1:])
-    refuses("first: expected dtype torch.bool, got torch.float32; use `first.bool()`", core.unroll, inputs, state, first.float())
+    refuses(
+        "first: expected dtype torch.bool, got torch.float32; use `first.bool()`",
+        core.unroll,
+        inputs,
+        state,
+        first.float(),
+    )
     expected = [(3, size) for size in core.state_sizes]
     found = [(2, size) for size in core.state_sizes]
     refuses(f"state: expected shapes {expected}, got {found}", core.unroll, inputs, tuple(s[:2] for s in state))

@@ -152,16 +152,16 @@ def test_fit_matches_the_definition(name, context_size, masked):
 def test_golden_fit():
     critic = dni_rl.GradientCritic(state_sizes=(1,), normalize_targets=False).double()
     nn.init.ones_(critic.net[0].weight)  # M(s) = s
-    state, target = torch.tensor([[2.0], [-4.0], [5.0], [77.0]]), torch.tensor([[1.0], [3.0], [0.0], [math.nan]])
+    state, target = torch.tensor([[2.0], [-4.0], [5.0], [77.0]]), torch.tensor([[1.0], [-3.0], [0.0], [math.nan]])
     fit = critic.fit((state.double(),), (target.double(),), valid=torch.tensor([True, True, True, False]))
-    assert fit.loss.item() == pytest.approx((1 + 49 + 25) / 3)
-    assert fit.cosine.item() == pytest.approx(0.0)  # +1 and -1; the row with a zero target is left out
+    assert fit.loss.item() == pytest.approx((1 + 1 + 25) / 3)
+    assert fit.cosine.item() == pytest.approx(1.0)  # the row with a zero target is left out
     assert fit.predicted_norm.item() == pytest.approx(11 / 3)
     assert fit.target_norm.item() == pytest.approx(4 / 3)
-    assert fit.explained_variance.item() == pytest.approx(1.0 - 25.0 / (14 / 9))
+    assert fit.explained_variance.item() == pytest.approx(1.0 - 9.0 / (26 / 9))
     fit.loss.backward()
-    assert critic.net[0].weight.grad.item() == pytest.approx(2 * (1 * 2 + -7 * -4 + 5 * 5) / 3)
-    assert critic.net[0].bias.grad.item() == pytest.approx(2 * (1 - 7 + 5) / 3)
+    assert critic.net[0].weight.grad.item() == pytest.approx(2 * (1 * 2 + -1 * -4 + 5 * 5) / 3)
+    assert critic.net[0].bias.grad.item() == pytest.approx(2 * (1 - 1 + 5) / 3)
 
 
 @every_critic
@@ -181,7 +181,9 @@ def test_fit_sends_no_gradient_to_state_target_or_context(name, context_size):
 @pytest.mark.parametrize("change", ["each row twice", "another order", "with invalid rows"])
 def test_the_fit_depends_on_rows_neither_by_number_nor_by_order(name, change):
     state, target, _ = rows()
-    index = {"each row twice": [*range(N), *range(N)], "another order": [3, 1, 6, 0, 2, 5, 4]}.get(change, [*range(N)] * 2)
+    index = {"each row twice": [*range(N), *range(N)], "another order": [3, 1, 6, 0, 2, 5, 4]}.get(
+        change, [*range(N)] * 2
+    )
     valid = torch.arange(len(index)) < N if change == "with invalid rows" else None
     results = []
     for rows_taken, mask in ((torch.arange(N), None), (torch.tensor(index), valid)):
@@ -236,6 +238,19 @@ def test_a_component_without_gradient_cannot_blow_up_the_loss():
     critic.fit((torch.zeros(1, 2, dtype=DOUBLE),), (torch.tensor([[4.0, 1e-12]], dtype=DOUBLE),))
     assert critic.target_rms[0].item() == 4.0
     assert critic.target_rms[1].item() == pytest.approx(1e-3 * 4.0 / 2**0.5)
+
+
+@every_critic
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_overflow_shows_in_the_loss_and_stays_out_of_the_statistics(name, value):
+    critic = make_critic(name, max_norm_ratio=0.5)
+    state, target, _ = rows()
+    critic.observe_window(target)
+    before = copy.deepcopy(critic.state_dict())
+    target[0][2, 1] = value
+    critic.observe_window(target)
+    assert not critic.fit(state, target).loss.isfinite()
+    assert_same(critic.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["linear", "MLP"])
@@ -329,7 +344,9 @@ def test_the_bound_shortens_what_is_too_long_and_leaves_the_rest(name):
     critic = make_critic(name, max_norm_ratio=0.5)
     state, _, _ = rows(40)
     free = join(critic(state)).detach()
-    critic.observe_window((free[:, :3] * (2.0 * free.norm(dim=1).median() / free[:, :3].norm(dim=1, keepdim=True)), 0.0 * free[:, 3:]))
+    critic.observe_window(
+        (free[:, :3] * (2.0 * free.norm(dim=1).median() / free[:, :3].norm(dim=1, keepdim=True)), 0.0 * free[:, 3:])
+    )
     bound = 0.5 * critic.window_norm
     assert_same(bound, free.norm(dim=1).median())
     b = join(critic.synthetic_gradient(state))
@@ -351,7 +368,12 @@ def test_the_bound_is_zero_while_windows_have_no_gradient():
 STATISTICS = ["num_updates", "num_windows", "target_rms", "_target_square", "_window_square"]
 KEYS = {
     "linear": [*STATISTICS, "net.0.weight", "net.0.bias"],
-    "MLP": [*STATISTICS, "net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias", "net.4.weight", "net.4.bias"],
+    "MLP": [
+        *STATISTICS,
+        "net.linear.weight",
+        "net.linear.bias",
+        *(f"net.mlp.{i}.{p}" for i in (0, 2, 4) for p in ("weight", "bias")),
+    ],
     "linear, plain targets": [*STATISTICS, "net.0.weight", "net.0.bias"],
 }
 
@@ -373,7 +395,11 @@ def test_save_load_and_continue_equals_never_having_stopped(name, context_size):
             critic.observe_window(target)
             critic.fit(state, target, z if context_size else None).loss.backward()
             optimizer.step()
-        return [join(critic.synthetic_gradient(state, z if context_size else None)), critic.window_norm, *critic.buffers()]
+        return [
+            join(critic.synthetic_gradient(state, z if context_size else None)),
+            critic.window_norm,
+            *critic.buffers(),
+        ]
 
     settings = {"context_size": context_size, "max_norm_ratio": 0.5, "warmup_updates": 6}
     expected = run(make_critic(name, trained=False, **settings), range(8))
@@ -422,7 +448,12 @@ def test_settings_out_of_range_are_refused(name, settings, message):
 @pytest.mark.parametrize(("state_sizes", "hidden_sizes"), [((), ()), ((3, 0), ()), ((3,), (4, 0))])
 def test_sizes_out_of_range_are_refused(state_sizes, hidden_sizes):
     message = "state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got "
-    refuses(f"{message}{state_sizes}, {hidden_sizes}", dni_rl.GradientCritic, state_sizes=state_sizes, hidden_sizes=hidden_sizes)
+    refuses(
+        f"{message}{state_sizes}, {hidden_sizes}",
+        dni_rl.GradientCritic,
+        state_sizes=state_sizes,
+        hidden_sizes=hidden_sizes,
+    )
 
 
 @every_critic

@@ -1,11 +1,13 @@
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from dni_rl import GRU, LSTM, Core, GradientCritic
+from dni_rl.cores.timescales import MultiTimescaleCore
 from dni_rl.horizon import CreditHorizon, credit_horizon
 
 T, B, K = 13, 3, 4
@@ -171,6 +173,22 @@ def test_bootstrap_between_cuts_is_the_critics_vector_through_the_jacobian(input
     torch.testing.assert_close(horizon.cosine[1], torch.cosine_similarity(b.flatten(), truth.flatten(), dim=0))
 
 
+def test_a_critic_is_told_where_episodes_ended(inputs, first):
+    asked = []
+
+    class Listener(GradientCritic):
+        def synthetic_gradient(self, state, context=None, alive=None):
+            asked.append((context, alive))
+            return super().synthetic_gradient(state, context, alive)
+
+    core, context = LSTM(1, 2).double(), torch.arange(T + 1.0).view(-1, 1, 1).expand(-1, B, 1).double()
+    critic = Listener(state_sizes=(2, 2), context_size=1).double()
+    credit_horizon(core, squared, inputs, first=first, window=K, critic=critic, context=context)
+    ((steps, alive),) = asked
+    assert steps.view(-1, B)[:, 0].tolist() == [0, K, 2 * K, 3 * K]
+    assert alive.view(-1, B).equal(~first[::K])
+
+
 def test_half_and_reversed_oracles(inputs):
     core = LinearRNN(0.9)
     measure = lambda scale: credit_horizon(  # noqa: E731
@@ -213,6 +231,75 @@ def test_loss_times_are_few_and_meet_every_phase():
     horizon = credit_horizon(LinearRNN(0.9), sum_of_outputs, torch.zeros(256, 1, 1).double(), window=8, num_lags=1)
     assert horizon.num_pairs[0] <= 64
     assert horizon.cosine[0] == pytest.approx(math.sqrt(7 / 8), abs=0.02)
+
+
+class StepOracle(GradientCritic):
+    """True gradients [T, B, ...] of every state; the step comes as context."""
+
+    def __init__(self, gradients):
+        super().__init__(state_sizes=[g.shape[-1] for g in gradients], context_size=1)
+        self.truth = gradients
+
+    def synthetic_gradient(self, state, context=None, alive=None):
+        return tuple(g[int(context[0])] * alive.unsqueeze(-1) for g in self.truth)
+
+
+@pytest.fixture
+def levels():
+    torch.manual_seed(0)
+    return MultiTimescaleCore(1, (3, 2), (1, 3)).double()
+
+
+def test_one_level_in_ticks_is_a_window(inputs, first):
+    core = MultiTimescaleCore(1, (3,), (1,)).double()
+    settings = {"first": first, "loss_times": range(T)}
+    in_ticks = credit_horizon(core, squared, inputs, unroll=partial(core.unroll_in_ticks, ticks=K), **settings)
+    window = credit_horizon(core, squared, inputs, window=K, **settings)
+    for field in dataclasses.fields(CreditHorizon):
+        torch.testing.assert_close(getattr(in_ticks, field.name), getattr(window, field.name), rtol=1e-9, atol=1e-13)
+
+
+def test_one_level_in_ticks_is_a_window_with_a_critic(inputs, first):
+    """Apart from the state at step 0, which is a cut of the window but belongs to nobody in ticks."""
+    torch.manual_seed(0)
+    core = MultiTimescaleCore(1, (3,), (1,)).double()
+    critic = GradientCritic(state_sizes=core.state_sizes).double()
+    torch.nn.init.normal_(critic.net[-1].weight)
+    with torch.no_grad():
+        critic.net[-1].weight[-1] = 0.0  # no gradient for the clock
+    settings = {"first": first, "loss_times": range(T)}
+    in_ticks = credit_horizon(
+        core, squared, inputs, unroll=partial(core.unroll_in_ticks, ticks=K, critic=critic), **settings
+    )
+    window = credit_horizon(core, squared, inputs, window=K, critic=critic, **settings)
+    for field in dataclasses.fields(CreditHorizon):
+        torch.testing.assert_close(getattr(in_ticks, field.name), getattr(window, field.name), rtol=1e-9, atol=1e-13)
+
+
+def test_an_oracle_in_ticks_delivers_everything(levels, inputs, first):
+    start = tuple(s.requires_grad_() for s in levels.initial_state(B))
+    outputs, end = levels.unroll(inputs, start, first)
+    squared(outputs).sum().backward()
+    steps = torch.arange(T + 1.0).double().view(-1, 1, 1).expand(-1, B, 1)
+    unroll = partial(levels.unroll_in_ticks, ticks=2, critic=StepOracle(end.history.gradients), context=steps)
+    horizon = credit_horizon(levels, squared, inputs, first=first, unroll=unroll, loss_times=range(T))
+    torch.testing.assert_close(horizon.delivered_norm, horizon.true_norm, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(horizon.cosine, (horizon.true_norm > 0).double(), rtol=1e-9, atol=0)
+
+
+def test_slow_levels_deliver_beyond_the_ticks_of_the_lowest(levels, inputs):
+    """Windows of 2 ticks: the lowest level alone reaches lag 1, the one of period 3 up to lag 5."""
+    horizon = credit_horizon(
+        levels, squared, inputs, unroll=partial(levels.unroll_in_ticks, ticks=2), loss_times=range(T)
+    )
+    assert horizon.delivered_norm[:5].gt(0).all() and horizon.delivered_norm[5:].eq(0).all()
+    lowest = credit_horizon(levels, squared, inputs, window=2, loss_times=range(T))
+    assert lowest.delivered_norm[1:].eq(0).all()
+
+
+def test_unroll_replaces_window(levels, inputs):
+    with pytest.raises(ValueError, match="unroll: it replaces window="):
+        credit_horizon(levels, squared, inputs, window=2, unroll=partial(levels.unroll_in_ticks, ticks=2))
 
 
 @pytest.mark.parametrize(

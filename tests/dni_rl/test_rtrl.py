@@ -145,16 +145,21 @@ def test_it_is_a_core_for_critics(core, inputs, first):
     assert critic.net[-1].weight.grad.ne(0).any()
 
 
-def test_online_training_moves_an_optimiser(core, inputs):
-    """Window 1, a step of the optimiser at each: the loss of remembering falls."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_online_training_learns_to_remember(core, exact):
+    """Window 1, an optimiser's step at each, a cue to report five steps later, to which the core is deaf at first:
+    only RTRL
+    sends credit back to the step that saw it."""
+    with torch.no_grad():
+        core.weight_ih[:, 0] = 0.0
     optimizer = torch.optim.Adam(core.parameters(), lr=0.02)
     state, sensitivity, losses = core.initial_state(B), core.initial_sensitivity(B), []
     x = torch.zeros(1, B, D, dtype=torch.float64)
-    for t in range(240):
+    for t in range(360):
         starts = torch.full((1, B), t % 6 == 0)
         x[0, :, 0] = torch.tensor([-1.0, 0.0, 1.0]) * (t % 6 == 0)
         state = dni_rl.cut(state)
-        outputs, end = core.unroll(x, core.attach(state, sensitivity), starts)
+        outputs, end = core.unroll(x, core.attach(state, sensitivity) if exact else state, starts)
         loss = (outputs[..., 0] - 0.5 * torch.tensor([-1.0, 0.0, 1.0])).square() * (t % 6 == 5)
         optimizer.zero_grad()
         dni_rl.backward(loss, start=state, end=end)
@@ -162,7 +167,8 @@ def test_online_training_moves_an_optimiser(core, inputs):
         optimizer.step()
         state = end
         losses.append(loss.sum().item())
-    assert sum(losses[-24:]) < 0.2 * sum(losses[:24])
+    ratio = sum(losses[-24:]) / sum(losses[:24])
+    assert ratio < 0.2 if exact else ratio > 0.5 and core.weight_ih[:, 0].eq(0).all()
 
 
 def test_chrono_initialisation():

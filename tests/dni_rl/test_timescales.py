@@ -4,10 +4,15 @@ import torch
 import dni_rl
 from dni_rl import GradientCritic
 from dni_rl.cores.base import unroll_stepwise
-from dni_rl.cores.timescales import MultiTimescaleCore
+from dni_rl.cores.timescales import MultiTimescaleCore, fit_interfaces
 
 T, B, D = 24, 3, 2
-SETTINGS = [((3, 2), (1, 3), "last"), ((3, 2, 4), (1, 2, 6), "last"), ((3, 2, 4), (1, 2, 6), "mean"), ((3,), (1,), "last")]
+SETTINGS = [
+    ((3, 2), (1, 3), "last"),
+    ((3, 2, 4), (1, 2, 6), "last"),
+    ((3, 2, 4), (1, 2, 6), "mean"),
+    ((3,), (1,), "last"),
+]
 
 
 @pytest.fixture(params=SETTINGS, ids=["2 levels", "3 levels", "3 levels, mean", "1 level"])
@@ -33,7 +38,7 @@ def losses_of(outputs):
     return (outputs - 0.3).square().sum(-1)
 
 
-def reference(core, inputs, first, ticks=None):
+def reference(core, inputs, first, ticks=None, cut_messages=False):
     """Row by row, with integer clocks and Python conditions; level i detached after every `ticks` of its own ticks."""
     rows = []
     for b in range(inputs.shape[1]):
@@ -49,8 +54,8 @@ def reference(core, inputs, first, ticks=None):
                 if ticks is not None and t % (ticks * period) == 0:
                     h[i], c[i], heard[i] = h[i].detach(), c[i].detach(), [m.detach() for m in heard[i]]
             before = list(h)
-            for i, (cell, period) in enumerate(zip(core.levels, core.periods)):
-                message = inputs[t, b] if i == 0 else h[i - 1]
+            for i, (cell, period) in enumerate(zip(core.levels, core.periods, strict=True)):
+                message = inputs[t, b] if i == 0 else h[i - 1].detach() if cut_messages else h[i - 1]
                 heard[i].append(message)
                 if clock % period == 0:
                     if core.message == "mean" and i:
@@ -183,8 +188,6 @@ def test_with_an_oracle_every_recorded_gradient_is_the_true_one(core, inputs, fi
 @pytest.mark.parametrize("ticks", [1, 2, 3])
 def test_no_critic_and_a_zero_critic_cut_each_level_at_its_own_ticks(core, inputs, first, ticks):
     length = ticks * core.periods[-1]
-    if T % length:
-        pytest.skip("windows must fill the sequence")
     losses_of(reference(core, inputs, first, ticks)).sum().backward()
     expected = gradients_of(core)
     core.zero_grad()
@@ -196,7 +199,7 @@ def test_no_critic_and_a_zero_critic_cut_each_level_at_its_own_ticks(core, input
 
 
 def test_a_window_of_k_ticks_covers_k_times_period_steps():
-    """K = 4, period 6: the last loss reaches the first of 24 inputs across the cuts of the lower level, and not the one before."""
+    """K = 4, period 6: the last loss reaches the first of 24 inputs past the lower level's cuts, and none before."""
     torch.manual_seed(0)
     core = MultiTimescaleCore(D, (3, 3), (1, 6)).double()
     x = torch.randn(30, 1, D, dtype=torch.float64, requires_grad=True)
@@ -239,12 +242,34 @@ def test_steps_equal_unroll(core, inputs, first):
     torch.testing.assert_close(fast, slow)
 
 
+def test_autocast_keeps_the_precision_of_the_state():
+    core = MultiTimescaleCore(D, (2, 2), (1, 3), message="mean")
+    state = dni_rl.cut(core.initial_state(B))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, end, _ = core.unroll_in_ticks(torch.randn(6, B, D), state, ticks=2)
+    assert outputs.dtype == torch.float32 and all(s.dtype == torch.float32 for s in end)
+    outputs.sum().backward()
+    assert all(s.grad.isfinite().all() for s in state[:-1])
+
+
 def test_bfloat16_keeps_the_clock(inputs):
     core = MultiTimescaleCore(D, (2, 2), (1, 256)).bfloat16()
     x = torch.zeros(600, 1, D, dtype=torch.bfloat16)
     with torch.no_grad():
         _, end = core.unroll(x, core.initial_state(1))
     assert end[-1].item() == 600 - 2 * 256
+
+
+def test_chrono_initialisation_counts_in_ticks():
+    core = MultiTimescaleCore(D, (64, 64, 64), (1, 8, 40), chrono_max=80.0)
+    default = core.levels[2]
+    for cell, ticks in zip(core.levels[:2], (80.0, 10.0), strict=True):
+        b_i, b_f, *rest = (cell.bias_ih + cell.bias_hh).view(4, 64)
+        assert b_i.equal(-b_f) and b_f.min() >= 0 and b_f.max() <= torch.tensor(ticks - 1).log()
+        assert not torch.stack(rest).any()
+    assert default.bias_ih.abs().max() <= 64**-0.5  # two ticks: left as it was
+    with pytest.raises(ValueError, match="chrono_max: found 2"):
+        MultiTimescaleCore(D, (2,), (1,), chrono_max=2)
 
 
 @pytest.mark.parametrize(
@@ -265,3 +290,93 @@ def test_errors(arguments, message):
 def test_ticks_below_one_are_refused(core, inputs):
     with pytest.raises(ValueError, match="ticks: found 0"):
         core.unroll_in_ticks(inputs, core.initial_state(B), ticks=0)
+
+
+# Interfaces between levels ---------------------------------------------------------------------------------------------
+
+
+class MessageOracle(GradientCritic):
+    """Knows the true gradient of every message of one interface, [T, B, size]; asked once a step, in order."""
+
+    def __init__(self, truth):
+        super().__init__(state_sizes=(truth.shape[-1],))
+        self.answers = list(truth)
+
+    def synthetic_gradient(self, state, context=None, alive=None):
+        return (torch.where(alive.unsqueeze(-1), self.answers.pop(0), 0.0),)
+
+
+def true_message_gradients(core, inputs, first):
+    """From one graph over the whole sequence, by hooks on the edges from level to level."""
+    found = [torch.zeros(T, B, cell.hidden_size).double() for cell in core.levels[:-1]]
+    taken = 0
+
+    def interface(level, message, heard):
+        edge, t = message.view_as(message), taken
+        edge.register_hook(lambda g: found[level - 1].__setitem__(t, torch.zeros_like(message) if g is None else g))
+        return edge
+
+    def step(x, state):
+        nonlocal taken
+        result = core._step(x, state, interface)
+        taken += 1
+        return result
+
+    outputs, _ = unroll_stepwise(step, inputs, dni_rl.cut(core.initial_state(B)), first)
+    losses_of(outputs).sum().backward()
+    core.zero_grad()
+    return found
+
+
+def unroll_with_interfaces(core, inputs, first, interface_critics, critic=None, ticks=T, weight=1.0):
+    core.zero_grad()
+    state = dni_rl.cut(core.initial_state(B))
+    steps = torch.arange(T + 1.0, dtype=inputs.dtype).view(-1, 1, 1).expand(-1, B, 1) if critic is not None else None
+    outputs, end, bootstraps = core.unroll_in_ticks(
+        inputs, state, first, ticks=ticks, critic=critic, context=steps, interface_critics=interface_critics
+    )
+    (weight * (losses_of(outputs) + bootstraps)).sum().backward()
+    return gradients_of(core), end
+
+
+@pytest.mark.parametrize("ticks", [T, 2])
+def test_oracles_at_interfaces_and_over_time_give_full_bptt(core, inputs, first, ticks):
+    truth, at_states = full_bptt(core, inputs, first)
+    messages = true_message_gradients(core, inputs, first)
+    critic = Oracle(core.state_sizes, at_states).double()
+    found, end = unroll_with_interfaces(core, inputs, first, [MessageOracle(m) for m in messages], critic, ticks)
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
+    for history, true in zip(end.interfaces, messages, strict=True):
+        torch.testing.assert_close(history.gradients[0], true, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ticks", [T, 2])
+def test_zero_critics_at_interfaces_cut_the_messages(core, inputs, first, ticks):
+    losses_of(reference(core, inputs, first, ticks, cut_messages=True)).sum().backward()
+    expected = gradients_of(core)
+    zeros = [GradientCritic(state_sizes=(cell.hidden_size,)).double() for cell in core.levels[:-1]]
+    found, _ = unroll_with_interfaces(core, inputs, first, zeros, ticks=ticks)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_interface_critics_learn_what_arrives_where_it_is_heard(inputs, first):
+    torch.manual_seed(0)
+    core = MultiTimescaleCore(D, (3, 2), (1, 3)).double()
+    losses = []
+    for weight in (1.0, 0.25):
+        critics = [GradientCritic(state_sizes=(3,), normalize_targets=False).double()]
+        _, end = unroll_with_interfaces(core, inputs, first, critics, weight=weight)
+        history = end.interfaces[0]
+        target = history.gradients[0] / weight
+        heard = history.valid
+        assert heard.float().mean() < 0.5 and target[~heard].eq(0).all() and target[heard].ne(0).any()
+        before = gradients_of(core)
+        (fit,) = fit_interfaces(end, critics, weight=weight)
+        torch.testing.assert_close(fit.loss, target[heard].square().mean())  # predictions are zero
+        assert gradients_of(core).equal(before) and critics[0].net[-1].weight.grad.ne(0).any()
+        losses.append(fit.loss)
+    torch.testing.assert_close(*losses)
+    with pytest.raises(ValueError, match="critics: expected those of the window's 1"):
+        fit_interfaces(end, [])
+    with pytest.raises(ValueError, match="interface_critics: expected one for each of 1"):
+        core.unroll_in_ticks(inputs, core.initial_state(B), ticks=2, interface_critics=[])

@@ -309,8 +309,25 @@ def test_vectors_that_do_not_reset_are_refused():
         GymnasiumVector(cartpole(AutoresetMode.DISABLED), seed=0)
 
 
-def test_vectors_that_reuse_their_buffers_do_not_reach_stored_steps():
-    env = GymnasiumVector(SyncVectorEnv([Counter] * 2, copy=False), seed=0)
+def test_what_a_vector_reports_while_it_resets_is_not_part_of_the_episode():
+    class Careless(gymnasium.vector.VectorWrapper):
+        def step(self, actions):
+            observation, reward, terminated, truncated, info = super().step(actions)
+            restarted = observation[:, 0] == 0
+            return observation, reward + restarted, terminated | restarted, truncated, info
+
+    env = GymnasiumVector(Careless(SyncVectorEnv([lambda: Counter(limit=1)] * 2)), seed=0)
+    env.reset()
+    assert env.step(zeros(env)).last.all()
+    step = env.step(zeros(env))
+    assert step.first.all() and not step.last.any() and step.discount.all() and not step.reward.any()
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 5, 6), (5, 6), (5, 6, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_vectors_that_reuse_their_buffers_do_not_reach_stored_steps(shape, dtype):
+    space = spaces.Box(0, 200, shape, dtype)
+    env = GymnasiumVector(SyncVectorEnv([lambda: Counter(space)] * 2, copy=False), seed=0)
     step = env.reset()
     env.step(zeros(env))
     assert step.observation.eq(0).all()

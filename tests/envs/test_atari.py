@@ -62,8 +62,12 @@ def test_stored_steps_are_never_overwritten(shared):
 
 
 def test_environments_of_neighbouring_runs_differ():
-    tapes = [torch.stack([step.observation for step, _ in play(breakout(seed=seed), 40)], 1) for seed in (3, 4)]
-    rows = torch.cat(tapes).flatten(1)
+    def tape(seed):
+        env = breakout(seed=seed)
+        env.reset()
+        return torch.stack([env.step(torch.full((2,), t % 4)).observation for t in range(60)], 1)  # [B, T, ...]
+
+    rows = torch.cat([tape(3), tape(4)]).flatten(1)
     # With ale_py's own integer seeds environment 1 of a run is environment 0 of the next.
     assert len(rows.unique(dim=0)) == 4
 
@@ -106,7 +110,10 @@ def test_the_score_of_a_game_can_be_added_up_over_lost_lives():
     class Emulators:
         """Plays a tape: three lives, points in every step, the last life ends the game."""
 
-        tape = (3, 5, False), (2, 1, False), (2, 7, False), (1, -4, False), (1, 0, False), (0, 2, True), (3, 0, False)
+        tape = (
+            *((3, 5, False), (2, 1, False), (2, 7, False), (1, -4, False), (1, 0, False)),
+            *((0, 3, False), (0, 2, True), (3, 0, False)),  # as in Q*bert, the game runs on a little without a life
+        )
 
         def __init__(self):
             self.actions = []
@@ -121,13 +128,13 @@ def test_the_score_of_a_game_can_be_added_up_over_lost_lives():
     env = breakout(num_envs=1, episodic_life=True)
     env.reset()
     env._emulators, env._lives = Emulators(), np.array([3])
-    steps = [env.step(torch.tensor([2])) for _ in range(7)]
-    assert [step.last.item() for step in steps] == [False, True, False, True, False, True, False]
-    assert [step.first.item() for step in steps] == [False, False, True, False, True, False, True]
-    assert [step.discount.item() for step in steps] == [1, 0, 1, 0, 1, 0, 1]
-    assert [step.reward.item() for step in steps] == [1, 1, 0, -1, 0, 1, 0]
-    assert [step.raw_reward.item() for step in steps] == [5, 1, 7, -4, 0, 2, 0]
-    assert env._emulators.actions == [2, 2, 0, 2, 0, 2, 0]  # a no-op for every ignored action
+    steps = [env.step(torch.tensor([2])) for _ in range(8)]
+    assert [step.last.item() for step in steps] == [False, True, False, True, False, False, True, False]
+    assert [step.first.item() for step in steps] == [False, False, True, False, True, False, False, True]
+    assert [step.discount.item() for step in steps] == [1, 0, 1, 0, 1, 1, 0, 1]
+    assert [step.reward.item() for step in steps] == [1, 1, 0, -1, 0, 1, 1, 0]
+    assert [step.raw_reward.item() for step in steps] == [5, 1, 7, -4, 0, 3, 2, 0]
+    assert env._emulators.actions == [2, 2, 0, 2, 0, 2, 2, 0]  # a no-op for every ignored action
 
 
 def test_a_game_that_ends_in_the_noop_after_a_lost_life_is_not_bootstrapped_into_the_next():

@@ -1,0 +1,236 @@
+"""BP(lambda): an error critic that learns fully online by eligibility traces, without any backpropagation through time.
+
+What TD(lambda) is to n-step returns, BP(lambda) is to windows of truncated BPTT: each step's error of the critic is
+credited to all earlier predictions at once, through a trace that travels forward in time. Pemberton & Costa,
+"BP(lambda): Online learning via synthetic gradients" (2024). Use it with windows of one step and small cores: a trace
+costs state times critic parameters.
+"""
+
+import torch
+from torch import Tensor
+
+from dni_rl.backward import Report
+from dni_rl.cores.base import State
+from dni_rl.critics import GradientCritic
+
+
+def bp_lambda_trace(critic: GradientCritic, batch_size: int, *, max_bytes: int = 2 * 1024**3) -> Tensor:
+    """The eligibility trace before the first step: zeros.
+
+    Args:
+        critic: linear, see `bp_lambda_backward`.
+        batch_size: B.
+        max_bytes: what the trace may occupy; B S^2 (S + Z + 1) numbers, for a state of S numbers and a context of Z.
+
+    Returns:
+        [B, S, S, S + Z + 1]: sequence, component of the state, row and column of the critic's weight and bias.
+
+    Raises:
+        ValueError: if the critic cannot be trained so, or the trace would not fit.
+    """
+    head = _linear_head(critic)
+    S, features = head.out_features, head.in_features + 1
+    needed = batch_size * S * S * features * head.weight.element_size()
+    if needed > max_bytes:
+        raise ValueError(
+            f"batch_size: a trace for {batch_size} sequences, a state of {S} and {S * features} critic parameters "
+            f"takes {needed / 1024**3:.2f} GiB, allowed max_bytes={max_bytes / 1024**3:.2f} GiB; use fewer sequences, "
+            "a smaller core, or dni_rl.backward, which needs no trace"
+        )
+    return head.weight.new_zeros(batch_size, S, S, features)
+
+
+def bp_lambda_backward(
+    losses: Tensor,
+    *,
+    start: State,
+    end: State,
+    critic: GradientCritic,
+    trace: Tensor,
+    lambda_: float,
+    first: Tensor | None = None,
+    alive: Tensor | None = None,
+    context: Tensor | None = None,
+    weight: float | Tensor | None = None,
+) -> tuple[Report, Tensor]:
+    """Takes one step of BP(lambda): the backward view with eligibility traces.
+
+    With s_{t-1} = start, s_t = end, J_t = d s_t / d s_{t-1}, r_t = d l_t / d s_{t-1} and a linear critic M with
+    parameters theta:
+
+        delta_t = r_t + g M(s_t) J_t - M(s_{t-1})                           [B, S]
+        e_t     = g lambda J_{t-1} e_{t-1} + dM(s_{t-1}) / dtheta           [B, S, theta]
+        theta  += alpha mean (delta_t . e_t)                                M(s_t) = 0 where alive is 0
+
+    Pemberton & Costa (2024), backward view; the paper's l_t J_t is r_t for a loss that reads s_t, and holds for any
+    core here. Summed over an episode with theta fixed, these updates equal those of the forward view, the regression
+    of every M(s_k) on
+
+        G_k = r_{k+1} + g ((1 - lambda) M(s_{k+1}) + lambda G_{k+1}) J_{k+1}
+
+    Adds weight * (r_t + g M(s_t) J_t) and its like for parameters to the model's `.grad`, exactly as
+    `dni_rl.backward` does, and the negative update, scaled as the gradient of the mean square error over rows and
+    components, to the critic's, so that its optimiser descends. A longer window is taken as one step: l is its summed
+    loss, J the Jacobian across it.
+
+    J_t costs S backward passes through the step, the trace B S^2 theta multiplications: S = 2 H for an LSTM.
+
+    Args:
+        losses: [T, B], not reduced; T = 1 is fully online.
+        start: the window's first state, from `dni_rl.cut`.
+        end: the state after the window.
+        critic: linear (hidden_sizes=()), without normalised targets, bound or warm-up. g is gradient_discount * scale.
+        trace: from `bp_lambda_trace` at first, then from the last call.
+        lambda_: in [0, 1]. 0 learns from the next prediction alone, 1 from true gradients alone.
+        first: [T, B] bool as in `unroll`: traces end where an episode starts. None where none does.
+        alive: [B], 0 where the sequence ended exactly at `end`.
+        context: [T + 1, B, Z] as in `dni_rl.backward`.
+        weight: multiplies what enters the model's `.grad`; 1 / (T B) by default.
+
+    Returns:
+        The report, in which `critic_loss` is the mean square of delta, and the next trace, without gradient.
+
+    Raises:
+        ValueError: if the critic is not as above, shapes disagree, or lambda_ is out of range.
+        RuntimeError: if `start` is not from `cut`, or `losses` or `end` have no graph.
+    """
+    head = _linear_head(critic)
+    _check(losses, start, end, critic, trace, lambda_, first, alive, context)
+    T, B = losses.shape
+    if weight is None:
+        weight = 1.0 / (T * B)
+    before = tuple(s.detach() for s in start)
+    after = tuple(s.detach() for s in end)
+    z_before, z_after = (None, None) if context is None else (context[0], context[-1])
+    fresh = torch.zeros(B, dtype=torch.bool, device=losses.device) if first is None else first[0]
+
+    jacobian = _jacobian(end, start)  # [B, S, S]
+    synthetic = critic.synthetic_gradient(after, z_after, alive)
+    arrived = [torch.zeros_like(s) for s in start]
+    handles = [
+        s.register_hook(lambda g, i=i: None if g is None else arrived.__setitem__(i, g)) for i, s in enumerate(start)
+    ]
+    try:
+        torch.autograd.backward(
+            [losses, *end],
+            [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end, strict=True))],
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    with torch.no_grad():
+        target = torch.cat(arrived, dim=-1) / weight  # [B, S]
+        predicted = torch.cat(critic(before, z_before), dim=-1)
+        row = (~fresh).to(target.dtype).unsqueeze(-1)  # a state that an episode's start clears has no future
+        # delta = 0 there, and J_t = 0 by the reset itself: the old trace neither learns nor lives on
+        delta = row * (target - predicted)
+        trace = trace.clone()
+        features = torch.cat([*before, *(() if z_before is None else (z_before,)), torch.ones_like(row)], dim=-1)
+        # dM_i / dweight[k, l] is features[l] where i = k
+        trace.diagonal(dim1=1, dim2=2).add_(features.unsqueeze(-1))
+        rows = row.sum().clamp_min(1.0)
+        descent = torch.einsum("bi,bikl->kl", delta, trace) * (-2.0 / (rows * delta.shape[-1]))
+        _add_gradient(head.weight, descent[:, :-1])
+        _add_gradient(head.bias, descent[:, -1])
+        decay = critic.gradient_discount * critic.scale * lambda_
+        trace = torch.bmm(decay * jacobian, trace.flatten(2)).view_as(trace)
+        report = _report(delta, predicted * row, target * row, row.squeeze(-1), torch.cat(synthetic, dim=-1))
+    return report, trace
+
+
+def _jacobian(end: State, start: State) -> Tensor:
+    """[B, S, S] d end / d start of every sequence; the graph is kept.
+
+    One backward pass for each component: it asks nothing of the core, neither rules for vmap nor a second forward pass.
+    """
+    rows = []
+    for component in end:
+        for column in range(component.shape[-1]):
+            root = component[:, column].sum()
+            gradient = torch.autograd.grad(root, start, retain_graph=True, allow_unused=True, materialize_grads=True)
+            rows.append(torch.cat(gradient, dim=-1))
+    return torch.stack(rows, dim=1)
+
+
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.requires_grad:
+        gradient = gradient.to(parameter.dtype)
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _report(delta: Tensor, predicted: Tensor, target: Tensor, row: Tensor, synthetic: Tensor) -> Report:
+    tiny = torch.finfo(delta.dtype).tiny
+    rows = row.sum().clamp_min(1.0)
+    predicted_norm, target_norm = predicted.norm(dim=-1), target.norm(dim=-1)
+    loss = delta.square().mean(-1).sum() / rows
+    centred = (target - target.sum(0) / rows) * row.unsqueeze(-1)
+    cosine = (predicted * target).sum(-1) / (predicted_norm * target_norm).clamp_min(tiny)
+    counted = row * (target_norm > 0)
+    return Report(
+        critic_loss=loss,
+        explained_variance=1.0 - loss / (centred.square().mean(-1).sum() / rows).clamp_min(tiny),
+        cosine=(counted * cosine).sum() / counted.sum().clamp_min(tiny),
+        predicted_norm=predicted_norm.sum() / rows,
+        target_norm=target_norm.sum() / rows,
+        synthetic_norm=synthetic.norm(dim=-1).mean(),
+        norm_ratio=predicted_norm.sum() / target_norm.sum().clamp_min(tiny),
+    )
+
+
+def _linear_head(critic: GradientCritic) -> torch.nn.Linear:
+    """The critic's one layer; ValueError if it has settings for which the equations do not hold."""
+    if not isinstance(critic.net, torch.nn.Sequential):
+        raise ValueError("critic: BP(lambda) needs a linear one, whose trace is exact; build it with hidden_sizes=()")
+    settings = {
+        "normalize_targets": (critic.normalize_targets, False),
+        "max_norm_ratio": (critic.max_norm_ratio, None),
+        "warmup_updates": (critic.warmup_updates, 0),
+    }
+    for name, (found, wanted) in settings.items():
+        if found != wanted:
+            raise ValueError(
+                f"critic: {name}={found} is not linear in the critic's parameters; allowed {name}={wanted}"
+            )
+    head = critic.net[0]
+    assert isinstance(head, torch.nn.Linear)
+    return head
+
+
+def _check(
+    losses: Tensor,
+    start: State,
+    end: State,
+    critic: GradientCritic,
+    trace: Tensor,
+    lambda_: float,
+    first: Tensor | None,
+    alive: Tensor | None,
+    context: Tensor | None,
+) -> None:
+    if losses.dim() != 2:
+        raise ValueError(f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}")
+    T, B = losses.shape
+    S = sum(critic.state_sizes)
+    if not 0.0 <= lambda_ <= 1.0:
+        raise ValueError(f"lambda_: found {lambda_}, allowed 0 to 1")
+    if trace.shape != (B, S, S, S + critic.context_size + 1):
+        raise ValueError(
+            f"trace: expected [B, S, S, S + Z + 1] = {(B, S, S, S + critic.context_size + 1)}, got {tuple(trace.shape)}"
+        )
+    for name, found, shape in (("first", first, (T, B)), ("alive", alive, (B,))):
+        if found is not None and found.shape != shape:
+            raise ValueError(f"{name}: expected {shape}, got {tuple(found.shape)}")
+    if (context is None) != (critic.context_size == 0) or (
+        context is not None and context.shape != (T + 1, B, critic.context_size)
+    ):
+        raise ValueError(
+            f"context: expected [T + 1, B, Z] = {(T + 1, B, critic.context_size)}, or None where Z is 0, got "
+            f"{None if context is None else tuple(context.shape)}"
+        )
+    if not all(s.is_leaf and s.requires_grad for s in start):
+        raise RuntimeError(
+            "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
+        )
+    if not losses.requires_grad or not all(s.requires_grad for s in end):
+        raise RuntimeError("losses, end: no gradient flows from them; were they computed under no_grad, or detached?")

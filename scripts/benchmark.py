@@ -1,0 +1,216 @@
+"""Measures speed, in one run, contenders in turn, as ratios.
+
+    OMP_NUM_THREADS=1 python scripts/benchmark.py speed --output docs/results/speed.json
+
+`speed` trains on MiniGrid-MemoryS7-v0 and on Breakout (LSTM-128, 8 environments, rollout 128, one thread) with this project and with
+sb3-contrib's RecurrentPPO at the same settings, and on our own T-maze (64 environments). Both sides have one LSTM shared by
+policy and value, the same torso, heads, epochs, minibatches of the same size, and neither sees the previous action or reward.
+RecurrentPPO acts through the environment stack that its authors document. A round is one rollout and its updates; all contenders take
+their turn in every round, and a ratio is the median over rounds of the ratio within a round.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from agents.config import AlgorithmConfig, CriticConfig, EnvConfig, ModelConfig, RunConfig, TrainConfig
+from agents.train import Trainer
+
+REFERENCE = "sb3-contrib RecurrentPPO, 4 epochs"
+NUM_ENVS, ROLLOUT, HIDDEN = 8, 128, 128
+GOALS = {  # ratios to RecurrentPPO, from the project's issue: MiniGrid, Breakout
+    "PPO, 4 epochs, window 128": (4.6, 2.8),
+    "A2C, one pass, window 128": (6.1, 5.0),
+}
+
+Update = Callable[[], int]  # one rollout and its updates; returns the number of agent steps
+
+
+def ours(env: EnvConfig, model: ModelConfig, algorithm: AlgorithmConfig, critic: CriticConfig) -> Update:
+    """One update of this project's trainer, with the checks for non-finite losses that training has."""
+    config = TrainConfig(
+        env=env, model=model, algorithm=algorithm, critic=critic, run=RunConfig(threads=1, total_steps=10**9)
+    )
+    trainer = Trainer(config)
+
+    def update() -> int:
+        metrics = trainer.update()
+        assert trainer.first_non_finite(metrics) is None
+        return trainer.steps_per_update
+
+    return update
+
+
+def recurrent_ppo(task: str) -> Update:
+    """One update of sb3-contrib's RecurrentPPO."""
+    try:
+        import gymnasium
+        from sb3_contrib import RecurrentPPO
+        from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+        from stable_baselines3.common.vec_env import VecTransposeImage
+    except ImportError as error:
+        raise SystemExit(f"benchmark.py: {error.name} is missing; pip install -e '.[benchmark]'") from None
+    shared = {"lstm_hidden_size": HIDDEN, "shared_lstm": True, "enable_critic_lstm": False}
+    if task == "minigrid":
+        import minigrid.wrappers
+
+        def make():
+            return gymnasium.wrappers.FlattenObservation(
+                minigrid.wrappers.ImgObsWrapper(gymnasium.make("MiniGrid-MemoryS7-v0"))
+            )
+
+        env, policy, shared["net_arch"] = make_vec_env(make, NUM_ENVS, seed=0), "MlpLstmPolicy", [64]
+    else:
+        # sticky actions, no lost-life episodes and no forced fire, as in our environment
+        wrapper = {"noop_max": 0, "terminal_on_life_loss": False, "action_repeat_probability": 0.25}
+        env = make_atari_env(
+            "ALE/Breakout-v5",
+            NUM_ENVS,
+            seed=0,
+            wrapper_kwargs=wrapper,
+            env_kwargs={"frameskip": 1, "repeat_action_probability": 0.0},
+        )
+        env, policy, shared["net_arch"] = VecTransposeImage(env), "CnnLstmPolicy", []
+    model = RecurrentPPO(
+        policy, env, n_steps=ROLLOUT, batch_size=2 * ROLLOUT, n_epochs=4, policy_kwargs=shared, seed=0, device="cpu"
+    )
+
+    def update() -> int:
+        model.learn(NUM_ENVS * ROLLOUT, reset_num_timesteps=False)
+        return NUM_ENVS * ROLLOUT
+
+    return update
+
+
+def contenders(task: str) -> dict[str, Update]:
+    """Contenders of one task, by name."""
+    none, dni = CriticConfig(kind="none"), CriticConfig(kind="dni", max_norm_ratio=1.0)
+    cdni = CriticConfig(kind="cdni", max_norm_ratio=1.0)
+    if task == "tmaze":
+        env = EnvConfig(id="PassiveTMaze", num_envs=64, kwargs={"corridor_length": 20, "num_distractors": 4})
+        model = ModelConfig(hidden_size=32, torso_sizes=(64,))
+        a2c = AlgorithmConfig(rollout_length=32, bptt_horizon=8)
+        return {
+            "A2C, window 8, no critic": ours(env, model, a2c, none),
+            "A2C, window 8, synthetic gradients": ours(env, model, a2c, dni),
+            "A2C, window 8, synthetic gradients with context": ours(env, model, a2c, cdni),
+        }
+    if task == "minigrid":
+        env = EnvConfig(id="MiniGrid-MemoryS7-v0", num_envs=NUM_ENVS, kwargs={"encoding": "symbolic"})
+        model = ModelConfig(
+            torso="none", head_sizes=(64,), hidden_size=HIDDEN, previous_action=False, previous_reward=False
+        )
+    else:
+        env = EnvConfig(id="ALE/Breakout-v5", num_envs=NUM_ENVS, kwargs={"num_threads": 1})
+        model = ModelConfig(torso_sizes=(512,), hidden_size=HIDDEN, previous_action=False, previous_reward=False)
+
+    def algorithm(name: str, window: int) -> AlgorithmConfig:
+        return AlgorithmConfig(name=name, rollout_length=ROLLOUT, bptt_horizon=window, epochs=4, minibatches=4)
+
+    return {
+        REFERENCE: recurrent_ppo(task),
+        "PPO, 4 epochs, window 128": ours(env, model, algorithm("ppo", 128), none),
+        "PPO, 4 epochs, window 16": ours(env, model, algorithm("ppo", 16), none),
+        "PPO, 4 epochs, window 16, synthetic gradients": ours(env, model, algorithm("ppo", 16), dni),
+        "A2C, one pass, window 128": ours(env, model, algorithm("a2c", 128), none),
+        "A2C, one pass, window 16": ours(env, model, algorithm("a2c", 16), none),
+        "A2C, one pass, window 16, synthetic gradients": ours(env, model, algorithm("a2c", 16), dni),
+    }
+
+
+def measure(task: str, rounds: int) -> dict[str, list[float]]:
+    """Steps per second of every contender in every round, after one round of warm-up."""
+    updates = contenders(task)
+    speeds: dict[str, list[float]] = {name: [] for name in updates}
+    for round_ in range(rounds + 1):
+        for name, update in updates.items():
+            started = time.perf_counter()
+            steps = update()
+            while time.perf_counter() - started < 0.5:  # the short ones run long enough to be timed
+                steps += update()
+            if round_:
+                speeds[name].append(steps / (time.perf_counter() - started))
+        print(f"{task}: round {round_} of {rounds}", file=sys.stderr)
+    return speeds
+
+
+def table(task: str, speeds: dict[str, list[float]]) -> tuple[str, list[dict]]:
+    """Markdown table and its rows."""
+    plain_of = {name: name.split(", synthetic")[0] for name in speeds}
+    if task == "tmaze":
+        plain_of = dict.fromkeys(speeds, "A2C, window 8, no critic")
+    lines = [
+        "| contender | steps/s, median (min to max) | ratio to RecurrentPPO | goal | ratio to no critic |",
+        "|---|---|---|---|---|",
+    ]
+    rows = []
+    for name, values in speeds.items():
+        ratio = (
+            statistics.median(a / b for a, b in zip(values, speeds[REFERENCE], strict=True))
+            if REFERENCE in speeds
+            else None
+        )
+        against_plain = None
+        if plain_of[name] != name:
+            against_plain = statistics.median(a / b for a, b in zip(values, speeds[plain_of[name]], strict=True))
+        goal = GOALS[name][task == "breakout"] if name in GOALS else None
+        median = statistics.median(values)
+        cells = [f"{x:.2f}" if x is not None else "" for x in (ratio, goal, against_plain)]
+        lines.append(
+            f"| {name} | {median:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {cells[0]} | {cells[1]} | {cells[2]} |"
+        )
+        rows.append(
+            {
+                "task": task,
+                "contender": name,
+                "steps_per_second": values,
+                "ratio_to_recurrent_ppo": ratio,
+                "goal": goal,
+                "ratio_to_no_critic": against_plain,
+            }
+        )
+    return "\n".join(lines), rows
+
+
+def speed(tasks: list[str], rounds: int, output: Path | None) -> None:
+    """Runs the speed benchmark and prints its tables."""
+    torch.set_num_threads(1)
+    results: dict = {
+        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}, torch {torch.__version__}, 1 thread",
+        "rounds": rounds,
+        "rows": [],
+    }
+    for task in tasks:
+        text, rows = table(task, measure(task, rounds))
+        print(f"\n### {task}\n\n{text}")
+        results["rows"] += rows
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1))
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("speed", help="steps per second beside RecurrentPPO")
+    command.add_argument(
+        "--tasks", nargs="+", choices=["minigrid", "breakout", "tmaze"], default=["minigrid", "breakout", "tmaze"]
+    )
+    command.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up")
+    command.add_argument("--output", type=Path, help="writes every measurement as JSON")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", module="gymnasium|stable_baselines3|pygame")
+    speed(arguments.tasks, arguments.rounds, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
