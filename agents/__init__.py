@@ -1,0 +1,1 @@
+"""Recurrent actor-critic agents: networks, rollouts, learners, and the run around them."""

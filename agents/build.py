@@ -16,8 +16,20 @@ def spread_seeds(seed: int, count: int) -> list[int]:
 
 
 def build_environment(config: EnvConfig, seed: int, device: torch.device) -> Environment:
-    """The environment of a run. Raises ValueError in one line if it is unknown or its arguments are wrong."""
-    return envs.make(config.id, num_envs=config.num_envs, seed=seed, device=device, **config.kwargs)
+    """The environment of a run.
+
+    Raises:
+        ValueError: in one line, if it is unknown, cannot be built or its arguments are wrong.
+        ImportError: if an optional package is missing; says how to install it.
+    """
+    try:
+        return envs.make(config.id, num_envs=config.num_envs, seed=seed, device=device, **config.kwargs)
+    except ValueError as error:
+        raise ValueError(f"env: {error}") from error
+    except Exception as error:
+        if type(error).__module__ != "gymnasium.error":  # for one, that a package of the environment is not installed
+            raise
+        raise ValueError(f"env: {config.id} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def build_torso(config: ModelConfig, spec: EnvSpec) -> Torso:
@@ -45,6 +57,8 @@ def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
     width = torso.output_size + spec.num_actions * config.previous_action + config.previous_reward
     kind = {"lstm": dni_rl.LSTM, "gru": dni_rl.GRU}[config.core]
     core = kind(width, config.hidden_size, config.num_layers, chrono_max=config.chrono_max)
+    with torch.no_grad():
+        core.rnn.weight_ih_l0.mul_(config.input_gain)
     return ActorCritic(
         torso,
         core,

@@ -109,6 +109,9 @@ class ModelConfig(_Section):
     chrono_max: MemorySteps | None = None
     """Longest memory expected, in agent steps: the gates start out remembering up to so long (chrono initialisation,
     Tallec & Ollivier 2018); null keeps PyTorch's initialisation."""
+    input_gain: Positive = 1.0
+    """Multiplies the core's initial input weights. Chrono initialisation opens input gates to about 1 / chrono_max only; a gain
+    of 3 keeps what enters large enough to be learned from."""
     previous_action: bool = True
     """Whether the core also sees the previous action, one-hot."""
     previous_reward: bool = True

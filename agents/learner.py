@@ -60,8 +60,7 @@ def make_windows(rollout: Rollout, bptt_horizon: int, discount: float, gae_lambd
     Returns:
         Windows with N = T / K * B, ordered by window, then environment.
     """
-    T, B = rollout.action.shape
-    K, W = bptt_horizon, T // bptt_horizon
+    K, W = bptt_horizon, len(rollout.action) // bptt_horizon
     valid = ~rollout.last[:-1]
     # Under same-step autoreset a `first` step comes with the reward of the episode before, whose last observation has a value of its own.
     values_t = torch.where(rollout.first[1:], rollout.final_value[1:], rollout.value[1:])
@@ -182,9 +181,9 @@ class Learner:
             for name, value in metrics.items():
                 collected.setdefault(name, []).append(value)
             # The one decision that needs the host: read only if it was asked for.
-            if algorithm.name == "ppo" and algorithm.target_kl is not None:
-                if metrics["losses/approx_kl"].item() > algorithm.target_kl:
-                    break
+            target_kl = algorithm.target_kl if algorithm.name == "ppo" else None
+            if target_kl is not None and metrics["losses/approx_kl"].item() > target_kl:
+                break
         return {
             name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in collected.items()
         }

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dni_rl.cores import Core, State, clear_state
@@ -123,6 +122,8 @@ class ActorCritic(nn.Module):
         head_sizes: widths of a hidden layer stack in front of each head; () for none.
     """
 
+    one_hot: Tensor
+
     def __init__(
         self,
         torso: Torso,
@@ -139,6 +140,7 @@ class ActorCritic(nn.Module):
         self.num_actions = num_actions
         self.previous_action = previous_action
         self.previous_reward = previous_reward
+        self.register_buffer("one_hot", torch.eye(num_actions), persistent=False)
         width = head_sizes[-1] if head_sizes else core.output_size
         # A nearly uniform first policy: Andrychowicz et al., "What matters for on-policy deep actor-critic methods?" (2021), sec. 3.2.
         self.policy_head = mlp(core.output_size, head_sizes).append(_orthogonal(nn.Linear(width, num_actions), 0.01))
@@ -154,13 +156,14 @@ class ActorCritic(nn.Module):
             first: [...] bool; action and reward of another episode are hidden.
         """
         features = self.torso(observation)
-        parts = [features]
-        starts = first.unsqueeze(-1)
+        extras = []
         if self.previous_action:
-            parts.append(F.one_hot(action_tm1, self.num_actions).to(features.dtype).masked_fill(starts, 0.0))
+            extras.append(self.one_hot[action_tm1])
         if self.previous_reward:
-            parts.append(reward.clamp(-1.0, 1.0).unsqueeze(-1).masked_fill(starts, 0.0))
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else features
+            extras.append(reward.clamp(-1.0, 1.0).unsqueeze(-1))
+        if not extras:
+            return features
+        return torch.cat([features, torch.cat(extras, dim=-1).masked_fill(first.unsqueeze(-1), 0.0)], dim=-1)
 
     def heads(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [..., A] and values [...] of core outputs [..., H]."""

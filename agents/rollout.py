@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from agents.model import ActorCritic
@@ -59,10 +58,11 @@ class EpisodeStatistics:
         zeros = torch.zeros(num_envs, dtype=torch.float64, device=device)
         self._return, self._length = zeros.clone(), zeros.clone()
         self._done, self._returns, self._lengths, self._successes = (zeros.clone() for _ in range(4))
-        self._was_last = torch.ones(num_envs, dtype=torch.bool, device=device)  # nothing ends at the very first step
+        # of the step before those counted, at first that of the reset
+        self._was_last = torch.zeros(num_envs, dtype=torch.bool, device=device)
 
     def observe_rollout(self, rewards: Tensor, first: Tensor, last: Tensor) -> None:
-        """Counts T steps at once: rewards, first, last are [T, B]."""
+        """Counts T steps at once: rewards, first, last are [T, B]. The reset is not one of them: no transition led to it."""
         T = len(rewards)
         was_last = torch.cat([self._was_last.unsqueeze(0), last[:-1]])
         restarted = first & was_last  # no transition led here
@@ -146,10 +146,11 @@ class Actor:
         for t in range(T):
             if t % self.bptt_horizon == 0:
                 states.append(self.state)
-            step_logits, value, self.state = self.model.step(
-                timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
-            )
-            self.action_tm1 = (step_logits + noise[t]).argmax(-1)
+            with torch.inference_mode():  # cheaper than no_grad; what is stacked below are ordinary tensors again
+                step_logits, value, self.state = self.model.step(
+                    timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
+                )
+                self.action_tm1 = (step_logits + noise[t]).argmax(-1)
             timestep = self.environment.step(self.action_tm1)
             timesteps.append(timestep)
             actions.append(self.action_tm1)

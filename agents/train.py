@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from agents.build import build_critic, build_environment, build_model, spread_seeds
-from agents.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from agents.checkpoint import CHECKPOINT_FILE, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
 from agents.learner import Learner
 from agents.metrics import MetricsWriter
 from agents.rollout import Actor
 
 _log = logging.getLogger(__name__)
+
+_RATIOS = ("sg/explained_variance", "sg/cosine", "sg/norm_ratio")  # without a target gradient they have no meaning
 
 
 class NonFiniteError(RuntimeError):
@@ -76,20 +78,32 @@ class Trainer:
         self.step += self.steps_per_update
         return metrics
 
-    def first_non_finite(self, metrics: dict[str, Tensor]) -> str | None:
-        """Names the first tensor, in the order in which data flows, that holds NaN or infinity; None if all are finite."""
-        if all(math.isfinite(float(value)) for name, value in metrics.items() if name.startswith(("losses/", "sg/"))):
+    def first_non_finite(self, metrics: dict[str, Tensor], *, thorough: bool = False) -> str | None:
+        """Names the first tensor, in the order in which data flows, that holds NaN or infinity; None if all are finite.
+
+        Args:
+            metrics: what `update` returned. Measures of fit do not count: they are ratios, of which one may be undefined for
+                a moment.
+            thorough: look at everything else as well where the metrics are finite.
+        """
+        watched = {
+            name: metrics[name] for name in metrics if name.startswith(("losses/", "sg/")) and name not in _RATIOS
+        }
+        are_finite = all(math.isfinite(float(value)) for value in watched.values())
+        if are_finite and not thorough:
             return None
-        flow: list[tuple[str, Tensor | None]] = [
-            (f"rollout.{name}", getattr(self.actor.rollout, name))
-            for name in ("observation", "context", "reward", "discount", "logits", "value")
-        ]
-        flow += list(metrics.items())
-        flow += [(f"model.{name}", p) for name, p in self.learner.model.named_parameters()]
+        flow: list[tuple[str, Tensor | None]] = []
+        if self.actor.rollout is not None:
+            names = ("observation", "context", "reward", "discount", "logits", "value", "final_value")
+            flow += [(f"rollout.{name}", getattr(self.actor.rollout, name)) for name in names]
+        flow += list(watched.items())
+        for side, module in (("model", self.learner.model), ("critic", self.learner.critic)):
+            if module is not None:
+                flow += [(f"{side}.{name}", p) for name, p in module.named_parameters()]
         for name, tensor in flow:
             if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 return name
-        return "metrics"
+        return None if are_finite else "metrics"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue exactly, the configuration included."""
@@ -136,18 +150,25 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
     Raises:
         ValueError: if the configuration cannot be built, the folder is taken, or the checkpoint is unusable.
         NonFiniteError: if a loss became NaN or infinite.
-        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; its message says where.
     """
     directory = run_directory(config)
     checkpoint = None
     if resume is not None:
         checkpoint = load_checkpoint(resume)
         directory = resume if resume.is_dir() else resume.parent
-        _check_resumable(config, checkpoint)
+        try:
+            saved = from_dict(checkpoint["config"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise _foreign(resume, error) from error
+        _check_resumable(config, saved)
     trainer = Trainer(config)
     try:
         if checkpoint is not None:
-            trainer.load_state_dict(checkpoint)
+            try:
+                trainer.load_state_dict(checkpoint)
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise _foreign(resume, error) from error
             if not trainer.environment.resumable:
                 _log.warning(
                     "%s: emulator state cannot be saved; new episodes start at step %d", config.env.id, trainer.step
@@ -167,7 +188,9 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             save_config(config, directory / CONFIG_FILE)
             _loop(trainer, writer, directory, interrupted)
         if interrupted and trainer.step < run.total_steps:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(
+                f"a checkpoint of step {trainer.step} was saved; continue with --resume {directory}"
+            )
     finally:
         trainer.close()
     return directory
@@ -175,7 +198,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
 
 def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted: list[int]) -> None:
     run, algorithm = trainer.config.run, trainer.config.algorithm
-    started, start_step = time.perf_counter(), trainer.step
+    started, start_step, saved_step = time.perf_counter(), trainer.step, None
     # Reading a scalar of every update is free on a CPU and a synchronisation on a GPU.
     check_every_update = trainer.device.type == "cpu"
     while trainer.step < run.total_steps and not interrupted:
@@ -185,12 +208,7 @@ def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted:
         saves = _passes(before, trainer.step, run.checkpoint_every_steps)
         saves = saves or trainer.step >= run.total_steps or bool(interrupted)
         if check_every_update or logs or saves:
-            culprit = trainer.first_non_finite(metrics)
-            if culprit is not None:
-                raise NonFiniteError(
-                    f"{culprit}: NaN or infinity at step {trainer.step}; stopped, the last good checkpoint in {directory} stands; "
-                    "lower algorithm.learning_rate, or bound the synthetic gradient with critic.max_norm_ratio"
-                )
+            _require_finite(trainer, trainer.first_non_finite(metrics, thorough=saves), directory)
         if logs:
             writer.write(
                 trainer.step,
@@ -205,6 +223,20 @@ def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted:
         if saves:
             save_checkpoint(directory, trainer.state_dict(), trainer.step)
             writer.flush()
+            saved_step = trainer.step
+    if interrupted and saved_step != trainer.step:  # the signal came between two updates
+        _require_finite(trainer, trainer.first_non_finite({}, thorough=True), directory)
+        save_checkpoint(directory, trainer.state_dict(), trainer.step)
+
+
+def _require_finite(trainer: Trainer, culprit: str | None, directory: Path) -> None:
+    if culprit is not None:
+        stands = f"the last good checkpoint in {directory} stands"
+        raise NonFiniteError(
+            f"{culprit}: NaN or infinity at step {trainer.step}; stopped, "
+            f"{stands if (directory / CHECKPOINT_FILE).exists() else 'before the first checkpoint'}; "
+            "lower algorithm.learning_rate, or bound the synthetic gradient with critic.max_norm_ratio"
+        )
 
 
 class _RunningMeans:
@@ -235,9 +267,17 @@ def _passes(before: int, after: int, every: int) -> bool:
     return before // every != after // every
 
 
-def _check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
+def _foreign(resume: Path | None, error: Exception) -> ValueError:
+    """The error for a sound checkpoint that holds something else; on one line, which those of PyTorch are not."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"{resume}: found a checkpoint of another program or version, or of another environment ({reason}); allowed one of "
+        "this very run; start a new run instead"
+    )
+
+
+def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
     """What a resumed run may change: how long it is and what it writes. Everything else is another experiment."""
-    saved = from_dict(checkpoint["config"])
     free = {
         name: getattr(config.run, name)
         for name in (

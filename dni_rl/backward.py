@@ -113,12 +113,13 @@ def backward(
         nan = losses.new_full((), torch.nan)
         return Report(nan, nan, nan, nan, nan, nan, nan)
 
-    if critic.max_norm_ratio is not None:
+    stands_for = critic.window_is_due()
+    if stands_for:
         # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
         inside = torch.autograd.grad(
             losses, start, torch.ones_like(losses), retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        critic.observe_window(inside)
+        critic.observe_window(inside, stands_for)
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
     )
@@ -127,7 +128,7 @@ def backward(
         # does not change it) is a leaf, and right to receive it.
         torch.autograd.backward(
             [losses, *end],
-            [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end))],
+            [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end, strict=True))],
         )
     history = end.history if isinstance(end, UnrolledState) and critic.dense_targets else None
     if history is not None:

@@ -87,10 +87,10 @@ class GradientCritic(nn.Module):
     """
 
     num_updates: Tensor
-    num_windows: Tensor
     target_rms: Tensor
     _target_square: Tensor
     _window_square: Tensor
+    _window_weight: Tensor
 
     def __init__(
         self,
@@ -141,10 +141,11 @@ class GradientCritic(nn.Module):
             else nn.Sequential(_zero_linear(inputs, outputs))
         )
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_windows", torch.zeros((), dtype=torch.int64))
         self.register_buffer("target_rms", torch.ones(sum(self.state_sizes)))
         self.register_buffer("_target_square", torch.zeros(sum(self.state_sizes)))
         self.register_buffer("_window_square", torch.zeros(()))
+        self.register_buffer("_window_weight", torch.zeros(()))
+        self._windows_seen = 0
 
     def forward(self, state: State, context: Tensor | None = None) -> State:
         """Predicts the gradient of each sequence's future loss with respect to its state.
@@ -230,34 +231,55 @@ class GradientCritic(nn.Module):
                 target_norm=(weight.squeeze(-1) * target_norm).sum(),
             )
 
-    def observe_window(self, gradient: State) -> None:
+    def window_is_due(self) -> int:
+        """How many windows the next `observe_window` stands for; 0 where this one need not be observed.
+
+        The yardstick of the bound costs a second backward pass through the window, and moves slowly: the first 16 windows are
+        observed, then every eighth. The count is kept on the host, so that asking is no synchronisation. 0 without a bound.
+        """
+        if self.max_norm_ratio is None:
+            return 0
+        self._windows_seen += 1
+        if self._windows_seen <= 16:
+            return 1
+        return 8 if self._windows_seen % 8 == 0 else 0
+
+    def observe_window(self, gradient: State, stands_for: int = 1) -> None:
         """Updates the running norm that bounds predictions.
 
         Args:
             gradient: tuple of [B, size]: d sum_t l_t / d s_0 of a window, without any synthetic gradient.
+            stands_for: how many windows this one represents.
         """
         with torch.no_grad():
             square = self._join(tuple(g.detach() for g in gradient)).square().sum(-1).mean()
-            self._average(self._window_square, square, self.num_windows)
+            # One overflow, which a gradient scaler expects and skips, must not stay in the statistics.
+            step = (1.0 - self.statistics_decay**stands_for) * square.isfinite().to(square.dtype)
+            self._window_square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._window_square))
+            self._window_weight.add_(step * (1.0 - self._window_weight))
 
     @property
     def window_norm(self) -> Tensor:
         """Running RMS norm of the gradient that a window's own losses send to its start, a scalar."""
-        return (self._window_square / self._debias(self.num_windows)).sqrt()
+        return (self._window_square / self._window_weight.clamp_min(torch.finfo(self._window_weight.dtype).tiny)).sqrt()
 
-    def _average(self, running: Tensor, square: Tensor, count: Tensor) -> None:
-        # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; the loss does show it.
-        finite = square.isfinite().all()
-        running.copy_(torch.where(finite, running.lerp(square, 1.0 - self.statistics_decay), running))
-        count += finite
+    def get_extra_state(self) -> dict[str, int]:
+        """Part of `state_dict`: the count of windows, which lives on the host."""
+        return {"windows_seen": self._windows_seen}
 
-    def _debias(self, count: Tensor) -> Tensor:
-        # to the dtype first: a power of an integer tensor is float32
-        return 1.0 - self.statistics_decay ** count.clamp_min(1).to(self._window_square.dtype)
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Part of `load_state_dict`."""
+        self._windows_seen = state["windows_seen"]
 
     def _update_target_statistics(self, square: Tensor) -> None:
-        self._average(self._target_square, square, self.num_updates)
-        rms = (self._target_square / self._debias(self.num_updates)).sqrt()
+        # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; the loss does show it.
+        finite = square.isfinite().all()
+        running = self._target_square.lerp(square, 1.0 - self.statistics_decay)
+        self._target_square.copy_(torch.where(finite, running, self._target_square))
+        self.num_updates += finite
+        # to the dtype first: a power of an integer tensor is float32
+        updates = self.num_updates.clamp_min(1).to(self._target_square.dtype)
+        rms = (self._target_square / (1.0 - self.statistics_decay**updates)).sqrt()
         # A component that has never had a gradient keeps unit scale; one that almost never has cannot blow up the loss.
         floor = 1e-3 * rms.square().mean().sqrt()
         self.target_rms.copy_(torch.where(floor > 0, rms.maximum(floor), torch.ones_like(rms)))

@@ -22,11 +22,11 @@ def main() -> int:
     except NonFiniteError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # a missing package is named with the extra that brings it
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted; a checkpoint was saved, continue with --resume", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"train.py: interrupted; {error if error.args else 'nothing new was saved'}", file=sys.stderr)
         return 130
     print(f"results in {directory}")
     return 0

@@ -141,7 +141,9 @@ def unroll_stepwise(core: Core, inputs: Tensor, state: State, first: Tensor | No
         output, state = core(x, state)
         outputs.append(output)
     valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if first is None else ~first
-    history = StateHistory(tuple(torch.stack([s.detach() for s in component]) for component in zip(*visited)), valid)
+    history = StateHistory(
+        tuple(torch.stack([s.detach() for s in component]) for component in zip(*visited, strict=True)), valid
+    )
     for t, step_state in enumerate(visited):
         for index, s in enumerate(step_state):
             if s.requires_grad:

@@ -1,6 +1,5 @@
 """LSTM and GRU cores, and wrappers that make cores of other people's recurrent modules."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 

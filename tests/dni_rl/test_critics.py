@@ -365,7 +365,7 @@ def test_the_bound_is_zero_while_windows_have_no_gradient():
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-STATISTICS = ["num_updates", "num_windows", "target_rms", "_target_square", "_window_square"]
+STATISTICS = ["num_updates", "target_rms", "_target_square", "_window_square", "_window_weight", "_extra_state"]
 KEYS = {
     "linear": [*STATISTICS, "net.0.weight", "net.0.bias"],
     "MLP": [

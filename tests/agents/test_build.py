@@ -1,0 +1,120 @@
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dni_rl
+from agents.build import build_critic, build_environment, build_model, build_torso, spread_seeds
+from agents.config import CriticConfig, EnvConfig, ModelConfig
+from agents.model import ScaledImages
+from envs.timestep import EnvSpec
+
+VECTOR = EnvSpec((5,), torch.float32, num_actions=4, context_size=7)
+ATARI = EnvSpec((1, 84, 84), torch.uint8, num_actions=4)
+SYMBOLS = EnvSpec((3, 7, 7), torch.uint8, num_actions=4)
+CPU = torch.device("cpu")
+
+
+def test_streams_of_a_run_differ_from_each_other_and_from_those_of_other_runs():
+    seeds = [seed for run in range(100) for seed in spread_seeds(run, 4)]
+    assert len(set(seeds)) == len(seeds)
+    assert spread_seeds(3, 4) == spread_seeds(3, 4)
+
+
+def test_auto_takes_convolutions_for_large_images_only():
+    kinds = {
+        spec.observation_shape: any(isinstance(m, torch.nn.Conv2d) for m in build_torso(ModelConfig(), spec).modules())
+        for spec in (VECTOR, SYMBOLS, ATARI)
+    }
+    assert kinds == {(5,): False, (3, 7, 7): False, (1, 84, 84): True}
+
+
+def test_symbols_are_not_scaled_like_brightness():
+    scales = [
+        [m.scale for m in build_torso(ModelConfig(torso="mlp"), spec).modules() if isinstance(m, ScaledImages)]
+        for spec in (VECTOR, SYMBOLS, ATARI)
+    ]
+    assert scales == [[], [10.0], [255.0]]
+
+
+def test_no_torso_hands_the_observation_on():
+    torso = build_torso(ModelConfig(torso="none"), VECTOR)
+    x = torch.randn(2, 5)
+    assert torso(x) is x
+
+
+@pytest.mark.parametrize("spec", [VECTOR, SYMBOLS])
+def test_convolutions_need_large_images(spec):
+    with pytest.raises(ValueError, match=r"model.torso: found 'conv' for observations .* use 'mlp'"):
+        build_torso(ModelConfig(torso="conv"), spec)
+
+
+@pytest.mark.parametrize(("core", "kind"), [("lstm", dni_rl.LSTM), ("gru", dni_rl.GRU)])
+def test_the_model_is_the_one_of_the_configuration(core, kind):
+    config = ModelConfig(core=core, num_layers=2, hidden_size=6, torso_sizes=(9, 8), head_sizes=(7,))
+    model = build_model(config, VECTOR)
+    assert isinstance(model.core, kind)
+    assert (model.core.input_size, model.core.output_size, model.core.num_layers) == (8 + 4 + 1, 6, 2)
+    assert [m.out_features for m in model.policy_head if isinstance(m, torch.nn.Linear)] == [7, 4]
+    assert [m.out_features for m in model.value_head if isinstance(m, torch.nn.Linear)] == [7, 1]
+
+
+def test_chrono_initialisation_reaches_the_core():
+    biases = [build_model(ModelConfig(chrono_max=c), VECTOR).core.rnn.bias_ih_l0 for c in (None, 1000.0)]
+    forget = slice(32, 64)
+    assert biases[0][forget].mean() < 1 < 4 < biases[1][forget].mean()
+
+
+def test_the_critic_is_the_one_of_the_configuration():
+    model = build_model(ModelConfig(), VECTOR)
+    assert build_critic(CriticConfig(), model, VECTOR) is None
+    settings = CriticConfig(
+        kind="dni",
+        hidden_sizes=(),
+        gradient_discount=0.5,
+        scale=0.1,
+        max_norm_ratio=2.0,
+        dense_targets=False,
+        normalize_targets=False,
+        warmup_updates=3,
+    )
+    for kind, context_size in (("dni", 0), ("cdni", 7)):
+        critic = build_critic(replace(settings, kind=kind), model, VECTOR)
+        assert critic.state_sizes == model.core.state_sizes
+        assert critic.context_size == context_size
+        for name in (
+            "gradient_discount", "scale", "max_norm_ratio", "dense_targets", "normalize_targets", "warmup_updates"
+        ):  # fmt: skip
+            assert getattr(critic, name) == getattr(settings, name)
+
+
+def test_a_conditioned_critic_needs_a_context():
+    with pytest.raises(
+        ValueError, match=r"critic.kind: found 'cdni', but .* no privileged context; allowed none or dni"
+    ):
+        build_critic(CriticConfig(kind="cdni"), build_model(ModelConfig(), ATARI), ATARI)
+
+
+def _refusal(**settings):
+    with pytest.raises((ValueError, ImportError)) as error:
+        build_environment(EnvConfig(num_envs=2, **settings), 0, CPU)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_cannot_be_built_is_refused_in_one_line(monkeypatch):
+    assert "PassiveTMaze" in _refusal(id="PasiveTMaze")
+    assert "did you mean 'corridor_length'" in _refusal(id="PassiveTMaze", kwargs={"coridor_length": 3})
+    assert "only Discrete is supported" in _refusal(id="Pendulum-v1")
+    assert "there is no module 'no_such_module'" in _refusal(id="no_such_module:Maze")
+    monkeypatch.setitem(sys.modules, "minigrid", None)
+    assert ".[minigrid]" in _refusal(id="MiniGrid-MemoryS7-v0")
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    assert ".[agents]" in _refusal(id="ALE/Breakout-v5")
+
+
+def test_a_package_that_an_environment_of_gymnasium_misses_is_named_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    assert "box2d" in _refusal(id="LunarLander-v3").lower()

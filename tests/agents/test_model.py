@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch import nn
+
+from agents.build import build_model
+from agents.config import ModelConfig
+from agents.model import ActorCritic, Torso, conv_torso, mlp_torso
+from dni_rl.cores import GRU, LSTM
+from envs.timestep import EnvSpec
+from tests.agents.scripted_env import make_model
+
+CORES = [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)]
+
+
+def _inputs(T, B, generator):
+    return (
+        torch.randn(T, B, 3, generator=generator),
+        torch.randint(3, (T, B), generator=generator),
+        torch.randn(T, B, generator=generator),
+        torch.rand(T, B, generator=generator) < 0.3,
+    )
+
+
+@pytest.mark.parametrize(("core", "num_layers"), CORES)
+def test_unroll_equals_steps_across_episode_boundaries(core, num_layers):
+    model = make_model(core, num_layers, head_sizes=(6,))
+    generator = torch.Generator().manual_seed(0)
+    inputs = _inputs(6, 4, generator)
+    start = tuple(torch.randn(4, size, generator=generator) for size in model.core.state_sizes)
+    state, logits, values = start, [], []
+    for step in zip(*inputs, strict=True):
+        step_logits, value, state = model.step(*step, state)
+        logits.append(step_logits)
+        values.append(value)
+    unrolled_logits, unrolled_values, end = model.unroll(*inputs, start)
+    torch.testing.assert_close(unrolled_logits, torch.stack(logits))
+    torch.testing.assert_close(unrolled_values, torch.stack(values))
+    torch.testing.assert_close(tuple(end), tuple(state))
+
+
+def test_nothing_of_an_episode_reaches_the_next_one():
+    model = make_model()
+    generator = torch.Generator().manual_seed(0)
+    observation, action_tm1, reward, first = _inputs(1, 4, generator)
+    first[:] = True
+    zeros = model.core.initial_state(4)
+    expected = model.step(observation[0], action_tm1[0], reward[0], first[0], zeros)
+    other = tuple(torch.randn_like(s) for s in zeros)
+    actual = model.step(observation[0], (action_tm1[0] + 1) % 3, reward[0] + 1, first[0], other)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_the_core_reads_features_previous_action_and_clipped_previous_reward():
+    torso = Torso(nn.Sequential(), (3,), 3, flat=True)
+    model = ActorCritic(torso, LSTM(3 + 4 + 1, 5), 4)
+    observation = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    first = torch.tensor([False, True])
+    inputs = model.core_inputs(observation, torch.tensor([2, 1]), torch.tensor([-7.0, 0.5]), first)
+    assert inputs.tolist() == [[1, 2, 3, 0, 0, 1, 0, -1], [4, 5, 6, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("action", "reward", "width"), [(False, False, 4), (True, False, 7), (False, True, 5)])
+def test_previous_action_and_reward_are_optional(action, reward, width):
+    model = make_model(previous_action=action, previous_reward=reward)
+    assert model.core.input_size == width
+    inputs = _inputs(2, 2, torch.Generator().manual_seed(0))
+    assert model.core_inputs(*inputs).shape == (2, 2, width)
+    assert model.unroll(*inputs, model.core.initial_state(2))[0].shape == (2, 2, 3)
+
+
+def test_a_torso_keeps_leading_dimensions():
+    images = torch.randint(256, (2, 3, 1, 40, 40), dtype=torch.uint8)
+    for torso in (conv_torso((1, 40, 40), 8), mlp_torso((1, 40, 40), (8,), 255.0)):
+        features = torso(images)
+        assert features.shape == (2, 3, 8)
+        torch.testing.assert_close(features[1, 2], torso(images[1, 2]))
+    assert mlp_torso((2, 3), ())(torch.ones(5, 4, 2, 3)).shape == (5, 4, 6)
+
+
+def test_images_are_scaled_to_the_unit_interval():
+    torso = mlp_torso((1, 1, 2), (), 255.0)
+    assert torso(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).tolist() == [[0.0, 1.0]]
+
+
+def test_images_too_small_for_the_convolutions_are_refused():
+    with pytest.raises(ValueError, match=r"model.torso: 'conv' needs images .* found \(3, 20, 20\); use 'mlp'"):
+        conv_torso((3, 20, 20), 8)
+
+
+@pytest.mark.parametrize("kind", [LSTM, GRU])
+def test_the_first_policy_is_nearly_uniform(kind):
+    torch.manual_seed(0)
+    config = ModelConfig(core=kind.__name__.lower(), hidden_size=16)
+    model = build_model(config, EnvSpec((3,), torch.float32, num_actions=3))
+    inputs = _inputs(4, 8, torch.Generator().manual_seed(0))
+    logits, _, _ = model.unroll(*inputs, model.core.initial_state(8))
+    torch.testing.assert_close(logits.softmax(-1), torch.full_like(logits, 1 / 3), rtol=0, atol=0.02)

@@ -1,0 +1,378 @@
+import dataclasses
+import logging
+import math
+import signal
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents import train as train_module
+from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.config import from_dict, to_dict
+from agents.metrics import MetricsWriter, read_metrics
+from agents.train import NonFiniteError, Trainer, run_directory, train
+
+A2C = {"name": "a2c", "rollout_length": 8, "bptt_horizon": 4}
+PPO = {"name": "ppo", "rollout_length": 8, "bptt_horizon": 4, "epochs": 2, "minibatches": 2}
+SCRIPTED = "tests.agents.scripted_env:ScriptedEnv"
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Makes a tiny configuration: 32 steps an update, rows of metrics every 3 updates, a checkpoint every 5."""
+
+    def make(name="run", *, env=None, model=None, critic=None, algorithm=None, **run):
+        return from_dict(
+            {
+                "env": {"id": "PassiveTMaze", "num_envs": 4, "kwargs": {"corridor_length": 3, "num_distractors": 1}}
+                | (env or {}),
+                "model": {"hidden_size": 6, "torso_sizes": [5]} | (model or {}),
+                "critic": {"kind": "cdni", "hidden_sizes": [7]} | (critic or {}),
+                "algorithm": algorithm or A2C,
+                "run": {
+                    "output_dir": str(tmp_path),
+                    "name": name,
+                    "total_steps": 20 * 32,
+                    "log_every_steps": 96,
+                    "checkpoint_every_steps": 160,
+                    "tensorboard": False,
+                    "progress": False,
+                }
+                | run,
+            }
+        )
+
+    return make
+
+
+def assert_equal(one, two, where="checkpoint"):
+    """Bit for bit, in nested containers."""
+    assert type(one) is type(two), where
+    if isinstance(one, Tensor):
+        assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0)), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_equal(one[key], two[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_equal(a, b, f"{where}[{i}]")
+    else:
+        assert one == two, where
+
+
+def rows_of(directory):
+    """Metrics with NaN, which is not equal to itself, as a word, and without the speed."""
+    return [
+        {k: "nan" if math.isnan(v) else v for k, v in row.items() if k != "charts/SPS"}
+        for row in read_metrics(directory)
+    ]
+
+
+def interrupt_after(monkeypatch, updates):
+    """Ctrl-C while the `updates`-th update from now is running."""
+    update, calls = Trainer.update, []
+
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == updates:
+            signal.raise_signal(signal.SIGINT)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "update", interrupted)
+
+
+# Resume
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), [(A2C, "cdni"), (PPO, "dni"), (A2C, "none")])
+@pytest.mark.parametrize("stop", [1, 7])
+def test_a_run_interrupted_and_resumed_equals_one_that_never_stopped(configure, monkeypatch, algorithm, kind, stop):
+    settings = {"algorithm": algorithm, "critic": {"kind": kind}}
+    whole = train(configure("whole", **settings))
+    torch.manual_seed(99)  # nothing may depend on what the process did before
+    config = configure("parts", **settings)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    directory = run_directory(config)
+    assert load_checkpoint(directory)["step"] == 32 * stop
+    torch.manual_seed(77)
+    assert train(config, directory) == directory
+
+    rows = rows_of(whole)
+    assert len(rows) == 7
+    assert rows_of(directory) == rows
+    states = [load_checkpoint(run) for run in (whole, directory)]
+    for state in states:
+        del state["config"]["run"]["name"]
+    assert_equal(*states)
+
+
+def test_a_resumed_run_drops_what_a_crash_had_written_after_its_checkpoint(configure, monkeypatch):
+    whole = train(configure("whole"))
+    config = configure("parts")
+    update = Trainer.update
+
+    def crash(self):
+        if self.step == 32 * 8:
+            raise OSError("a crash")
+        return update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", crash)
+        with pytest.raises(OSError, match="a crash"):
+            train(config)
+    directory = run_directory(config)
+    assert load_checkpoint(directory)["step"] == 32 * 5
+    assert read_metrics(directory)[-1]["step"] == 32 * 6
+    train(config, directory)
+    assert rows_of(directory) == rows_of(whole)
+
+
+def test_a_finished_run_can_be_made_longer(configure):
+    directory = train(configure(total_steps=320))
+    train(configure(total_steps=640), directory)
+    assert load_checkpoint(directory)["step"] == 640
+
+
+def test_another_experiment_cannot_continue_a_run(configure):
+    directory = train(configure())
+    with pytest.raises(ValueError) as error:
+        train(configure(algorithm=A2C | {"learning_rate": 0.5}), directory)
+    assert str(error.value) == (
+        "algorithm.learning_rate: found 0.5; allowed 0.001, as in the run to resume; start a new run instead"
+    )
+
+
+@pytest.mark.parametrize(
+    "state", [{"x": 1}, {"config": {"run": {"sed": 1}}}, {"config": 3}, None], ids=["keys", "config", "type", "model"]
+)
+def test_a_foreign_checkpoint_is_refused_in_one_line(configure, state):
+    config = configure()
+    directory = train(config)
+    if state is None:
+        state = load_checkpoint(directory)
+        state["learner"]["model"]["value_head.0.weight"] = torch.zeros(1, 99)
+    save_checkpoint(directory, state, state.get("step", 3))
+    with pytest.raises(ValueError) as error:
+        train(config, directory)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"{directory}: found a checkpoint of another program or version")
+
+
+@pytest.mark.parametrize(
+    "env", [{"id": "ALE/Breakout-v5", "num_envs": 2, "kwargs": {"num_threads": 1}}, {"id": SCRIPTED}]
+)
+def test_where_the_environment_cannot_be_saved_a_resumed_run_says_that_new_episodes_start(configure, caplog, env):
+    settings = {"env": {"kwargs": {}} | env, "critic": {"kind": "dni"}, "algorithm": A2C | {"rollout_length": 4}}
+    env_id = settings["env"]["id"]
+    directory = train(configure(**settings, total_steps=16))
+    step = load_checkpoint(directory)["step"]
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        train(configure(**settings, total_steps=32), directory)
+    assert caplog.messages == [f"{env_id}: emulator state cannot be saved; new episodes start at step {step}"]
+    assert load_checkpoint(directory)["step"] == 32
+
+
+# Interruption
+
+
+def test_ctrl_c_outside_of_an_update_saves_as_well(configure, monkeypatch):
+    write = MetricsWriter.write
+
+    def interrupted(self, step, metrics):
+        signal.raise_signal(signal.SIGINT)
+        write(self, step, metrics)
+
+    monkeypatch.setattr(MetricsWriter, "write", interrupted)
+    config = configure()
+    with pytest.raises(KeyboardInterrupt) as error:
+        train(config)
+    assert load_checkpoint(run_directory(config))["step"] == 96
+    assert str(error.value) == f"a checkpoint of step 96 was saved; continue with --resume {run_directory(config)}"
+
+
+def test_signal_handlers_are_put_back(configure, monkeypatch):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train(configure("a"))
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(configure("b"))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "culprit"),
+    [
+        ("reward", "none", "rollout.reward"),
+        ("reward", "cdni", "rollout.reward"),
+        ("observation", "dni", "rollout.observation"),
+        ("context", "cdni", "rollout.context"),
+        ("discount", "none", "rollout.discount"),
+    ],
+)
+def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint_alone(configure, field, kind, culprit):
+    kwargs = {"nan_field": field, "nan_step": 8 * 6 + 3}  # in the seventh rollout
+    config = configure(env={"id": SCRIPTED, "kwargs": kwargs}, critic={"kind": kind})
+    with pytest.raises(NonFiniteError) as error:
+        train(config)
+    assert str(error.value).startswith(f"{culprit}: NaN or infinity at step {32 * 7}; stopped, ")
+    state = load_checkpoint(run_directory(config))
+    assert state["step"] == 32 * 5
+    assert all(p.isfinite().all() for p in state["learner"]["model"].values())
+
+
+def test_parameters_are_checked_before_they_are_saved(configure, monkeypatch):
+    update = Trainer.update
+
+    def spoil(self):
+        metrics = update(self)
+        if self.step == 32 * 10:
+            self.learner.model.value_head[-1].bias.data.fill_(torch.inf)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "update", spoil)
+    config = configure()
+    with pytest.raises(NonFiniteError, match=r"^model.value_head.0.bias: "):
+        train(config)
+    assert load_checkpoint(run_directory(config))["step"] == 32 * 5
+
+
+def test_a_measure_that_is_undefined_for_a_moment_does_not_stop_a_run(configure):
+    trainer = Trainer(configure())
+    metrics = trainer.update()
+    for name in ("sg/explained_variance", "sg/cosine", "sg/norm_ratio"):
+        for thorough in (False, True):
+            assert trainer.first_non_finite(metrics | {name: torch.tensor(-torch.inf)}, thorough=thorough) is None
+    assert trainer.first_non_finite(metrics | {"sg/loss": torch.tensor(torch.inf)}) == "sg/loss"
+
+
+# What is written
+
+
+def test_metrics_have_the_names_that_users_know(configure):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = train(configure(algorithm=PPO, tensorboard=True))
+    expected = {
+        *("charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/success_rate"),
+        *("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl"),
+        *("bptt/horizon", "sg/loss", "sg/explained_variance", "sg/cosine", "sg/norm_ratio"),
+    }
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    assert expected <= set(events.Tags()["scalars"])
+    steps = [row["step"] for row in read_metrics(directory)]
+    assert steps == [96, 192, 288, 384, 480, 576, 640]  # agent steps
+    for name in expected:
+        assert [event.step for event in events.Scalars(name)] == steps
+    for row in read_metrics(directory):
+        assert row["bptt/horizon"] == 4
+        assert row["charts/SPS"] > 0
+
+
+def test_without_a_critic_there_are_no_metrics_of_one(configure):
+    (row, *_) = read_metrics(train(configure(critic={"kind": "none"})))
+    assert not any(name.startswith("sg/") for name in row)
+    assert "losses/approx_kl" not in row
+
+
+def test_the_folder_is_named_after_environment_method_window_and_seed(configure, tmp_path):
+    config = configure(name=None, seed=3, env={"id": "ALE/Breakout-v5"}, critic={"kind": "none"})
+    assert run_directory(config) == tmp_path / "ALE-Breakout-v5_none_k4_seed3"
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(configure):
+    train(configure())
+    with pytest.raises(ValueError, match="found metrics of an earlier run; continue it with --resume"):
+        train(configure())
+
+
+# Method and baseline
+
+
+def test_method_and_baseline_differ_in_the_kind_of_critic_alone(configure):
+    configs = [configure(critic={"kind": kind}) for kind in ("none", "dni", "cdni")]
+    sections = [to_dict(config) for config in configs]
+    for section in sections:
+        del section["critic"]["kind"]
+    assert sections[0] == sections[1] == sections[2]
+
+    trainers = [Trainer(config) for config in configs]
+    for update in range(3):
+        rollouts = []
+        for trainer in trainers:
+            trainer.update()
+            rollouts.append(trainer.actor.rollout)
+        if update == 0:  # the same start, the same episodes and actions, and a first synthetic gradient of zero
+            for rollout in rollouts[1:]:
+                assert torch.equal(rollout.logits, rollouts[0].logits)
+                assert torch.equal(rollout.observation, rollouts[0].observation)
+            for trainer in trainers[1:]:
+                assert_equal(trainer.learner.model.state_dict(), trainers[0].learner.model.state_dict())
+    weights = [trainer.learner.model.core.rnn.weight_hh_l0 for trainer in trainers]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(configure):
+    rows = [rows_of(train(configure(f"run{i}", seed=seed))) for i, seed in enumerate((0, 0, 1))]
+    assert rows[0] == rows[1] != rows[2]
+
+
+# Learning
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "steps"),
+    [
+        ({"name": "a2c"}, 80_000),
+        ({"name": "ppo", "epochs": 2, "minibatches": 2, "normalize_advantages": True}, 40_000),
+    ],
+    ids=["a2c", "ppo"],
+)
+def test_learns_to_remember_the_cue_of_a_short_maze(configure, algorithm, steps):
+    """At chance, half of the turns are right; the window of 4 is shorter than an episode."""
+    config = configure(
+        env={"num_envs": 32, "kwargs": {"corridor_length": 3}},
+        model={"torso": "none", "hidden_size": 16},
+        critic={"hidden_sizes": [128]},
+        algorithm={"rollout_length": 8, "bptt_horizon": 4, "learning_rate": 0.01, "baseline_cost": 0.1}
+        | {"anneal_learning_rate": False}
+        | algorithm,
+        total_steps=steps,
+    )
+    trainer = Trainer(config)
+    success = 0.0
+    while trainer.step < steps and not success > 0.9:
+        for _ in range(15):
+            trainer.update()
+        success = trainer.actor.statistics.pop()["charts/success_rate"].item()
+    assert success > 0.9
+
+
+def test_the_running_means_are_over_all_updates_since_the_last_row(configure):
+    means = train_module._RunningMeans()
+    for value in (1.0, 3.0):
+        means.add({"x": torch.tensor(value)})
+    assert means.pop() == {"x": 2.0}
+    means.add({"x": torch.tensor(5.0)})
+    assert means.pop() == {"x": 5.0}
+
+
+def test_a_configuration_saved_with_a_run_rebuilds_it(configure):
+    from agents.config import load_config
+
+    config = configure()
+    directory = train(config)
+    assert load_config(directory / "config.yaml") == config
+    assert from_dict(load_checkpoint(directory)["config"]) == dataclasses.replace(config)
