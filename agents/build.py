@@ -6,7 +6,7 @@ import torch
 import dni_rl
 import envs
 from agents.config import CriticConfig, EnvConfig, ModelConfig
-from agents.model import ActorCritic, Torso, conv_torso, mlp_torso
+from agents.model import CONVOLUTIONS, ActorCritic, Torso, conv_torso, mlp_torso
 from envs.timestep import Environment, EnvSpec
 
 
@@ -39,13 +39,13 @@ def build_torso(config: ModelConfig, spec: EnvSpec) -> Torso:
     kind = config.torso
     if kind == "auto":
         kind = "conv" if is_large else "mlp"
-    if kind == "conv":
+    if kind in CONVOLUTIONS:
         if not is_large:
             raise ValueError(
-                f"model.torso: found 'conv' for observations {shape}, {spec.observation_dtype}; allowed for uint8 images [C, Y, X] of at "
+                f"model.torso: found {kind!r} for observations {shape}, {spec.observation_dtype}; allowed for uint8 images [C, Y, X] of at "
                 "least 36 x 36 pixels; use 'mlp'"
             )
-        return conv_torso(shape, config.torso_sizes[-1])
+        return conv_torso(shape, CONVOLUTIONS[kind], config.torso_sizes[-1])
     # Small symbolic images (MiniGrid) hold object, colour and state codes up to about 10, not brightness.
     scale = None if not is_image else 255.0 if is_large else 10.0
     return mlp_torso(shape, () if kind == "none" else config.torso_sizes, scale)
@@ -58,7 +58,7 @@ def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
     kind = {"lstm": dni_rl.LSTM, "gru": dni_rl.GRU}[config.core]
     core = kind(width, config.hidden_size, config.num_layers, chrono_max=config.chrono_max)
     with torch.no_grad():
-        core.rnn.weight_ih_l0.mul_(config.input_gain)
+        core.rnn.get_parameter("weight_ih_l0").mul_(config.input_gain)
     return ActorCritic(
         torso,
         core,

@@ -96,7 +96,7 @@ class ModelConfig(_Section):
 
     section: ClassVar[str] = "model"
 
-    torso: Literal["auto", "none", "mlp", "conv"] = "auto"
+    torso: Literal["auto", "none", "mlp", "conv", "conv_small"] = "auto"
     """What encodes an observation for the core; auto picks by the shape and type of the observation."""
     torso_sizes: tuple[PositiveCount, ...] = (64,)
     """Widths of the torso's fully connected layers, in units."""

@@ -99,6 +99,7 @@ class MetricsWriter:
         # JSON has no NaN and no infinity; `read_metrics` turns null back into NaN
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()  # a row every few seconds: whoever watches the file sees it at once
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, global_step=step)

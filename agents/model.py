@@ -20,7 +20,8 @@ class ScaledImages(nn.Module):
         self.scale = scale
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32).mul_(1.0 / self.scale)
+        """[N, C, Y, X] uint8 -> float32."""
+        return images.to(torch.float32, memory_format=torch.channels_last).mul_(1.0 / self.scale)
 
 
 def _orthogonal(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
@@ -57,6 +58,7 @@ class Torso(nn.Module):
         self.flat = flat
 
     def forward(self, observation: Tensor) -> Tensor:
+        """[..., *observation_shape] -> [..., output_size]."""
         if self.flat:
             return self.net(observation)
         leading = observation.shape[: observation.dim() - len(self.observation_shape)]
@@ -80,31 +82,34 @@ def mlp_torso(input_shape: Sequence[int], sizes: Sequence[int], scale: float | N
     return Torso(nn.Sequential(*front, nn.Flatten(), *net), input_shape, output_size)
 
 
-def conv_torso(input_shape: Sequence[int], output_size: int) -> Torso:
-    """The convolutional torso of Mnih et al., "Human-level control through deep RL" (2015), [N, C, 84, 84] -> [N, output_size].
+# (filters, kernel, stride) of each layer
+CONVOLUTIONS = {
+    # Mnih et al., "Human-level control through deep reinforcement learning" (2015)
+    "conv": ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
+    # Mnih et al., "Asynchronous methods for deep reinforcement learning" (2016): about a quarter of the work
+    "conv_small": ((16, 8, 4), (32, 4, 2)),
+}
+
+
+def conv_torso(input_shape: Sequence[int], layers: Sequence[tuple[int, int, int]], output_size: int) -> Torso:
+    """Convolutions and one fully connected layer, with ReLU, [N, C, Y, X] -> [N, output_size].
 
     Args:
-        input_shape: (C, Y, X) of a uint8 image.
-        output_size: width of the last, fully connected layer (512 in the source).
+        input_shape: (C, Y, X) of a uint8 image, at least 36 x 36 pixels.
+        layers: (filters, kernel, stride) of each convolution, as in `CONVOLUTIONS`.
+        output_size: width of the fully connected layer.
     """
-    convolutions = nn.Sequential(
-        ScaledImages(),
-        _orthogonal(nn.Conv2d(input_shape[0], 32, 8, stride=4), math.sqrt(2.0)),
-        nn.ReLU(),
-        _orthogonal(nn.Conv2d(32, 64, 4, stride=2), math.sqrt(2.0)),
-        nn.ReLU(),
-        _orthogonal(nn.Conv2d(64, 64, 3, stride=1), math.sqrt(2.0)),
-        nn.ReLU(),
-        nn.Flatten(),
-    )
-    try:
-        with torch.no_grad():
-            width = convolutions(torch.zeros(1, *input_shape, dtype=torch.uint8)).shape[-1]
-    except RuntimeError as error:
-        raise ValueError(
-            f"model.torso: 'conv' needs images [C, Y, X] of at least 36 x 36 pixels, found {tuple(input_shape)}; use 'mlp'"
-        ) from error
-    return Torso(convolutions.extend(mlp(width, (output_size,))), input_shape, output_size)
+    modules: list[nn.Module] = [ScaledImages()]
+    channels = input_shape[0]
+    for filters, kernel, stride in layers:
+        modules += [_orthogonal(nn.Conv2d(channels, filters, kernel, stride), math.sqrt(2.0)), nn.ReLU()]
+        channels = filters
+    convolutions = nn.Sequential(*modules, nn.Flatten())
+    with torch.no_grad():
+        width = convolutions(torch.zeros(1, *input_shape, dtype=torch.uint8)).shape[-1]
+    # channels last: the same numbers, on a CPU in half the time
+    torso = Torso(convolutions.extend(mlp(width, (output_size,))), input_shape, output_size)
+    return torso.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class ActorCritic(nn.Module):

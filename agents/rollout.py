@@ -61,10 +61,14 @@ class EpisodeStatistics:
         # of the step before those counted, at first that of the reset
         self._was_last = torch.zeros(num_envs, dtype=torch.bool, device=device)
 
-    def observe_rollout(self, rewards: Tensor, first: Tensor, last: Tensor) -> None:
-        """Counts T steps at once: rewards, first, last are [T, B]. The reset is not one of them: no transition led to it."""
+    def observe_rollout(self, rewards: Tensor, first: Tensor | None, last: Tensor) -> None:
+        """Counts T steps at once: rewards, first, last are [T, B]. The reset is not one of them: no transition led to it.
+
+        `first` is None where it follows `last` and nothing else.
+        """
         T = len(rewards)
         was_last = torch.cat([self._was_last.unsqueeze(0), last[:-1]])
+        first = was_last if first is None else first
         restarted = first & was_last  # no transition led here
         ended = last | (first & ~was_last)
         # Sums since the last end: the running sum at an end minus the running sum at the end before.
@@ -180,10 +184,12 @@ class Actor:
             final_value=torch.stack([v if f is None else f for f, v in zip(final_values, value_tp1, strict=True)]),
             states=tuple(torch.stack(component) for component in zip(*states, strict=True)),
         )
-        rewards = rollout.reward
-        if timestep.raw_reward is not None:
-            rewards = torch.stack([step.reward if step.raw_reward is None else step.raw_reward for step in timesteps])
-        self.statistics.observe_rollout(rewards[1:], rollout.first[1:], rollout.last[1:])
+        rewards = torch.stack([step.reward if step.raw_reward is None else step.raw_reward for step in timesteps[1:]])
+        games_over = [step.game_over for step in timesteps[1:] if step.game_over is not None]
+        if games_over:  # scores are those of whole games, whatever the agent takes for an episode
+            self.statistics.observe_rollout(rewards, None, torch.stack(games_over))
+        else:
+            self.statistics.observe_rollout(rewards, rollout.first[1:], rollout.last[1:])
         self.rollout = rollout
         return rollout
 

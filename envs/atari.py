@@ -188,7 +188,8 @@ class Atari:
             discount=torch.tensor(discount, dtype=torch.float32, device=self.device),
             first=is_first,
             last=torch.tensor(last, device=self.device),
-            raw_reward=raw_reward if self._clip_rewards else None,
+            raw_reward=raw_reward if self._clip_rewards or self._episodic_life else None,
+            game_over=self.game_over.to(self.device) if self._episodic_life else None,
         )
 
     def state_dict(self) -> dict[str, Any]:

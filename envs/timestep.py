@@ -37,6 +37,7 @@ class TimeStep:
         final_observation: [B, ...] or None. Only under same-step autoreset, when at least one row is cut by a time
             limit: the observation in which that episode ended; rows that did not end repeat `observation`.
         raw_reward: [B] float32 unclipped reward where `reward` is clipped (Atari), otherwise None.
+        game_over: [B] bool where episodes end with each lost life (Atari): the game itself ended here. None elsewhere.
     """
 
     observation: Tensor
@@ -47,6 +48,7 @@ class TimeStep:
     context: Tensor | None = None
     final_observation: Tensor | None = None
     raw_reward: Tensor | None = None
+    game_over: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
