@@ -15,6 +15,14 @@ from dni_rl.cores import (
     wrap,
 )
 from dni_rl.critics import CriticFit, GradientCritic
+from dni_rl.feedforward import (
+    DecoupledPass,
+    DecoupledSequential,
+    Interface,
+    InterfaceCritic,
+    SequentialReport,
+    interface_critics,
+)
 from dni_rl.horizon import CreditHorizon, credit_horizon
 
 __all__ = [
@@ -24,11 +32,16 @@ __all__ = [
     "Core",
     "CreditHorizon",
     "CriticFit",
+    "DecoupledPass",
+    "DecoupledSequential",
     "ElementwiseLSTM",
     "GradientCritic",
+    "Interface",
+    "InterfaceCritic",
     "MultiTimescaleCore",
     "Report",
     "Sensitivity",
+    "SequentialReport",
     "State",
     "backward",
     "bp_lambda_backward",
@@ -36,5 +49,6 @@ __all__ = [
     "credit_horizon",
     "cut",
     "fit_interfaces",
+    "interface_critics",
     "wrap",
 ]

@@ -61,7 +61,9 @@ def members(matrix: dict[str, Any]) -> Iterator[Member]:
     for seed in matrix["seeds"]:
         for task, task_settings in matrix["tasks"].items():
             for method, method_settings in matrix["methods"].items():
-                special = matrix["overrides"].get(f"{method} / {task}") or {}
+                special = matrix["overrides"].get(f"{method} / {task}", {})
+                if special is None:  # not to be run
+                    continue
                 yield Member(method, task, seed, matrix["config"], {**task_settings, **method_settings, **special})
 
 

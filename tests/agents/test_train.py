@@ -133,6 +133,17 @@ def test_a_resumed_run_drops_what_a_crash_had_written_after_its_checkpoint(confi
     assert rows_of(directory) == rows_of(whole)
 
 
+def test_global_random_generators_continue_as_well(configure):
+    """Nothing of ours draws from them; an environment of the user's may."""
+    trainer = Trainer(configure())
+    trainer.update()
+    torch.rand(3)
+    state = trainer.state_dict() | {"step": trainer.step}
+    expected = torch.rand(3)
+    Trainer(configure()).load_state_dict(state)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_finished_run_can_be_made_longer(configure):
     directory = train(configure(total_steps=320))
     train(configure(total_steps=640), directory)
