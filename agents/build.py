@@ -69,7 +69,7 @@ def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
     )
 
 
-def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni_rl.GradientCritic | None:
+def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni_rl.ErrorCritic | None:
     """The error critic, or None for plain truncated BPTT. ValueError if a context is asked for that does not exist."""
     if config.kind == "none":
         return None
@@ -77,7 +77,11 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         raise ValueError(
             "critic.kind: found 'cdni', but this environment offers no privileged context; allowed none or dni here"
         )
-    return dni_rl.GradientCritic(
+    kinds: dict[str, type[dni_rl.GradientCritic | dni_rl.LossCritic | dni_rl.SobolevCritic]] = {
+        "loss_critic": dni_rl.LossCritic,
+        "sobolev": dni_rl.SobolevCritic,
+    }
+    return kinds.get(config.kind, dni_rl.GradientCritic)(
         state_sizes=model.core.state_sizes,
         hidden_sizes=config.hidden_sizes,
         context_size=spec.context_size if config.kind == "cdni" else 0,
@@ -87,4 +91,15 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         scale=config.scale,
         max_norm_ratio=config.max_norm_ratio,
         warmup_updates=config.warmup_updates,
+        slow_copy_rate=config.slow_copy_rate,
+        target_lambda=config.target_lambda,
     )
+
+
+def build_auxiliary(config: CriticConfig, model: ActorCritic) -> dni_rl.AuxiliaryTask | None:
+    """The auxiliary task of dni_aux, or None; on the model's device."""
+    if config.kind != "dni_aux":
+        return None
+    core = model.core
+    task = dni_rl.AuxiliaryTask(output_size=core.output_size, state_sizes=core.state_sizes, cost=config.auxiliary_cost)
+    return task.to(next(model.parameters()).device)

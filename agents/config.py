@@ -126,10 +126,12 @@ class CriticConfig(_Section):
 
     section: ClassVar[str] = "critic"
 
-    kind: Literal["none", "dni", "cdni"] = "none"
-    """none: truncated BPTT; dni: the critic sees the core's state; cdni: and the environment's privileged context."""
+    kind: Literal["none", "dni", "cdni", "dni_aux", "loss_critic", "sobolev"] = "none"
+    """none: truncated BPTT; dni: the critic sees the core's state; cdni: and the environment's privileged context; dni_aux: dni,
+    and the core predicts the synthetic gradients of the next window; loss_critic: dni by the gradient of a predicted future loss;
+    sobolev: and that is trained on gradients as well."""
     hidden_sizes: tuple[PositiveCount, ...] = (128,)
-    """Widths of the critic's hidden layers, in units; [] is linear."""
+    """Widths of the critic's hidden layers, in units; [] is linear, a predicted loss then has one gradient for all states."""
     gradient_discount: Fraction = 0.9
     """Multiplies the bootstrapped gradient at every cut, the analogue of a reward discount. The paper has 1; with 0.9
     our prototypes were stable."""
@@ -144,6 +146,13 @@ class CriticConfig(_Section):
     """Whether each component of the critic's target is divided by its running RMS; false: as in the paper."""
     warmup_updates: Count = 0
     """Updates during which the critic learns and its predictions are not applied."""
+    slow_copy_rate: Fraction | None = None
+    """Synthetic gradients come from a slow copy of the critic, which moves by this fraction towards it at every update; null: from
+    the critic itself."""
+    target_lambda: Fraction = 1.0
+    """1: targets of the full window; below, mixed over the windows that could have been cut inside of it, as in TD(lambda)."""
+    auxiliary_cost: NonNegative = 0.1
+    """dni_aux: weight of the auxiliary loss, which has no unit; the paper gives none."""
     learning_rate: Positive = 3e-4
     """Adam's step size for the critic at the first update; prototypes: 3e-4 for an MLP, 1e-3 for a linear critic."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
@@ -258,6 +267,13 @@ class TrainConfig:
                 "minibatches",
                 f"a divisor of env.num_envs, {num_envs}, because minibatches are whole sequences",
                 f"set --env.num_envs {math.ceil(num_envs / algorithm.minibatches) * algorithm.minibatches}",
+            )
+        if self.critic.kind == "dni_aux" and algorithm.rollout_length == algorithm.bptt_horizon:
+            algorithm._refuse(
+                "bptt_horizon",
+                f"a proper divisor of algorithm.rollout_length, {algorithm.rollout_length}, with critic.kind dni_aux, whose targets "
+                "lie in the next window",
+                "set a shorter window",
             )
         steps_per_rollout = num_envs * algorithm.rollout_length
         if self.run.total_steps < steps_per_rollout:

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dni_rl
+from agents.build import build_auxiliary
 from agents.config import AlgorithmConfig, CriticConfig
 from agents.losses import actor_critic_loss, generalized_advantages
 from agents.model import ActorCritic
 from agents.rollout import Rollout
 from dni_rl.cores import State
+from dni_rl.cores.base import UnrolledState
 
 
 @dataclass(slots=True)
@@ -136,7 +138,7 @@ class Learner:
         model: the actor-critic network.
         critic: the error critic, or None for plain truncated BPTT.
         algorithm: settings of A2C or PPO.
-        critic_config: settings of the critic's optimiser; not used without a critic.
+        critic_config: settings of the critic's optimiser, and of the auxiliary task; not used without a critic.
         num_envs: B.
         seed: of the stream that shuffles minibatches.
     """
@@ -144,7 +146,7 @@ class Learner:
     def __init__(
         self,
         model: ActorCritic,
-        critic: dni_rl.GradientCritic | None,
+        critic: dni_rl.ErrorCritic | None,
         algorithm: AlgorithmConfig,
         critic_config: CriticConfig,
         *,
@@ -155,7 +157,10 @@ class Learner:
         self.algorithm, self.critic_config = algorithm, critic_config
         self.num_envs = num_envs
         self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = _adam(model, algorithm)
+        self.auxiliary = None if critic is None else build_auxiliary(critic_config, model)
+        # The auxiliary head is a part of the model: one optimiser, one clipped norm. The actor has no use for it.
+        self.learned = model if self.auxiliary is None else nn.ModuleList([model, self.auxiliary])
+        self.optimizer = _adam(self.learned, algorithm)
         self.critic_optimizer = None if critic is None else _adam(critic, critic_config)
 
     def set_progress(self, fraction: float) -> None:
@@ -214,7 +219,9 @@ class Learner:
 
         self.optimizer.zero_grad(set_to_none=True)
         state = dni_rl.cut(batch.state)
-        logits, values, next_state = model.unroll(batch.observation, batch.action_tm1, batch.reward, batch.first, state)
+        inputs = model.core_inputs(batch.observation, batch.action_tm1, batch.reward, batch.first)
+        outputs, next_state = model.core.unroll(inputs, state, batch.first)
+        logits, values = model.heads(outputs)
         loss = actor_critic_loss(
             logits,
             values,
@@ -229,16 +236,17 @@ class Learner:
         )
         if critic is not None and self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
-        report = dni_rl.backward(
-            loss.total,
-            start=state,
-            end=next_state,
-            critic=critic,
-            alive=batch.alive,
-            context=batch.context if critic is not None and critic.context_size else None,
-        )
-        metrics = loss.metrics
-        metrics["losses/gradient_norm"] = _clip(model, algorithm.max_grad_norm)
+        context = batch.context if critic is not None and critic.context_size else None
+        total, metrics = loss.total, loss.metrics
+        if self.auxiliary is not None and critic is not None:
+            assert isinstance(next_state, UnrolledState)
+            num_windows = algorithm.rollout_length // algorithm.bptt_horizon
+            targets, valid = dni_rl.later_synthetic_gradients(critic, next_state, num_windows, batch.alive, context)
+            auxiliary_loss = self.auxiliary(outputs, targets, valid)
+            total = total + auxiliary_loss
+            metrics["losses/auxiliary_loss"] = auxiliary_loss.detach().sum() / valid.sum().clamp_min(1)
+        report = dni_rl.backward(total, start=state, end=next_state, critic=critic, alive=batch.alive, context=context)
+        metrics["losses/gradient_norm"] = _clip(self.learned, algorithm.max_grad_norm)
         self.optimizer.step()
         if critic is not None and self.critic_optimizer is not None:
             metrics["sg/gradient_norm"] = _clip(critic, self.critic_config.max_grad_norm)
@@ -254,8 +262,9 @@ class Learner:
         return metrics
 
     def state_dict(self) -> dict[str, object]:
-        """Model, critic, optimisers and the minibatch stream."""
-        return {
+        """Model, critic, optimisers and the minibatch stream; the auxiliary task where there is one."""
+        auxiliary = {} if self.auxiliary is None else {"auxiliary": self.auxiliary.state_dict()}
+        return auxiliary | {
             "model": self.model.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -266,6 +275,8 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         """Restores `state_dict`."""
         self.model.load_state_dict(state["model"])
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(state["auxiliary"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load_state_dict(state["critic"])

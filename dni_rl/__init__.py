@@ -1,5 +1,6 @@
 """Synthetic gradients for recurrent learning beyond the truncation window."""
 
+from dni_rl.auxiliary import AuxiliaryTask, later_synthetic_gradients
 from dni_rl.backward import Report, backward, cut
 from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace
 from dni_rl.cores import (
@@ -14,35 +15,48 @@ from dni_rl.cores import (
     fit_interfaces,
     wrap,
 )
-from dni_rl.critics import CriticFit, GradientCritic
+from dni_rl.critics import (
+    ConvGradientCritic,
+    CriticFit,
+    ErrorCritic,
+    GradientCritic,
+    LossCritic,
+    SobolevCritic,
+    Window,
+)
 from dni_rl.feedforward import (
     DecoupledPass,
     DecoupledSequential,
     Interface,
-    InterfaceCritic,
     SequentialReport,
     interface_critics,
 )
 from dni_rl.horizon import CreditHorizon, credit_horizon
+from dni_rl.targets import lambda_targets
 
 __all__ = [
     "GRU",
     "LSTM",
+    "AuxiliaryTask",
     "CellCore",
+    "ConvGradientCritic",
     "Core",
     "CreditHorizon",
     "CriticFit",
     "DecoupledPass",
     "DecoupledSequential",
     "ElementwiseLSTM",
+    "ErrorCritic",
     "GradientCritic",
     "Interface",
-    "InterfaceCritic",
+    "LossCritic",
     "MultiTimescaleCore",
     "Report",
     "Sensitivity",
     "SequentialReport",
+    "SobolevCritic",
     "State",
+    "Window",
     "backward",
     "bp_lambda_backward",
     "bp_lambda_trace",
@@ -50,5 +64,7 @@ __all__ = [
     "cut",
     "fit_interfaces",
     "interface_critics",
+    "lambda_targets",
+    "later_synthetic_gradients",
     "wrap",
 ]

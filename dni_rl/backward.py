@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dni_rl.cores.base import State, UnrolledState
-from dni_rl.critics import GradientCritic
+from dni_rl.cores.base import State, StateHistory, UnrolledState
+from dni_rl.critics import ErrorCritic, Window
 
 
 def cut(state: State) -> State:
@@ -45,8 +45,8 @@ class Report:
     """What one call of `backward` saw. Scalars without gradient; NaN where there was no critic.
 
     Attributes:
-        critic_loss: regression loss of the critic, in normalised units.
-        explained_variance: of the critic's targets by its predictions; 1 is perfect.
+        critic_loss: what the critic minimises, in normalised units.
+        explained_variance: of the target gradients by the critic's predictions; 1 is perfect.
         cosine: mean cosine between predicted and target gradient.
         predicted_norm: mean norm of the predictions at the states that had a target.
         target_norm: mean norm of the targets, in the units of one sequence's summed loss.
@@ -72,7 +72,7 @@ def backward(
     *,
     start: State,
     end: State,
-    critic: GradientCritic | None = None,
+    critic: ErrorCritic | None = None,
     alive: Tensor | None = None,
     context: Tensor | None = None,
     weight: float | Tensor | None = None,
@@ -82,10 +82,13 @@ def backward(
         b   = alive * g * stop_gradient(M(s_K, z_K))                     synthetic gradient
         S   = sum_t l_t + <s_K, b>                                       per sequence
         G_j = dS / d s_j                                                 critic target, j = 0 or every j < K
-        L   = mean ((M(s_j, z_j) - stop_gradient(G_j)) / rms)^2          critic loss
+        L   = mean ((M(s_j, z_j) - stop_gradient(G_j)) / rms)^2          critic loss, of a critic that regresses on gradients
 
     Jaderberg et al. (2017), sec. 3.2. Adds weight * dS/dparameters to `.grad` of the model and dL/dparameters to `.grad` of the critic;
     neither reaches the other. The caller zeroes, clips and steps each side. With `critic=None` this is truncated BPTT.
+
+    With a critic of target_lambda < 1, the G_j that it learns from are mixed over shorter windows, and cost a backward pass of
+    their own (`dni_rl.lambda_targets`); dS/dparameters stays that of the full window.
 
     Args:
         losses: [T, B], one loss per step and sequence, not reduced; multiply by 0 what must not count.
@@ -123,6 +126,10 @@ def backward(
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
     )
+    history = end.history if isinstance(end, UnrolledState) else None
+    mixed = None
+    if history is not None and critic.target_lambda < 1.0 and critic.learns_gradients:
+        mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history)
     with _gradients_of(start) as at_start:
         # As <losses, weight> + <end, weight b>, without building the surrogate. An end that is a part of the start (a core that
         # does not change it) is a leaf, and right to receive it.
@@ -130,18 +137,25 @@ def backward(
             [losses, *end],
             [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end, strict=True))],
         )
-    history = end.history if isinstance(end, UnrolledState) and critic.dense_targets else None
-    if history is not None:
-        states = tuple(s.flatten(0, 1) for s in history.states)  # [T * B, size]
-        targets = tuple(g.flatten(0, 1) / weight for g in history.gradients)
-        valid: Tensor | None = history.valid.flatten()
-        rows = None if context is None else context[:-1].flatten(0, 1)
+    if history is not None and critic.dense_targets:
+        states, valid = history.states, history.valid
+        targets = tuple(g / weight for g in history.gradients) if mixed is None else mixed
         history.clear()
     else:
-        states, valid = tuple(s.detach() for s in start), None
-        targets = tuple(g / weight for g in at_start)
-        rows = None if context is None else context[0]
-    fit = critic.fit(states, targets, rows, valid)
+        states, valid = tuple(s.detach().unsqueeze(0) for s in start), None
+        targets = tuple((g / weight).unsqueeze(0) for g in at_start)
+    fit = critic.fit_window(
+        Window(
+            states=states,
+            gradients=targets,
+            valid=valid,
+            losses=losses.detach(),
+            first=None if history is None else ~history.valid,
+            end=tuple(s.detach() for s in end),
+            alive=alive,
+            context=context,
+        )
+    )
     if fit.loss.requires_grad:  # not if the critic is frozen
         fit.loss.backward()
     with torch.no_grad():
@@ -155,6 +169,38 @@ def backward(
             synthetic_norm=synthetic_norm,
             norm_ratio=fit.predicted_norm / fit.target_norm.clamp_min(torch.finfo(fit.target_norm.dtype).tiny),
         )
+
+
+def _mixed_gradients(
+    losses: Tensor,
+    start: State,
+    end: State,
+    critic: ErrorCritic,
+    synthetic: State,
+    context: Tensor | None,
+    history: StateHistory,
+) -> State:
+    """Targets G_j, tuple of [T, B, ...], mixed with the synthetic gradients b_j of every state on the way.
+
+    One backward pass of the whole window cannot tell them: from its end, what b_j alone sends back from the middle cannot be had.
+    The graph is kept, and no `.grad` is touched.
+    """
+    T, B = losses.shape
+    inside = tuple(s.flatten(0, 1) for s in history.states)
+    b = critic.synthetic_gradient(
+        inside, None if context is None else context[:-1].flatten(0, 1), history.valid.flatten()
+    )
+    with history.mixing(critic.target_lambda, tuple(g.unflatten(0, (T, B)) for g in b)):
+        torch.autograd.grad(
+            [losses, *end],
+            start,
+            [torch.ones_like(losses), *(g.to(s.dtype) for g, s in zip(synthetic, end, strict=True))],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    gradients = history.gradients
+    history.clear()
+    return gradients
 
 
 @contextmanager
@@ -178,7 +224,7 @@ def _check(
     losses: Tensor,
     start: State,
     end: State,
-    critic: GradientCritic | None,
+    critic: ErrorCritic | None,
     alive: Tensor | None,
     context: Tensor | None,
     weight: float | Tensor | None,
@@ -210,6 +256,11 @@ def _check(
         return T, B
     if not all(s.requires_grad for s in end):
         raise RuntimeError("end: expected the state that `core.unroll` returned, with its graph; it was detached")
+    if critic.target_lambda < 1.0 and T > 1 and not isinstance(end, UnrolledState):
+        raise ValueError(
+            f"end: target_lambda={critic.target_lambda} needs the states inside the window, which the state that `core.unroll` "
+            "returned carries; use it as it is, or target_lambda=1"
+        )
     if alive is not None and alive.shape != (B,):
         raise ValueError(f"alive: expected [B] = ({B},), got {tuple(alive.shape)}")
     if critic.context_size and (context is None or context.shape != (T + 1, B, critic.context_size)):

@@ -180,18 +180,21 @@ def _report(delta: Tensor, predicted: Tensor, target: Tensor, row: Tensor, synth
 
 def _linear_head(critic: GradientCritic) -> torch.nn.Linear:
     """The critic's one layer; ValueError if it has settings for which the equations do not hold."""
-    if not isinstance(critic.net, torch.nn.Sequential):
+    if not isinstance(critic, GradientCritic) or not isinstance(critic.net, torch.nn.Sequential):
         raise ValueError("critic: BP(lambda) needs a linear one, whose trace is exact; build it with hidden_sizes=()")
     settings = {
         "normalize_targets": (critic.normalize_targets, False),
         "max_norm_ratio": (critic.max_norm_ratio, None),
         "warmup_updates": (critic.warmup_updates, 0),
+        "slow_copy_rate": (critic.slow_copy_rate, None),
+        "target_lambda": (critic.target_lambda, 1.0),
     }
     for name, (found, wanted) in settings.items():
         if found != wanted:
-            raise ValueError(
-                f"critic: {name}={found} is not linear in the critic's parameters; allowed {name}={wanted}"
-            )
+            reason = "is not linear in the critic's parameters"
+            if name in ("slow_copy_rate", "target_lambda"):
+                reason = "has no meaning in BP(lambda)"
+            raise ValueError(f"critic: {name}={found} {reason}; allowed {name}={wanted}")
     head = critic.net[0]
     assert isinstance(head, torch.nn.Linear)
     return head

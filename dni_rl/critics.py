@@ -4,15 +4,27 @@ A critic M maps a core's state (and privileged context) to the expected gradient
 respect to that state: Jaderberg et al., "Decoupled Neural Interfaces using Synthetic Gradients" (2017), eq. 3 and sec. 3.2. It
 also carries how its predictions are to be used (discount, scale, bound, warm-up), so that `dni_rl.backward` takes one object
 and method and baseline differ in that argument alone.
+
+`ErrorCritic` is the interface, with all of that use; the others are final and differ in what they predict and regress on:
+
+    GradientCritic      the gradient itself (DNI; cDNI with context)          start here
+    ConvGradientCritic  the same for states that are feature maps
+    LossCritic          the scalar future loss, and differentiates it
+    SobolevCritic       the future loss, trained on its values and gradients
 """
 
-from collections.abc import Sequence
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import State
+from dni_rl.targets import lambda_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +32,10 @@ class CriticFit:
     """How well a critic met its targets; scalars without gradient except `loss`.
 
     Attributes:
-        loss: mean squared error over rows and components, each component divided by the running RMS of its target.
-        explained_variance: 1 - (squared error) / (variance of the targets), in the same units; 1 is perfect, 0 is a constant.
+        loss: what the critic minimises. For those that regress on gradients alone the mean squared error over rows and components,
+            each component divided by the running RMS of its target.
+        explained_variance: of the target gradients, 1 - (squared error) / (variance of the targets), in the same units; 1 is
+            perfect, 0 is a constant.
         cosine: mean over rows of the cosine between predicted and target gradient, rows with a zero target left out.
         predicted_norm: mean over rows of the norm of the prediction.
         target_norm: mean over rows of the norm of the target.
@@ -34,6 +48,58 @@ class CriticFit:
     target_norm: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a window has to teach a critic, once its backward pass is done. Nothing in it carries gradient.
+
+    R is T where the core recorded the states inside the window and the critic wants dense targets, otherwise 1.
+
+    Attributes:
+        states: tuple of [R, B, ...], the states that the first R steps started from, episode resets applied.
+        gradients: tuple of [R, B, ...], target gradients there, in the units of one sequence's summed loss.
+        valid: [R, B] bool, rows to learn from; None for all.
+        losses: [T, B].
+        first: [T, B] bool, True where a step started an episode; None if the core recorded nothing, then none did.
+        end: tuple of [B, ...], the state after the window.
+        alive: [B], 0 where the sequence ended exactly at `end`; None where none did.
+        context: [T + 1, B, Z] or None.
+    """
+
+    states: State
+    gradients: State
+    valid: Tensor | None
+    losses: Tensor
+    first: Tensor | None
+    end: State
+    alive: Tensor | None
+    context: Tensor | None
+
+    def rows(self) -> tuple[State, State, Tensor | None, Tensor | None]:
+        """States and gradients as tuples of [R * B, ...], context [R * B, Z] or None, valid [R * B] or None."""
+        R = len(self.states[0])
+        return (
+            tuple(s.flatten(0, 1) for s in self.states),
+            tuple(g.flatten(0, 1) for g in self.gradients),
+            None if self.context is None else self.context[:R].flatten(0, 1),
+            None if self.valid is None else self.valid.flatten(),
+        )
+
+
+class CriticSettings(TypedDict, total=False):
+    """The settings that every critic has; see `ErrorCritic`."""
+
+    context_size: int
+    normalize_targets: bool
+    dense_targets: bool
+    gradient_discount: float
+    scale: float
+    max_norm_ratio: float | None
+    warmup_updates: int
+    statistics_decay: float
+    slow_copy_rate: float | None
+    target_lambda: float
+
+
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
@@ -41,39 +107,65 @@ def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-class _LinearPlusMLP(nn.Module):
-    """A linear map plus an MLP, [..., inputs] -> [..., outputs], zero at the start."""
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
-    def __init__(self, inputs: int, hidden_sizes: Sequence[int], outputs: int):
+
+def _zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
+    layer = _conv(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class _LinearPlusMLP(nn.Module):
+    """A linear map plus an MLP, [..., inputs] -> [..., outputs], zero at the start. Or the same of convolutions."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden_sizes: Sequence[int],
+        outputs: int,
+        layer: Callable[[int, int], nn.Module] = nn.Linear,
+        zero_layer: Callable[[int, int], nn.Module] = _zero_linear,
+    ):
         super().__init__()
-        self.linear = _zero_linear(inputs, outputs)
+        self.linear = zero_layer(inputs, outputs)
         layers: list[nn.Module] = []
         for size in hidden_sizes:
-            layers += [nn.Linear(inputs, size), nn.Tanh()]
+            layers += [layer(inputs, size), nn.Tanh()]
             inputs = size
-        self.mlp = nn.Sequential(*layers, _zero_linear(inputs, outputs))
+        self.mlp = nn.Sequential(*layers, zero_layer(inputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.mlp(x)
 
 
-class GradientCritic(nn.Module):
-    """Predicts dL/ds directly: a linear map, or a linear map plus an MLP, of (state, context) for the gradient of every state tensor.
+def _dense_net(inputs: int, hidden_sizes: Sequence[int], outputs: int) -> nn.Module:
+    if hidden_sizes:
+        return _LinearPlusMLP(inputs, hidden_sizes, outputs)
+    return nn.Sequential(_zero_linear(inputs, outputs))
 
-        M(s, z) = rms * net([s, z])        with normalised targets, otherwise  M(s, z) = net([s, z])
 
-    The linear path is not an ornament. Targets are nearly all noise (a few per cent of their variance can be explained), and an MLP
-    alone spends its hidden layer on the noise of the first updates and never recovers the rest; docs/results/critic_fit.md has the figures.
+def _check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None:
+    if not state_sizes or any(size < 1 for size in (*state_sizes, *hidden_sizes)):
+        raise ValueError(
+            f"state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got {tuple(state_sizes)}, "
+            f"{tuple(hidden_sizes)}"
+        )
 
-    The last layers start at exactly zero, weight and bias, so the first synthetic gradient is zero and training starts as plain
-    truncated BPTT.
+
+class ErrorCritic(nn.Module, ABC):
+    """What every error critic is: a prediction, the way it is applied, and the statistics that this takes.
+
+    A subclass sets `net` and says how a gradient is read off it (`_gradient`) and what it learns from a window (`fit_window`).
 
     Args:
-        state_sizes: width of each state tensor, as in `core.state_sizes`.
-        hidden_sizes: widths of the hidden layers (tanh) beside the linear path; () is linear alone.
+        state_sizes: width of each state tensor.
         context_size: Z, width of the context; 0 for none. With context this is cDNI.
         normalize_targets: divide each component of the target by a running RMS of it, and multiply predictions by it.
-        dense_targets: regress on the gradient at every step of the window where the core recorded it, not only at its start.
+        dense_targets: regress on the target at every step of the window where the core recorded it, not only at its start.
         gradient_discount: g in [0, 1], multiplies the bootstrapped gradient at every cut.
         scale: multiplies the synthetic gradient where it is applied (the paper: 0.1 in recurrent nets); targets bootstrap from the
             scaled one, since they are the gradients that really flow.
@@ -81,9 +173,16 @@ class GradientCritic(nn.Module):
             gradient that losses inside a window send to its start; None for no bound. Scale-free: it follows the losses' units.
         warmup_updates: number of updates during which the critic learns but its predictions are not applied.
         statistics_decay: decay per update of the running statistics.
+        slow_copy_rate: synthetic gradients and bootstraps come from a slow copy of the predictor, which moves by this fraction of the
+            way towards it at every fit (Polyak averaging, as of the target networks in Lillicrap et al., "Continuous control with deep
+            reinforcement learning" (2016)); None for the predictor itself.
+        target_lambda: 1 for the target of the full, bootstrapped window; below, targets are mixed over the windows that could have
+            been cut inside of it, each bootstrapped with the critic's own prediction (`dni_rl.targets.lambda_targets`). Needs dense
+            targets. For target gradients this costs a second backward pass through the window; for future losses nothing. The
+            model's gradient always comes from the full window.
 
-    Raises:
-        ValueError: if a size, discount, scale, bound or count is out of range.
+    Attributes:
+        learns_gradients: whether target gradients are what `fit_window` learns from.
     """
 
     num_updates: Tensor
@@ -92,11 +191,14 @@ class GradientCritic(nn.Module):
     _window_square: Tensor
     _window_weight: Tensor
 
+    learns_gradients = True
+    net: nn.Module
+    slow_net: nn.Module | None
+
     def __init__(
         self,
         *,
         state_sizes: Sequence[int],
-        hidden_sizes: Sequence[int] = (),
         context_size: int = 0,
         normalize_targets: bool = True,
         dense_targets: bool = True,
@@ -105,13 +207,10 @@ class GradientCritic(nn.Module):
         max_norm_ratio: float | None = None,
         warmup_updates: int = 0,
         statistics_decay: float = 0.99,
+        slow_copy_rate: float | None = None,
+        target_lambda: float = 1.0,
     ):
         super().__init__()
-        if not state_sizes or any(size < 1 for size in (*state_sizes, *hidden_sizes)):
-            raise ValueError(
-                f"state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got {tuple(state_sizes)}, "
-                f"{tuple(hidden_sizes)}"
-            )
         if context_size < 0:
             raise ValueError(f"context_size: found {context_size}, allowed 0 (no context) or more")
         if not 0.0 <= gradient_discount <= 1.0:
@@ -124,6 +223,15 @@ class GradientCritic(nn.Module):
             raise ValueError(f"warmup_updates: found {warmup_updates}, allowed 0 or more")
         if not 0.0 <= statistics_decay < 1.0:
             raise ValueError(f"statistics_decay: found {statistics_decay}, allowed 0 up to, not including, 1")
+        if slow_copy_rate is not None and not 0.0 < slow_copy_rate <= 1.0:
+            raise ValueError(f"slow_copy_rate: found {slow_copy_rate}, allowed above 0 to 1, or None for no slow copy")
+        if not 0.0 <= target_lambda <= 1.0:
+            raise ValueError(f"target_lambda: found {target_lambda}, allowed 0 to 1")
+        if target_lambda < 1.0 and not dense_targets:
+            raise ValueError(
+                f"target_lambda: found {target_lambda} with dense_targets=False, allowed 1; mixed targets come from the steps "
+                "inside the window, so use dense_targets=True"
+            )
         self.state_sizes = tuple(state_sizes)
         self.context_size = context_size
         self.normalize_targets = normalize_targets
@@ -133,19 +241,27 @@ class GradientCritic(nn.Module):
         self.max_norm_ratio = max_norm_ratio
         self.warmup_updates = warmup_updates
         self.statistics_decay = statistics_decay
+        self.slow_copy_rate = slow_copy_rate
+        self.target_lambda = target_lambda
 
-        inputs, outputs = sum(self.state_sizes) + context_size, sum(self.state_sizes)
-        self.net = (
-            _LinearPlusMLP(inputs, hidden_sizes, outputs)
-            if hidden_sizes
-            else nn.Sequential(_zero_linear(inputs, outputs))
-        )
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("target_rms", torch.ones(sum(self.state_sizes)))
         self.register_buffer("_target_square", torch.zeros(sum(self.state_sizes)))
         self.register_buffer("_window_square", torch.zeros(()))
         self.register_buffer("_window_weight", torch.zeros(()))
         self._windows_seen = 0
+
+    @abstractmethod
+    def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
+        """The predicted gradient [..., S] at states [..., S], read off `net` (the predictor or its slow copy)."""
+
+    @abstractmethod
+    def fit_window(self, window: Window) -> CriticFit:
+        """Regresses predictions on what a window teaches, and updates the running statistics.
+
+        Returns:
+            The fit; call `.loss.backward()` to fill the critic's gradients, and nothing else's.
+        """
 
     def forward(self, state: State, context: Tensor | None = None) -> State:
         """Predicts the gradient of each sequence's future loss with respect to its state.
@@ -160,7 +276,7 @@ class GradientCritic(nn.Module):
         Raises:
             ValueError: if state or context do not have the sizes the critic was built for.
         """
-        return self._split(self._predict(self._join(state), context))
+        return self._split(self._gradient(self.net, self._join(state), context))
 
     def synthetic_gradient(self, state: State, context: Tensor | None = None, alive: Tensor | None = None) -> State:
         """The gradient to apply at the end of a window: discounted, scaled, bounded; without gradient.
@@ -176,7 +292,7 @@ class GradientCritic(nn.Module):
             Tuple of [B, size].
         """
         with torch.no_grad():
-            gradient = self._predict(self._join(state), context)
+            gradient = self._gradient(self._bootstrap_net, self._join(state), context)
             gradient = gradient * (self.gradient_discount * self.scale)
             if self.max_norm_ratio is not None:
                 bound = self.max_norm_ratio * self.window_norm
@@ -188,48 +304,6 @@ class GradientCritic(nn.Module):
                 # where, not a product: a prediction at a state that has no future may be anything, not finite included
                 gradient = torch.where(alive.bool().unsqueeze(-1), gradient, 0.0)
             return self._split(gradient)
-
-    def fit(self, state: State, target: State, context: Tensor | None = None, valid: Tensor | None = None) -> CriticFit:
-        """Regresses predictions on target gradients and updates the running statistics.
-
-            loss = mean over valid rows and components of ((M(s_j, z_j) - stop_gradient(G_j)) / rms)^2
-
-        Args:
-            state: tuple of [N, size].
-            target: tuple of [N, size], gradients of one sequence's later loss (a sum over time, not an average).
-            context: [N, Z] or None.
-            valid: [N] bool, rows to learn from; None for all.
-
-        Returns:
-            The fit; call `.loss.backward()` to fill the critic's gradients. No gradient reaches state or target.
-        """
-        with torch.no_grad():
-            joined = self._join(tuple(s.detach() for s in state))
-            goal = self._join(tuple(t.detach() for t in target))
-            weight = goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)
-            weight = (weight / weight.sum().clamp_min(1.0)).unsqueeze(-1)  # [N, 1], sums to 1
-            # where: an invalid row may hold anything
-            goal = torch.where(weight > 0, goal, 0.0)
-            self._update_target_statistics((weight * goal.square()).sum(0))
-        predicted = self._predict(joined, None if context is None else context.detach())
-        rms = self.target_rms if self.normalize_targets else torch.ones_like(self.target_rms)
-        error = weight * ((predicted - goal) / rms).square()
-        loss = error.sum() / goal.shape[-1]
-        with torch.no_grad():
-            normalized = goal / rms
-            centred = normalized - (weight * normalized).sum(0)
-            variance = (weight * centred.square()).sum() / goal.shape[-1]
-            predicted_norm, target_norm = predicted.norm(dim=-1), goal.norm(dim=-1)
-            tiny = torch.finfo(goal.dtype).tiny
-            cosine = (predicted * goal).sum(-1) / (predicted_norm * target_norm).clamp_min(tiny)
-            counted = weight.squeeze(-1) * (target_norm > 0)
-            return CriticFit(
-                loss=loss,
-                explained_variance=1.0 - loss.detach() / variance.clamp_min(tiny),
-                cosine=(counted * cosine).sum() / counted.sum().clamp_min(tiny),
-                predicted_norm=(weight.squeeze(-1) * predicted_norm).sum(),
-                target_norm=(weight.squeeze(-1) * target_norm).sum(),
-            )
 
     def window_is_due(self) -> int:
         """How many windows the next `observe_window` stands for; 0 where this one need not be observed.
@@ -271,6 +345,55 @@ class GradientCritic(nn.Module):
         """Part of `load_state_dict`."""
         self._windows_seen = state["windows_seen"]
 
+    @property
+    def _bootstrap_net(self) -> nn.Module:
+        return self.net if self.slow_net is None else self.slow_net
+
+    def _set_net(self, net: nn.Module) -> None:
+        self.net = net
+        # its parameters require no gradient, and so no optimiser moves them
+        self.slow_net = None if self.slow_copy_rate is None else copy.deepcopy(net).requires_grad_(False)
+
+    def _update_slow_copy(self) -> None:
+        if self.slow_net is not None and self.slow_copy_rate is not None:
+            for slow, fast in zip(self.slow_net.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(fast, self.slow_copy_rate)
+
+    def _rows(self, state: State, target: State, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Joined states and targets [N, S], and weights [N, 1] that sum to 1. Updates the statistics of targets."""
+        with torch.no_grad():
+            joined = self._join(tuple(s.detach() for s in state))
+            goal = self._join(tuple(t.detach() for t in target))
+            weight = goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)
+            weight = (weight / weight.sum().clamp_min(1.0)).unsqueeze(-1)  # [N, 1], sums to 1
+            # where: an invalid row may hold anything
+            goal = torch.where(weight > 0, goal, 0.0)
+            self._update_target_statistics((weight * goal.square()).sum(0))
+            self._update_slow_copy()
+        return joined, goal, weight
+
+    @property
+    def _target_unit(self) -> Tensor:
+        return self.target_rms if self.normalize_targets else torch.ones_like(self.target_rms)
+
+    @torch.no_grad()
+    def _fit(self, loss: Tensor, error: Tensor, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
+        """The report of a fit with this loss; `error` is the mean squared error of gradients, in units of the targets."""
+        normalized = goal / self._target_unit
+        centred = normalized - (weight * normalized).sum(0)
+        variance = (weight * centred.square()).sum() / goal.shape[-1]
+        predicted_norm, target_norm = predicted.norm(dim=-1), goal.norm(dim=-1)
+        tiny = torch.finfo(goal.dtype).tiny
+        cosine = (predicted * goal).sum(-1) / (predicted_norm * target_norm).clamp_min(tiny)
+        counted = weight.squeeze(-1) * (target_norm > 0)
+        return CriticFit(
+            loss=loss,
+            explained_variance=1.0 - error.detach() / variance.clamp_min(tiny),
+            cosine=(counted * cosine).sum() / counted.sum().clamp_min(tiny),
+            predicted_norm=(weight.squeeze(-1) * predicted_norm).sum(),
+            target_norm=(weight.squeeze(-1) * target_norm).sum(),
+        )
+
     def _update_target_statistics(self, square: Tensor) -> None:
         # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; the loss does show it.
         finite = square.isfinite().all()
@@ -284,15 +407,13 @@ class GradientCritic(nn.Module):
         floor = 1e-3 * rms.square().mean().sqrt()
         self.target_rms.copy_(torch.where(floor > 0, rms.maximum(floor), torch.ones_like(rms)))
 
-    def _predict(self, joined: Tensor, context: Tensor | None) -> Tensor:
+    def _check_context(self, joined: Tensor, context: Tensor | None) -> None:
         if (context is None) != (self.context_size == 0) or (
             context is not None and context.shape != (*joined.shape[:-1], self.context_size)
         ):
             found = None if context is None else tuple(context.shape)
             wanted = (*joined.shape[:-1], self.context_size) if self.context_size else None
             raise ValueError(f"context: expected {wanted} (context_size={self.context_size}), got {found}")
-        prediction = self.net(joined if context is None else torch.cat([joined, context.to(joined.dtype)], dim=-1))
-        return prediction * self.target_rms if self.normalize_targets else prediction
 
     def _join(self, state: State) -> Tensor:
         if tuple(s.shape[-1] for s in state) != self.state_sizes:
@@ -301,3 +422,373 @@ class GradientCritic(nn.Module):
 
     def _split(self, joined: Tensor) -> State:
         return joined.split(self.state_sizes, dim=-1)
+
+
+class _GradientRegression(ErrorCritic):
+    """What critics share that regress on target gradients and on nothing else."""
+
+    def fit_window(self, window: Window) -> CriticFit:
+        """Regresses predictions on the window's target gradients; see `fit`."""
+        states, gradients, context, valid = window.rows()
+        return self.fit(states, gradients, context, valid)
+
+    def fit(self, state: State, target: State, context: Tensor | None = None, valid: Tensor | None = None) -> CriticFit:
+        """Regresses predictions on target gradients and updates the running statistics.
+
+            loss = mean over valid rows and components of ((M(s_j, z_j) - stop_gradient(G_j)) / rms)^2
+
+        Args:
+            state: tuple of [N, size].
+            target: tuple of [N, size], gradients of one sequence's later loss (a sum over time, not an average).
+            context: [N, Z] or None.
+            valid: [N] bool, rows to learn from; None for all.
+
+        Returns:
+            The fit; call `.loss.backward()` to fill the critic's gradients. No gradient reaches state or target.
+        """
+        joined, goal, weight = self._rows(state, target, valid)
+        predicted = self._gradient(self.net, joined, None if context is None else context.detach())
+        error = weight * ((predicted - goal) / self._target_unit).square()
+        loss = error.sum() / goal.shape[-1]
+        return self._fit(loss, loss, predicted, goal, weight)
+
+
+class GradientCritic(_GradientRegression):
+    """Predicts dL/ds directly: a linear map, or a linear map plus an MLP, of (state, context) for the gradient of every state tensor.
+
+        M(s, z) = rms * net([s, z])        with normalised targets, otherwise  M(s, z) = net([s, z])
+
+    The linear path is not an ornament. Targets are nearly all noise (a few per cent of their variance can be explained), and an MLP
+    alone spends its hidden layer on the noise of the first updates and never recovers the rest; docs/results/critic_fit.md has the figures.
+
+    The last layers start at exactly zero, weight and bias, so the first synthetic gradient is zero and training starts as plain
+    truncated BPTT.
+
+    Args:
+        state_sizes: width of each state tensor, as in `core.state_sizes`.
+        hidden_sizes: widths of the hidden layers (tanh) beside the linear path; () is linear alone.
+        context_size: Z, width of the context; 0 for none. With context this is cDNI.
+        normalize_targets: as all that follow, see `ErrorCritic`.
+        dense_targets: learn at every step of a window.
+        gradient_discount: g, per cut.
+        scale: of the synthetic gradient.
+        max_norm_ratio: bound of the synthetic gradient.
+        warmup_updates: updates before it is applied.
+        statistics_decay: decay per update of the running statistics.
+        slow_copy_rate: of a slow copy for bootstrapping, or None.
+        target_lambda: mixes targets over shorter windows.
+
+    Raises:
+        ValueError: if a size, discount, scale, bound or count is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        state_sizes: Sequence[int],
+        hidden_sizes: Sequence[int] = (),
+        context_size: int = 0,
+        normalize_targets: bool = True,
+        dense_targets: bool = True,
+        gradient_discount: float = 1.0,
+        scale: float = 1.0,
+        max_norm_ratio: float | None = None,
+        warmup_updates: int = 0,
+        statistics_decay: float = 0.99,
+        slow_copy_rate: float | None = None,
+        target_lambda: float = 1.0,
+    ):
+        _check_sizes(state_sizes, hidden_sizes)
+        super().__init__(
+            state_sizes=state_sizes,
+            context_size=context_size,
+            normalize_targets=normalize_targets,
+            dense_targets=dense_targets,
+            gradient_discount=gradient_discount,
+            scale=scale,
+            max_norm_ratio=max_norm_ratio,
+            warmup_updates=warmup_updates,
+            statistics_decay=statistics_decay,
+            slow_copy_rate=slow_copy_rate,
+            target_lambda=target_lambda,
+        )
+        inputs, outputs = sum(self.state_sizes) + context_size, sum(self.state_sizes)
+        self._set_net(_dense_net(inputs, hidden_sizes, outputs))
+
+    def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
+        self._check_context(joined, context)
+        prediction = net(joined if context is None else torch.cat([joined, context.to(joined.dtype)], dim=-1))
+        return prediction * self.target_rms if self.normalize_targets else prediction
+
+
+class ConvGradientCritic(_GradientRegression):
+    """Predicts dL/ds for states that are feature maps, such as those of a convolutional LSTM or between convolutional layers.
+
+        M(s, z) = rms * (conv([s, z]) + conv(tanh(... conv([s, z]))))        3 x 3, padded: predictions have the size of the maps
+
+    As the convolutional synthetic gradient models of Jaderberg et al. (2017), sec. 4.1, with a linear path beside them and the
+    context (there: a label) as constant maps; linear within its receptive field and zero at the start as `GradientCritic`, whose
+    other remarks hold. The rms is one number for each channel.
+
+    Args:
+        state_shapes: (C, Y, X) of each state tensor; Y and X alike in all of them.
+        hidden_channels: channels of the hidden layers; () is the one linear convolution.
+        **settings: see `ErrorCritic`.
+
+    Raises:
+        ValueError: if shapes or a setting are out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        state_shapes: Sequence[tuple[int, int, int]],
+        hidden_channels: Sequence[int] = (),
+        **settings: Unpack[CriticSettings],
+    ):
+        shapes = tuple(tuple(shape) for shape in state_shapes)
+        if (
+            not shapes
+            or any(len(shape) != 3 or min(shape) < 1 or shape[1:] != shapes[0][1:] for shape in shapes)
+            or any(channels < 1 for channels in hidden_channels)
+        ):
+            raise ValueError(
+                "state_shapes, hidden_channels: expected at least one (C, Y, X), Y and X alike in all, and positive integers, got "
+                f"{shapes}, {tuple(hidden_channels)}"
+            )
+        super().__init__(state_sizes=[math.prod(shape) for shape in shapes], **settings)
+        self.state_shapes = shapes
+        channels = sum(shape[0] for shape in shapes)
+        inputs = channels + self.context_size
+        self._set_net(
+            _LinearPlusMLP(inputs, hidden_channels, channels, _conv, _zero_conv)
+            if hidden_channels
+            else nn.Sequential(_zero_conv(inputs, channels))
+        )
+
+    def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
+        self._check_context(joined, context)
+        leading, area = joined.shape[:-1], self.state_shapes[0][1:]
+        maps = joined.reshape(-1, joined.shape[-1]).unflatten(
+            -1, (-1, *area)
+        )  # [N, C, Y, X], those of all tensors together
+        if context is not None:
+            z = context.to(joined.dtype).reshape(len(maps), -1, 1, 1)
+            maps = torch.cat([maps, z.expand(-1, -1, *area)], dim=1)
+        prediction = net(maps).flatten(1).unflatten(0, leading)
+        return prediction * self.target_rms if self.normalize_targets else prediction
+
+    def _update_target_statistics(self, square: Tensor) -> None:
+        area = math.prod(self.state_shapes[0][1:])
+        super()._update_target_statistics(square.view(-1, area).mean(-1).repeat_interleave(area))
+
+    def _join(self, state: State) -> Tensor:
+        if tuple(s.shape[-3:] for s in state) != self.state_shapes:
+            raise ValueError(
+                f"state: expected shapes [..., C, Y, X] with {self.state_shapes}, got {[tuple(s.shape) for s in state]}"
+            )
+        return torch.cat([s.flatten(-3) for s in state], dim=-1)
+
+    def _split(self, joined: Tensor) -> State:
+        parts = joined.split(self.state_sizes, dim=-1)
+        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, self.state_shapes, strict=True))
+
+
+class _ValueCritic(ErrorCritic):
+    """What critics share that predict the future loss V(s, z) and use its gradient.
+
+        V(s, z) = mean + unit * net([s, z]),    M(s, z) = dV / ds
+
+    with running mean of the targets (which no gradient sees, so that the network need not learn it).
+    """
+
+    loss_mean: Tensor
+    loss_std: Tensor
+    _loss_moments: Tensor
+    _loss_weight: Tensor
+
+    def __init__(
+        self,
+        *,
+        state_sizes: Sequence[int],
+        hidden_sizes: Sequence[int],
+        value_cost: float,
+        gradient_cost: float,
+        **settings: Unpack[CriticSettings],
+    ):
+        _check_sizes(state_sizes, hidden_sizes)
+        super().__init__(state_sizes=state_sizes, **settings)
+        self._value_cost, self._gradient_cost = value_cost, gradient_cost
+        self._set_net(_dense_net(sum(self.state_sizes) + self.context_size, hidden_sizes, 1))
+        self.register_buffer("loss_mean", torch.zeros(()))
+        self.register_buffer("loss_std", torch.ones(()))
+        self.register_buffer("_loss_moments", torch.zeros(2))
+        self.register_buffer("_loss_weight", torch.zeros(()))
+
+    @property
+    @abstractmethod
+    def _unit(self) -> Tensor:
+        """Multiplies the network's output where targets are normalised."""
+
+    def value(self, state: State, context: Tensor | None = None) -> Tensor:
+        """Predicts each sequence's future loss, [...], from states [..., size] and context [..., Z]."""
+        return self._value(self.net, self._join(state), context)
+
+    def _value(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
+        self._check_context(joined, context)
+        x = joined if context is None else torch.cat([joined, context.to(joined.dtype)], dim=-1)
+        value = net(x).squeeze(-1)
+        return self.loss_mean + self._unit * value if self.normalize_targets else value
+
+    def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
+        keep_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if not (joined.requires_grad and keep_graph):
+                joined = joined.detach().requires_grad_()
+            total = self._value(net, joined, context).sum()
+            return torch.autograd.grad(total, joined, create_graph=keep_graph)[0]
+
+    def fit_window(self, window: Window) -> CriticFit:
+        """Regresses on the window's losses to go (and gradients); see the class. Updates the running statistics."""
+        states, gradients, context, valid = window.rows()
+        loss_to_go = self._loss_to_go(window)  # before the statistics that it is read with move
+        joined, goal, weight = self._rows(states, gradients, valid)
+        with torch.no_grad():
+            share = weight.squeeze(-1)
+            loss_to_go = torch.where(share > 0, loss_to_go, 0.0)
+            self._update_loss_statistics((share * loss_to_go).sum(), (share * loss_to_go.square()).sum(), share.sum())
+        context = None if context is None else context.detach()
+        value = self._value(self.net, joined, context)
+        deviation = (value - loss_to_go) / (self.loss_std if self.normalize_targets else 1.0)
+        loss = self._value_cost * (share * deviation.square()).sum()
+        with torch.set_grad_enabled(self._gradient_cost > 0):
+            predicted = self._gradient(self.net, joined, context)
+            error = (weight * ((predicted - goal) / self._target_unit).square()).sum() / goal.shape[-1]
+        if self._gradient_cost > 0:
+            loss = loss + self._gradient_cost * error
+        return self._fit(loss, error, predicted, goal, weight)
+
+    @torch.no_grad()
+    def _loss_to_go(self, window: Window) -> Tensor:
+        """[R * B] targets of the value; see `LossCritic`."""
+        R, T = len(window.states[0]), len(window.losses)
+        losses, context = window.losses.detach(), window.context
+        last = self._bootstrap(window.end, None if context is None else context[-1], window.alive)
+        bootstraps = torch.zeros_like(losses)
+        bootstraps[-1] = last
+        if self.target_lambda < 1.0 and T > 1:
+            inner = tuple(s[1:].flatten(0, 1) for s in window.states)
+            z = None if context is None else context[1:-1].flatten(0, 1)
+            bootstraps[:-1] = self._bootstrap(inner, z, None).view(T - 1, -1)
+        return lambda_targets(losses, bootstraps, self.target_lambda, first=window.first)[:R].flatten()
+
+    def _bootstrap(self, state: State, context: Tensor | None, alive: Tensor | None) -> Tensor:
+        """[N] alive * g * scale * V(s, z): the future loss whose gradient is the synthetic one, the bound apart."""
+        joined = self._join(tuple(s.detach() for s in state))
+        value = self._value(self._bootstrap_net, joined, context) * (self.gradient_discount * self.scale)
+        if self.warmup_updates:
+            value = value * (self.num_updates >= self.warmup_updates)
+        return value if alive is None else torch.where(alive.bool(), value, 0.0)
+
+    def _update_loss_statistics(self, mean: Tensor, square: Tensor, total: Tensor) -> None:
+        moments = torch.stack([mean, square])
+        # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; nor a window without valid rows.
+        step = (1.0 - self.statistics_decay) * (moments.isfinite().all() & (total > 0)).to(moments.dtype)
+        self._loss_moments.add_(step * (moments.nan_to_num(0.0, 0.0, 0.0) - self._loss_moments))
+        self._loss_weight.add_(step * (1.0 - self._loss_weight))
+        mean, square = self._loss_moments / self._loss_weight.clamp_min(torch.finfo(moments.dtype).tiny)
+        std = (
+            (square - mean.square()).clamp_min(1e-6 * square).sqrt()
+        )  # constant losses: no division by next to nothing
+        self.loss_mean.copy_(mean)
+        self.loss_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+
+class LossCritic(_ValueCritic):
+    """Predicts the scalar future loss V(s, z) of a sequence; its gradient with respect to the state is the synthetic gradient.
+
+        L_j  = sum_{t >= j} l_t + alive * g * scale * V(s_K, z_K)         up to the first episode start in the window, if there is one
+        loss = mean over valid rows of ((V(s_j, z_j) - stop_gradient(L_j)) / std)^2
+        M(s, z) = dV / ds
+
+    Werbos' heuristic dynamic programming (HDP), in "Approximate dynamic programming for real-time control and neural modeling"
+    (1992): the critic of rewards that a reinforcement learner has, differentiated. The target is one number in place of one for
+    each component of the state, so it has much less to say about the gradient.
+
+    What it predicts is the *value* of the losses. Where that is not what their gradient is the gradient of, it cannot help: the
+    surrogate -A log pi of a policy gradient has expectation 0 in every state whatever its gradient is, and only value loss and
+    entropy teach anything. With g = 1 and sequences without end, V is a sum without bound; take g < 1.
+
+    `report` and `CriticFit` measure its gradient against the target gradients, as for every critic.
+
+    Args:
+        state_sizes: width of each state tensor, as in `core.state_sizes`.
+        hidden_sizes: widths of the hidden layers (tanh) beside the linear path. With () the gradient is one and the same in all states.
+        **settings: see `ErrorCritic`; a slow copy bootstraps V as well, and the bound applies to the gradient alone.
+
+    Raises:
+        ValueError: if a size or setting is out of range.
+    """
+
+    learns_gradients = False
+
+    def __init__(
+        self, *, state_sizes: Sequence[int], hidden_sizes: Sequence[int] = (), **settings: Unpack[CriticSettings]
+    ):
+        super().__init__(
+            state_sizes=state_sizes, hidden_sizes=hidden_sizes, value_cost=1.0, gradient_cost=0.0, **settings
+        )
+
+    @property
+    def _unit(self) -> Tensor:
+        return self.loss_std
+
+
+class SobolevCritic(_ValueCritic):
+    """Predicts the future loss as `LossCritic`, and is trained on both its value and its gradient.
+
+        loss = value_cost * mean over rows of ((V(s_j, z_j) - L_j) / std)^2
+             + gradient_cost * mean over rows and components of ((dV(s_j, z_j) / ds - G_j) / rms)^2
+
+    with L_j of `LossCritic` and G_j of `GradientCritic`. Werbos' globalised dual heuristic programming (GDHP, 1992); Czarnecki et
+    al., "Sobolev training for neural networks" (2017), eq. 1. Its gradient field is that of a function, which the true expected
+    gradient of differentiable losses is, and which is a wrong assumption for surrogates that are not their own expectation's
+    gradient; value_cost = 0 keeps the field and drops the values. Training differentiates twice.
+
+    Args:
+        state_sizes: width of each state tensor, as in `core.state_sizes`.
+        hidden_sizes: widths of the hidden layers (tanh) beside the linear path. With () the gradient is one and the same in all states.
+        value_cost: weight of the squared error of values, in units of their standard deviation.
+        gradient_cost: weight of the squared error of gradients, in units of their RMS; above 0.
+        **settings: see `ErrorCritic`.
+
+    Raises:
+        ValueError: if a size, weight or setting is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        state_sizes: Sequence[int],
+        hidden_sizes: Sequence[int] = (),
+        value_cost: float = 1.0,
+        gradient_cost: float = 1.0,
+        **settings: Unpack[CriticSettings],
+    ):
+        if not (value_cost >= 0.0 and gradient_cost > 0.0):
+            raise ValueError(
+                f"value_cost, gradient_cost: found {value_cost}, {gradient_cost}, allowed 0 or more and above 0; without gradients "
+                "use LossCritic"
+            )
+        super().__init__(
+            state_sizes=state_sizes,
+            hidden_sizes=hidden_sizes,
+            value_cost=value_cost,
+            gradient_cost=gradient_cost,
+            **settings,
+        )
+
+    @property
+    def _unit(self) -> Tensor:
+        # That of the gradients, which are what is used; values may be larger by orders of magnitude.
+        return self.target_rms.square().mean().sqrt()

@@ -31,7 +31,7 @@ from dni_rl.critics import CriticFit
 
 
 class InterfaceCritic(Protocol):
-    """What an interface needs of its critic; `dni_rl.GradientCritic` is one."""
+    """What an interface needs of its critic; those that regress on gradients, such as `dni_rl.GradientCritic`, have it."""
 
     def synthetic_gradient(self, state: State, context: Tensor | None = None) -> State:
         """The gradient to apply at each row of `state`, a tuple of one [B, ...] tensor, in units of one example's loss."""
@@ -59,8 +59,8 @@ class Interface(nn.Module):
         mode: "decoupled" or "locked"; may be changed at any time between passes.
 
     Raises:
-        ValueError: if the mode is unknown, or the critic has a `max_norm_ratio`: its yardstick, the gradient of the losses
-            inside a window, does not exist between layers.
+        ValueError: if the mode is unknown, the critic cannot learn from gradients alone, or it has a `max_norm_ratio`: its
+            yardstick, the gradient of the losses inside a window, does not exist between layers.
     """
 
     def __init__(self, critic: InterfaceCritic | None, mode: Literal["decoupled", "locked"] = "decoupled"):
@@ -293,6 +293,11 @@ def _takes_context(critic: InterfaceCritic | nn.Module) -> bool:
 
 
 def _check_critic(critic: InterfaceCritic | nn.Module | None) -> None:
+    if critic is not None and not (hasattr(critic, "synthetic_gradient") and hasattr(critic, "fit")):
+        raise ValueError(
+            f"critic: found {type(critic).__name__}, which has no synthetic_gradient or no fit(state, target, context); between "
+            "layers only gradients arrive, no losses, so take a critic that regresses on gradients, such as dni_rl.GradientCritic"
+        )
     ratio = getattr(critic, "max_norm_ratio", None)
     if ratio is not None:
         raise ValueError(
@@ -457,7 +462,7 @@ class DecoupledSequential(nn.Module):
                     self._learn(i, activations[i], losses if i == L - 1 else None, weight)
         for i in range(L - 1):
             arrived = activations[i + 1].leaf
-            if drawn[i + 1] and arrived is not None and arrived.grad is not None:
+            if arrived is not None and arrived.grad is not None:  # nothing arrives from a layer that was not drawn
                 fits[i] = self._fit_critic(i, outputs[i], arrived.grad / weight, context)
             if drawn[i + 1] and self.input_models:
                 input_losses[i] = self._fit_input_model(i, x, outputs[i])

@@ -97,22 +97,28 @@ def run(member: Member, runs: Path) -> str | None:
 
 
 def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
-    """What is there: one row per finished member, with its curve."""
+    """What is there: one row per member that has begun, with its curve."""
     rows = []
     for member in members(matrix):
-        total = int(member.settings["run.total_steps"])
-        if is_done(runs / member.name, total):
+        try:
             metrics = [
                 row for row in read_metrics(runs / member.name) if np.isfinite(row.get(matrix["metric"], np.nan))
             ]
+        except ValueError:
+            continue
+        if metrics:
             rows.append(
                 {
                     "method": member.method,
                     "task": member.task,
                     "seed": member.seed,
-                    "total_steps": total,
+                    "total_steps": int(member.settings["run.total_steps"]),
+                    "finished": is_done(runs / member.name, int(member.settings["run.total_steps"])),
                     "end": metrics[-1][matrix["metric"]],
                     "best": max(row[matrix["metric"]] for row in metrics),
+                    "steps_to_bar": next(
+                        (int(r["step"]) for r in metrics if r[matrix["metric"]] >= matrix["bar"]), None
+                    ),
                     "steps_per_second": metrics[-1]["charts/SPS"],
                     "steps": [int(row["step"]) for row in metrics],
                     "curve": [round(row[matrix["metric"]], 4) for row in metrics],
@@ -137,24 +143,29 @@ def markdown(matrix: dict[str, Any], rows: list[dict[str, Any]], failures: dict[
     for method in matrix["methods"]:
         cells = []
         for task in matrix["tasks"]:
-            ends = [row["end"] for row in rows if (row["method"], row["task"]) == (method, task)]
+            chosen = [row for row in rows if (row["method"], row["task"]) == (method, task)]
+            ends = [row["end"] for row in chosen]
             good = sum(end >= bar for end in ends)
-            each = " ".join(f"{end:.2f}" for end in ends)
+            each = " ".join(f"{row['end']:.2f}{'' if row['finished'] else '*'}" for row in chosen)
             cells.append(f"**{good} of {len(ends)}**, mean {np.mean(ends):.3f} ({each})" if ends else "not run")
         speeds = [row["steps_per_second"] for row in rows if row["method"] == method]
         lines.append(f"| {method} | {' | '.join(cells)} | {np.median(speeds) if speeds else 0:,.0f} |")
     budgets = {row["task"]: row["total_steps"] for row in rows}
     lines += ["", "Steps: " + ", ".join(f"{task} {steps:,}" for task, steps in budgets.items()) + "."]
-    fell = [row for row in rows if row["best"] >= bar > row["end"]]
-    lines += [
-        "",
-        "Runs that reached the bar and ended below it: "
-        + (
-            ", ".join(f"{r['method']}, {r['task']}, seed {r['seed']} ({r['best']:.2f} to {r['end']:.2f})" for r in fell)
-            or "none"
-        )
-        + ".",
+    reached = [row["steps_to_bar"] for row in rows if row["steps_to_bar"] is not None]
+    if reached:
+        lines += ["", f"Steps at which {bar:g} was first reached: {min(reached):,} to {max(reached):,}."]
+    fell = [
+        f"{r['method']}, {r['task']}, seed {r['seed']} ({r['best']:.2f} to {r['end']:.2f})"
+        for r in rows
+        if r["best"] >= bar > r["end"]
     ]
+    lines += ["", f"Runs that reached the bar and ended below it: {'; '.join(fell) or 'none'}."]
+    unfinished = [
+        f"{r['method']}, {r['task']}, seed {r['seed']} at step {r['steps'][-1]:,}" for r in rows if not r["finished"]
+    ]
+    if unfinished:
+        lines += ["", f"\\* unfinished when this page was made: {'; '.join(unfinished)}."]
     if failures:
         lines += ["", "Failed: " + "; ".join(f"{name}: {why}" for name, why in failures.items())]
     return "\n".join(lines) + "\n"

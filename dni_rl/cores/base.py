@@ -5,7 +5,9 @@ an error critic reads and predicts gradients for: an LSTM layer contributes (h, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,46 @@ class StateHistory:
         self.states = states
         self.valid = valid
         self._gradients: list[Tensor | None] = [None] * len(states)
+        self._mixture: tuple[float, State] | None = None
+        self._mixed = False
+
+    @contextmanager
+    def mixing(self, lambda_: float, gradients: State) -> Iterator[None]:
+        """While it lasts, a backward pass hands (1 - lambda) b_t + lambda G_t on from state t instead of the G_t it records.
+
+        This is the recursion of `dni_rl.targets.lambda_targets`. The states of step 0 are left alone, and a state of which no later
+        step makes use has gradient zero, mixed or not.
+
+        Args:
+            lambda_: in [0, 1].
+            gradients: tuple of [T, B, ...] b_0 .. b_{T-1}, zero where a step starts an episode; b_0 is not used.
+
+        Raises:
+            RuntimeError: at the end, if the core that recorded this history took no notice.
+        """
+        self._mixture, self._mixed = (lambda_, gradients), False
+        try:
+            yield
+        finally:
+            self._mixture = None
+        if len(self.valid) > 1 and not self._mixed:
+            raise RuntimeError(
+                "target_lambda: this core's unroll hands gradients on without `StateHistory.hand_on`; use target_lambda=1"
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether `hand_on` changes gradients at the moment."""
+        return self._mixture is not None
+
+    def hand_on(self, index: int, step: int, gradient: Tensor | None) -> Tensor | None:
+        """The gradient [B, ...] that goes on from state component `index` of one step to the steps before; see `mixing`."""
+        if self._mixture is None or step == 0:
+            return gradient
+        self._mixed = True
+        lambda_, gradients = self._mixture
+        b = gradients[index][step]
+        return (1.0 - lambda_) * b if gradient is None else torch.lerp(b.to(gradient.dtype), gradient, lambda_)
 
     def record(self, index: int, gradient: Tensor) -> None:
         """Stores the gradients [T, B, ...] of state component `index`, replacing those of an earlier backward pass."""
@@ -147,5 +189,10 @@ def unroll_stepwise(core: Core, inputs: Tensor, state: State, first: Tensor | No
     for t, step_state in enumerate(visited):
         for index, s in enumerate(step_state):
             if s.requires_grad:
-                s.register_hook(lambda gradient, i=index, t=t: history.record_step(i, t, gradient))
+                s.register_hook(partial(_note_and_hand_on, history, index, t))
     return torch.stack(outputs), UnrolledState.of(state, history)
+
+
+def _note_and_hand_on(history: StateHistory, index: int, step: int, gradient: Tensor | None) -> Tensor | None:
+    history.record_step(index, step, gradient)
+    return history.hand_on(index, step, gradient)

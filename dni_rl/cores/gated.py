@@ -82,6 +82,7 @@ class _LSTMLayer(torch.autograd.Function):
         c_from_h = o * (1 - tanh_c.square())
         d_gates = torch.empty_like(gates)
         dh_all, dc_all = torch.empty_like(h_prev), torch.empty_like(c_prev)
+        mixes = ctx.recorder.history is not None and ctx.recorder.history.mixes
         for t in reversed(range(T)):
             dh = d_h + d_outputs[t]
             dc = torch.addcmul(d_c, dh, c_from_h[t])
@@ -90,6 +91,8 @@ class _LSTMLayer(torch.autograd.Function):
             torch.mul(dh, through_c[t, :, 3], out=d_gate[:, 3])
             d_h = torch.mm(d_gates[t], weight_hh, out=dh_all[t])
             d_c = torch.mul(dc, f[t], out=dc_all[t])
+            if mixes:
+                d_h, d_c = ctx.recorder.hand_on(t, d_h, d_c)
             if ctx.resets is not None:
                 d_h = d_h.masked_fill(ctx.resets[t], 0.0)
                 d_c = d_c.masked_fill(ctx.resets[t], 0.0)
@@ -107,6 +110,12 @@ class _LayerRecorder:
     def __init__(self) -> None:
         self.history: StateHistory | None = None
         self.index = 0
+
+    def hand_on(self, step: int, d_h: Tensor, d_c: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.history is not None
+        mixed = self.history.hand_on(self.index, step, d_h), self.history.hand_on(self.index + 1, step, d_c)
+        assert mixed[0] is not None and mixed[1] is not None
+        return mixed[0], mixed[1]
 
     def record(self, dh: Tensor, dc: Tensor) -> None:
         if self.history is not None:

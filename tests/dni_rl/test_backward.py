@@ -389,6 +389,194 @@ def test_context_belongs_to_the_state_before_each_step_and_its_last_row_to_the_e
     exactly(critic.fitted["context"], context[:5].flatten(0, 1) if dense else context[0])
 
 
+# Targets mixed over windows of different length -----------------------------------------------------------------------
+
+
+@every_core
+@pytest.mark.parametrize("lambda_", [0.0, 0.6])
+def test_mixed_targets_follow_their_recursion_step_by_step(name, lambda_):
+    model, x, y, state = problem(name)
+    lo, hi = 6, 12
+    first, K = FIRST[lo:hi], hi - lo
+    settings = {"gradient_discount": 0.9, "context_size": 2, "max_norm_ratio": 0.5, "normalize_targets": False}
+    critic = make_critic(model, target_lambda=lambda_, **settings)
+    context = torch.randn(K + 1, B, 2, dtype=DOUBLE)
+    alive = torch.tensor([1.0, 0.0, 1.0])
+    run_window(model, x, y, state, critic, lo, hi, context=context, alive=alive)
+    actual = critic.fitted["target"]
+
+    inputs = torch.tanh(model.torso(x[lo:hi])).detach()
+    visited = states_before(model.core, inputs, state, first)
+    visited = [tuple(s.masked_fill(first[t].unsqueeze(-1), 0.0) for s in visited[t]) for t in range(K)]
+    steps, local, b = [], [], []
+    for t in range(K):  # one step each, by autograd
+        start = tuple(s.clone().requires_grad_() for s in visited[t])
+        output, after = model.core(inputs[t], start)
+        loss = model.losses_of(output.unsqueeze(0), y[lo + t].unsqueeze(0)).sum()
+        local.append(torch.cat(vjp([loss], start, None), -1))
+        steps.append((start, after))
+        with torch.no_grad():
+            b.append(torch.cat(critic.synthetic_gradient(visited[t], context[t]), -1))
+    ends = [*b[1:], torch.cat(bootstrap_of(critic, visited, model, inputs, context, alive), -1)]
+
+    def pull_back(t, v):
+        start, after = steps[t]
+        return torch.cat(vjp(list(after), start, v.split(model.core.state_sizes, -1)), -1)
+
+    expected = dni_rl.lambda_targets(torch.stack(local), torch.stack(ends), lambda_, first=first, pull_back=pull_back)
+    actual = torch.cat(actual, -1).view(K, B, -1)
+    assert_same(actual[~first], expected[~first])
+
+
+def vjp(roots, leaves, vectors):
+    return torch.autograd.grad(roots, leaves, vectors, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def bootstrap_of(critic, visited, model, inputs, context, alive):
+    with torch.no_grad():
+        end = model.core(inputs[-1], visited[-1])[1]
+    return critic.synthetic_gradient(end, context[-1], alive)
+
+
+@every_core
+def test_mixing_targets_changes_no_gradient_of_the_model(name):
+    results = []
+    for lambda_ in (1.0, 0.5):
+        model, x, y, state = problem(name)
+        critic = make_critic(model, target_lambda=lambda_)
+        _, end = run_window(model, x, y, state, critic)
+        results.append((gradients(model), critic.fitted["target"]))
+        assert not any(g.any() for g in end.history.gradients)
+    exactly(results[0][0], results[1][0])
+    assert any(not torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_mixing_needs_the_states_inside_the_window():
+    model, x, y, state = problem()
+    critic, start = make_critic(model, target_lambda=0.5), dni_rl.cut(state)
+    losses, end = model(x[:5], y[:5], start)
+    with pytest.raises(ValueError, match=r"end: target_lambda=0\.5 needs the states inside the window"):
+        dni_rl.backward(losses, start=start, end=tuple(end), critic=critic)
+    end.history.hand_on = lambda index, step, gradient: gradient  # a core that takes no notice
+    with pytest.raises(RuntimeError, match="target_lambda: this core's unroll hands gradients on without"):
+        dni_rl.backward(losses, start=start, end=end, critic=critic)
+    assert all(g is None for g in gradients(model).values())
+
+
+# Critics of losses ----------------------------------------------------------------------------------------------------
+
+of_losses = pytest.mark.parametrize("kind", [dni_rl.LossCritic, dni_rl.SobolevCritic])
+
+
+class Rest(nn.Module):
+    """An oracle's network: what the rest of the sequences will cost, from states in order of their sequences."""
+
+    def __init__(self, rest):
+        super().__init__()
+        self.rest = rest
+
+    def forward(self, x):
+        return self.rest(x).unsqueeze(-1)
+
+
+@every_core
+@of_losses
+def test_with_an_oracle_of_losses_windows_equal_full_backpropagation(name, kind):
+    model, x, y, state = problem(name)
+    model.naive(x, y, state, FIRST)[0].sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    twin = copy.deepcopy(model).requires_grad_(False)
+    critic = kind(state_sizes=model.core.state_sizes, normalize_targets=False, dense_targets=False).double()
+    for lo, hi in WINDOWS:
+
+        def rest(s, at=hi):
+            if at == T or len(s) != B:
+                return s.sum(-1) * 0.0
+            s = s.split(model.core.state_sizes, -1)
+            return twin.naive(x[at:], y[at:], s, FIRST[at:])[0].sum(0)
+
+        critic.net = Rest(rest)
+        _, state = run_window(model, x, y, state, critic, lo, hi, weight=1.0)
+    assert_same(gradients(model), expected)
+
+
+@every_core
+@of_losses
+def test_an_untrained_critic_of_losses_is_no_critic(name, kind):
+    model, x, y, state = problem(name)
+    run_sequence(model, x, y, state, None)
+    expected = gradients(model)
+    model.zero_grad()
+    critic = make_critic(model, False, kind, hidden_sizes=(5,), max_norm_ratio=0.5)
+    for report in run_sequence(model, x, y, state, critic):
+        assert report.synthetic_norm == 0.0 and report.predicted_norm == 0.0 and report.target_norm > 0.0
+    assert_same(gradients(model), expected, rtol=1e-13, atol=1e-15)
+
+
+@of_losses
+@dense
+@pytest.mark.parametrize("lambda_", [1.0, 0.5])
+def test_critics_of_losses_know_neither_the_model_nor_batch_size_nor_weight(kind, dense, lambda_):
+    if lambda_ < 1.0 and not dense:
+        return
+    results = []
+    for copies, weight in ((1, 1.0 / 15), (3, 64.0)):
+        model, x, y, state = problem()
+        critic = make_critic(model, True, kind, hidden_sizes=(5,), dense_targets=dense, target_lambda=lambda_)
+        data = (x.repeat(1, copies, 1), y.repeat(1, copies), tuple(s.repeat(copies, 1) for s in state))
+        settings = {"first": FIRST.repeat(1, copies), "alive": ALIVE[5].repeat(copies), "weight": weight}
+        b = critic.synthetic_gradient(
+            tuple(s.detach() for s in model(data[0][:5], data[1][:5], data[2], settings["first"][:5])[1]),
+            None,
+            settings["alive"],
+        )
+        report, _ = run_window(model, *data, critic, **settings)
+        actual = gradients(model)
+        model.zero_grad()  # the surrogate with its synthetic gradient as a constant
+        losses, end = model.naive(data[0][:5], data[1][:5], data[2], settings["first"][:5])
+        (weight * (losses.sum() + sum((s * g).sum() for s, g in zip(end, b, strict=True)))).backward()
+        assert_same(actual, gradients(model))
+        assert all(g.any() for g in b)
+        results.append((report.as_dict(), gradients(critic), dict(critic.named_buffers())))
+    assert_same(results[0], results[1])
+
+
+@of_losses
+def test_a_frozen_critic_of_losses_learns_nothing(kind):
+    model, x, y, state = problem()
+    critic = make_critic(model, True, kind, hidden_sizes=(5,)).requires_grad_(False)
+    run_window(model, x, y, state, critic)
+    assert all(g is None for g in gradients(critic).values())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_feature_maps_have_a_critic_too(trained):
+    torch.manual_seed(0)
+    cell = nn.Conv2d(2, 2, 3, padding=1).double()
+    start = dni_rl.cut((torch.randn(B, 2, 4, 3, dtype=DOUBLE),))
+    critic = dni_rl.ConvGradientCritic(state_shapes=((2, 4, 3),), hidden_channels=(3,), max_norm_ratio=0.5).double()
+    if trained:
+        for p in critic.parameters():
+            nn.init.normal_(p)
+    end = start[0]
+    losses = []
+    for _ in range(3):
+        end = torch.tanh(cell(end))
+        losses.append(end.square().sum((1, 2, 3)))
+    losses = torch.stack(losses)
+    critic.observe_window(torch.autograd.grad(losses.sum(), start, retain_graph=True))
+    (b,) = critic.synthetic_gradient((end.detach(),), alive=torch.tensor([1, 1, 0]))
+    objective = losses.sum() + (end * b).sum()
+    expected = torch.autograd.grad(objective, [*cell.parameters(), *start], retain_graph=True)
+    dni_rl.backward(losses, start=start, end=(end,), critic=critic, alive=torch.tensor([1, 1, 0]), weight=1.0)
+    assert_same([p.grad for p in cell.parameters()], list(expected[:-1]))
+    assert bool(b[:2].any()) == trained and not b[2].any()
+    target_rms = expected[-1].square().mean((0, 2, 3)).sqrt().repeat_interleave(12)
+    assert_same(critic.target_rms, target_rms)
+    assert all(p.grad is not None for p in critic.parameters())
+
+
 # Trap 4: who owns what ------------------------------------------------------------------------------------------------
 
 

@@ -13,13 +13,18 @@ from torch import nn
 import dni_rl
 
 SIZES, Z, N = (3, 2), 4, 7
+MAPS = ((3, 2, 2), (2, 2, 2))  # the states of convolutional critics: C, Y, X
 CRITICS = {
     "linear": lambda **settings: dni_rl.GradientCritic(state_sizes=SIZES, **settings),
     "MLP": lambda **settings: dni_rl.GradientCritic(state_sizes=SIZES, hidden_sizes=(8, 6), **settings),
     "linear, plain targets": lambda **settings: dni_rl.GradientCritic(
         state_sizes=SIZES, **{"normalize_targets": False, **settings}
     ),
+    "convolutional": lambda **settings: dni_rl.ConvGradientCritic(state_shapes=MAPS, hidden_channels=(4,), **settings),
+    "loss": lambda **settings: dni_rl.LossCritic(state_sizes=SIZES, hidden_sizes=(8, 6), **settings),
+    "Sobolev": lambda **settings: dni_rl.SobolevCritic(state_sizes=SIZES, hidden_sizes=(8,), **settings),
 }
+VALUES = ("loss", "Sobolev")  # these predict the future loss
 every_critic = pytest.mark.parametrize("name", CRITICS)
 contexts = pytest.mark.parametrize("context_size", [0, Z], ids=["no context", "context"])
 
@@ -30,7 +35,8 @@ def make_critic(name, trained=True, **settings):
     if trained:  # any critic that is no longer zero
         for p in critic.parameters():
             nn.init.normal_(p)
-        critic.fit(*rows(seed=9)[:2], rows(seed=9)[2] if critic.context_size else None)
+        state, target, z = rows_of(name, seed=9)
+        fit(critic, state, target, z if critic.context_size else None)
     return critic
 
 
@@ -41,8 +47,40 @@ def rows(n=N, seed=1):
     return tuple(draw[:2]), tuple(3.0 * g + 1.0 for g in draw[2:4]), draw[4]
 
 
+def rows_of(name, n=N, seed=1):
+    """State, target and context of n rows for one of the critics."""
+    if name != "convolutional":
+        return rows(n, seed)
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(n, *shape, generator=generator, dtype=DOUBLE) for shape in (*MAPS, *MAPS, (Z,))]
+    return tuple(draw[:2]), tuple(3.0 * g + 1.0 for g in draw[2:4]), draw[4]
+
+
+def fit(critic, state, target, context=None, valid=None):
+    """Fits on windows of one step, n of them side by side, in which every sequence ends; their losses follow from the targets."""
+    losses = sum(g.flatten(1).sum(1) for g in target).detach()
+    end = tuple(s.detach() for s in state)
+    context = None if context is None else torch.stack([context, context])
+    window = dni_rl.Window(
+        states=tuple(s.unsqueeze(0) for s in state),
+        gradients=tuple(g.unsqueeze(0) for g in target),
+        valid=None if valid is None else valid.unsqueeze(0),
+        losses=losses.unsqueeze(0),
+        first=None,
+        end=end,
+        alive=torch.zeros(len(losses)),
+        context=context,
+    )
+    return critic.fit_window(window)
+
+
 def join(tensors):
-    return torch.cat(tensors, -1)
+    return torch.cat([x.flatten(-3) if x.dim() >= 4 else x for x in tensors], -1)
+
+
+def split(name, joined):
+    parts = joined.split([math.prod(shape) for shape in MAPS] if name == "convolutional" else SIZES, -1)
+    return tuple(p.unflatten(-1, s) for p, s in zip(parts, MAPS, strict=True)) if name == "convolutional" else parts
 
 
 def assert_same(actual, expected, **tolerances):
@@ -68,7 +106,7 @@ def test_the_first_prediction_is_exactly_zero(name, context_size):
     for seed in range(3):
         torch.manual_seed(seed)
         critic = CRITICS[name](context_size=context_size)
-        state = tuple(100.0 * torch.randn(5, size) for size in SIZES)
+        state = tuple(100.0 * s.float() for s in rows_of(name, 5, seed)[0])
         context = 100.0 * torch.randn(5, Z) if context_size else None
         for prediction in (critic(state, context), critic.synthetic_gradient(state, context)):
             assert [g.shape for g in prediction] == [s.shape for s in state]
@@ -93,22 +131,23 @@ def test_a_linear_critic_is_a_matrix_a_bias_and_a_unit(context_size, normalize):
 @contexts
 def test_the_forward_pass_takes_leading_dimensions_and_sends_gradients_everywhere(name, context_size):
     critic = make_critic(name, context_size=context_size)
-    state, _, z = rows(6)
+    state, _, z = rows_of(name, 6)
     flat = critic(state, z if context_size else None)
     z = z.view(2, 3, Z).requires_grad_() if context_size else None
-    state = tuple(s.view(2, 3, -1).requires_grad_() for s in state)
+    state = tuple(s.unflatten(0, (2, 3)).requires_grad_() for s in state)
     prediction = critic(state, z)
     assert_same(tuple(g.flatten(0, 1) for g in prediction), tuple(flat))
-    join(prediction).sum().backward()
-    assert all(p.grad is not None for p in critic.parameters())
+    sum(g.square().sum() for g in prediction).backward()
+    for key, p in critic.named_parameters():  # an offset of the future loss has no gradient
+        assert p.grad is not None or (name in VALUES and p.shape == (1,) and key.endswith("bias"))
     assert all(s.grad.any() for s in state) and (z is None or z.grad.any())
 
 
 @every_critic
 def test_train_and_eval_mode_agree(name):
     critic = make_critic(name)
-    expected = join(critic.train()(rows()[0]))
-    assert_same(join(critic.eval()(rows()[0])), expected, rtol=0, atol=0)
+    expected = join(critic.train()(rows_of(name)[0]))
+    assert_same(join(critic.eval()(rows_of(name)[0])), expected, rtol=0, atol=0)
 
 
 # Regression -----------------------------------------------------------------------------------------------------------
@@ -132,21 +171,29 @@ def naive_fit(predicted, goal, rms, valid):
     }
 
 
+@torch.no_grad()
+def naive_value_loss(critic, state, target, z, keep):
+    losses = join(target).sum(-1)[keep]
+    return float(((critic.value(state, z)[keep] - losses) / critic.loss_std).square().mean())
+
+
 @every_critic
 @contexts
 @pytest.mark.parametrize("masked", [True, False])
 def test_fit_matches_the_definition(name, context_size, masked):
     critic = make_critic(name, context_size=context_size)
-    state, target, z = rows()
+    state, target, z = rows_of(name)
     z = z if context_size else None
     valid = torch.tensor([True, False, True, True, False, True, False]) if masked else None
-    fit = critic.fit(state, target, z, valid)
+    result = fit(critic, state, target, z, valid)
     rms = critic.target_rms if critic.normalize_targets else torch.ones(sum(SIZES))
     keep = valid if masked else torch.ones(N, dtype=torch.bool)
     expected = naive_fit(join(critic(state, z)).detach(), join(target), rms, keep)
+    if name in VALUES:
+        expected["loss"] = naive_value_loss(critic, state, target, z, keep) + (name == "Sobolev") * expected["loss"]
     for key, value in expected.items():
-        assert getattr(fit, key).item() == pytest.approx(value, rel=1e-10), key
-        assert getattr(fit, key).requires_grad == (key == "loss")
+        assert getattr(result, key).item() == pytest.approx(value, rel=1e-10), key
+        assert getattr(result, key).requires_grad == (key == "loss")
 
 
 def test_golden_fit():
@@ -168,11 +215,11 @@ def test_golden_fit():
 @contexts
 def test_fit_sends_no_gradient_to_state_target_or_context(name, context_size):
     critic = make_critic(name, context_size=context_size)
-    state, target, z = rows()
+    state, target, z = rows_of(name)
     arguments = [*state, *target, z]
     for x in arguments:
         x.requires_grad_()
-    critic.fit(state, target, z if context_size else None).loss.backward()
+    fit(critic, state, target, z if context_size else None).loss.backward()
     assert all(x.grad is None for x in arguments)
     assert all(p.grad is not None for p in critic.parameters())
 
@@ -180,7 +227,7 @@ def test_fit_sends_no_gradient_to_state_target_or_context(name, context_size):
 @every_critic
 @pytest.mark.parametrize("change", ["each row twice", "another order", "with invalid rows"])
 def test_the_fit_depends_on_rows_neither_by_number_nor_by_order(name, change):
-    state, target, _ = rows()
+    state, target, _ = rows_of(name)
     index = {"each row twice": [*range(N), *range(N)], "another order": [3, 1, 6, 0, 2, 5, 4]}.get(
         change, [*range(N)] * 2
     )
@@ -192,9 +239,10 @@ def test_the_fit_depends_on_rows_neither_by_number_nor_by_order(name, change):
         if mask is not None:
             for g in goal:
                 g[~mask] = math.nan  # an invalid row may hold anything
-        fit = critic.fit(tuple(s[rows_taken] for s in state), goal, valid=mask)
-        fit.loss.backward()
-        metrics = torch.stack([fit.loss, fit.explained_variance, fit.cosine, fit.predicted_norm, fit.target_norm])
+        result = fit(critic, tuple(s[rows_taken] for s in state), goal, valid=mask)
+        result.loss.backward()
+        metrics = [result.loss, result.explained_variance, result.cosine, result.predicted_norm, result.target_norm]
+        metrics = torch.stack(metrics)
         results.append((metrics.detach(), gradients(critic), critic.target_rms.clone()))
     assert_same(results[0], results[1])
 
@@ -211,10 +259,10 @@ def test_the_loss_does_not_depend_on_the_number_of_layers():
 @every_critic
 def test_a_fit_without_valid_rows_learns_nothing_and_stays_finite(name):
     critic = make_critic(name)
-    state, target, _ = rows()
-    fit = critic.fit(state, target, valid=torch.zeros(N, dtype=torch.bool))
-    fit.loss.backward()
-    assert fit.loss.item() == 0.0 and not any(g.any() for g in gradients(critic))
+    state, target, _ = rows_of(name)
+    result = fit(critic, state, target, valid=torch.zeros(N, dtype=torch.bool))
+    result.loss.backward()
+    assert result.loss.item() == 0.0 and not any(g.any() for g in gradients(critic))
 
 
 def test_targets_are_divided_by_a_running_rms_that_starts_unbiased():
@@ -244,48 +292,48 @@ def test_a_component_without_gradient_cannot_blow_up_the_loss():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_overflow_shows_in_the_loss_and_stays_out_of_the_statistics(name, value):
     critic = make_critic(name, max_norm_ratio=0.5)
-    state, target, _ = rows()
+    state, target, _ = rows_of(name)
     critic.observe_window(target)
     before = copy.deepcopy(critic.state_dict())
     target[0][2, 1] = value
     critic.observe_window(target)
-    assert not critic.fit(state, target).loss.isfinite()
+    assert not fit(critic, state, target).loss.isfinite()
     assert_same(critic.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["linear", "MLP"])
+@pytest.mark.parametrize("name", ["linear", "MLP", "convolutional", *VALUES])
 def test_normalised_learning_does_not_depend_on_the_unit_of_the_loss(name):
     results = []
     for unit in (1.0, 1000.0):
         critic = make_critic(name, trained=False)
         optimizer = torch.optim.Adam(critic.parameters(), 0.01)
         for seed in range(10):
-            state, target, _ = rows(seed=seed)
+            state, target, _ = rows_of(name, seed=seed)
             optimizer.zero_grad()
-            fit = critic.fit(state, tuple(unit * g for g in target))
-            fit.loss.backward()
+            result = fit(critic, state, tuple(unit * g for g in target))
+            result.loss.backward()
             optimizer.step()
-        results.append((fit.loss.detach(), join(critic(rows()[0])).detach() / unit))
+        results.append((result.loss.detach(), join(critic(rows_of(name)[0])).detach() / unit))
     assert results[0][1].any()
     assert_same(results[0], results[1], rtol=1e-6, atol=1e-9)
 
 
-@every_critic
+@pytest.mark.parametrize("name", ["linear", "MLP", "linear, plain targets"])
 @contexts
 def test_a_critic_learns_a_linear_gradient(name, context_size):
     critic = make_critic(name, trained=False, context_size=context_size)
     optimizer = torch.optim.Adam(critic.parameters(), 0.02)
     mix = torch.randn(5 + context_size, 5, dtype=DOUBLE)
     for step in range(300):
-        state, _, z = rows(32, seed=step)
+        state, _, z = rows_of(name, 32, seed=step)
         x = join(state) if not context_size else join([*state, z])
         optimizer.zero_grad()
-        fit = critic.fit(state, (x @ mix).split(SIZES, -1), z if context_size else None)
-        fit.loss.backward()
+        result = fit(critic, state, (x @ mix).split(SIZES, -1), z if context_size else None)
+        result.loss.backward()
         optimizer.step()
     # chance is 0; the MLP is far from converged
-    assert fit.explained_variance.item() > (0.8 if name == "MLP" else 0.99)
-    assert fit.cosine.item() > (0.9 if name == "MLP" else 0.99)
+    assert result.explained_variance.item() > (0.8 if name == "MLP" else 0.99)
+    assert result.cosine.item() > (0.9 if name == "MLP" else 0.99)
 
 
 # The synthetic gradient -----------------------------------------------------------------------------------------------
@@ -295,7 +343,7 @@ def test_a_critic_learns_a_linear_gradient(name, context_size):
 @contexts
 def test_a_synthetic_gradient_is_the_prediction_times_discount_and_scale_without_graph(name, context_size):
     critic = make_critic(name, context_size=context_size, gradient_discount=0.5, scale=0.1)
-    state, _, z = rows()
+    state, _, z = rows_of(name)
     z = z if context_size else None
     b = critic.synthetic_gradient(tuple(s.requires_grad_() for s in state), z)
     assert_same(join(b), 0.05 * join(critic(state, z)).detach())
@@ -306,8 +354,8 @@ def test_a_synthetic_gradient_is_the_prediction_times_discount_and_scale_without
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_nothing_comes_from_beyond_an_end_not_even_nan(name, dtype):
     critic = make_critic(name)
-    state, _, _ = rows(3)
-    state[0][1] = math.nan
+    state, _, _ = rows_of(name, 3)
+    state[0][1].fill_(math.nan)
     b = join(critic.synthetic_gradient(state, alive=torch.tensor([1, 0, 1]).to(dtype)))
     assert not b[1].any()
     assert_same(b[[0, 2]], join(critic(state))[[0, 2]].detach())
@@ -342,11 +390,11 @@ def test_the_window_norm_is_an_unbiased_running_rms():
 @every_critic
 def test_the_bound_shortens_what_is_too_long_and_leaves_the_rest(name):
     critic = make_critic(name, max_norm_ratio=0.5)
-    state, _, _ = rows(40)
+    state, _, _ = rows_of(name, 40)
     free = join(critic(state)).detach()
-    critic.observe_window(
-        (free[:, :3] * (2.0 * free.norm(dim=1).median() / free[:, :3].norm(dim=1, keepdim=True)), 0.0 * free[:, 3:])
-    )
+    window = torch.zeros_like(free)
+    window[:, :3] = free[:, :3] * (2.0 * free.norm(dim=1).median() / free[:, :3].norm(dim=1, keepdim=True))
+    critic.observe_window(split(name, window))
     bound = 0.5 * critic.window_norm
     assert_same(bound, free.norm(dim=1).median())
     b = join(critic.synthetic_gradient(state))
@@ -363,6 +411,198 @@ def test_the_bound_is_zero_while_windows_have_no_gradient():
     assert not join(critic.synthetic_gradient(rows()[0])).any()
 
 
+# Slow copy and future losses ------------------------------------------------------------------------------------------
+
+
+@every_critic
+def test_the_slow_copy_follows_and_is_what_bootstraps(name):
+    plain, critic = make_critic(name), make_critic(name, slow_copy_rate=0.25)
+    state, target, _ = rows_of(name)
+    assert list(critic.state_dict())[: len(KEYS[name])] == KEYS[name]
+    assert all(key.startswith("slow_net.") for key in list(critic.state_dict())[len(KEYS[name]) :])
+    before = [p.clone() for p in critic.slow_net.parameters()]
+    fit(critic, state, target).loss.backward()
+    for slow, old, fast in zip(critic.slow_net.parameters(), before, critic.net.parameters(), strict=True):
+        assert_same(slow, (0.75 * old + 0.25 * fast).detach())
+        assert not slow.requires_grad and slow.grad is None and fast.grad is not None
+    expected = copy.deepcopy(critic)
+    expected.net = critic.slow_net
+    assert_same(join(critic.synthetic_gradient(state)), join(expected(state)).detach())
+    fit(plain, state, target)
+    with torch.no_grad():
+        for p, fast in zip(plain.net.parameters(), critic.net.parameters(), strict=True):
+            p.copy_(fast)
+    assert_same(join(critic(state)), join(plain(state)))
+    assert not torch.equal(join(critic.synthetic_gradient(state)), join(plain.synthetic_gradient(state)))
+
+
+@pytest.mark.parametrize("name", VALUES)
+@contexts
+def test_the_prediction_is_the_gradient_of_the_predicted_loss(name, context_size):
+    critic = make_critic(name, context_size=context_size)
+    state, _, z = rows()
+    z = z if context_size else None
+    for s in state:
+        s.requires_grad_()
+    expected = torch.autograd.grad(critic.value(state, z).sum(), state)
+    with torch.no_grad():
+        assert_same(critic(state, z), expected)
+    assert torch.autograd.gradcheck(lambda *s: join(critic(s, z)), state)  # and may be differentiated again
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("lambda_", [1.0, 0.6, 0.0])
+@pytest.mark.parametrize("dense", [True, False])
+def test_losses_to_go_end_where_an_episode_starts_and_bootstrap_from_the_value(name, lambda_, dense):
+    if lambda_ < 1.0 and not dense:
+        return
+    T, B = 4, 3
+    critic = make_critic(name, target_lambda=lambda_, gradient_discount=0.9, scale=0.5, dense_targets=dense)
+    states = tuple(torch.randn(T + 1, B, size, dtype=DOUBLE) for size in SIZES)
+    losses, first = torch.randn(T, B, dtype=DOUBLE), torch.zeros(T, B, dtype=torch.bool)
+    first[2, 1] = first[0, 2] = True
+    alive = torch.tensor([1.0, 1.0, 0.0])
+    V = 0.45 * critic.value(states).detach()
+    expected = torch.zeros(T, B, dtype=DOUBLE)
+    for b in range(B):
+        for t in range(T):  # the definition: a mixture of windows cut n steps later
+            ends = [u for u in range(t + 1, T) if first[u, b]] or [T]
+            survives = not any(first[t + 1 :, b]) and bool(alive[b])
+            last = ends[0] - t
+            for n in range(1, last + 1):
+                weight = lambda_ ** (n - 1) * (1.0 if n == last else 1.0 - lambda_)
+                bootstrap = V[t + n, b] if n < last or survives else 0.0
+                expected[t, b] += weight * (losses[t : t + n, b].sum() + bootstrap)
+    R = T if dense else 1
+    window = dni_rl.Window(
+        states=tuple(s[:R] for s in states),
+        gradients=tuple(torch.randn_like(s[:R]) for s in states),
+        valid=~first[:R],
+        losses=losses,
+        first=first,
+        end=tuple(s[T] for s in states),
+        alive=alive,
+        context=None,
+    )
+    assert_same(critic._loss_to_go(window), expected[:R].flatten())
+    if name == "loss":
+        result, keep = critic.fit_window(window), ~first[:R].flatten()
+        values = critic.value(tuple(s[:R].flatten(0, 1) for s in states))
+        error = ((values - expected[:R].flatten()) / critic.loss_std)[keep].square().mean()
+        assert_same(result.loss, error)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_critic_of_losses_learns_their_gradient(name):
+    critic = make_critic(name, trained=False)
+    optimizer = torch.optim.Adam(critic.parameters(), 0.02)
+    slope = torch.randn(5, dtype=DOUBLE)
+    for step in range(400):  # L(s) = sin <slope, s>
+        state = rows(64, seed=step)[0]
+        angle = 0.3 * join(state) @ slope
+        gradient = (0.3 * angle.cos().unsqueeze(-1) * slope).split(SIZES, -1)
+        window = dni_rl.Window(
+            tuple(s[None] for s in state),
+            tuple(g[None] for g in gradient),
+            None,
+            angle.sin()[None],
+            None,
+            state,
+            torch.zeros(64),
+            None,
+        )
+        optimizer.zero_grad()
+        result = critic.fit_window(window)
+        result.loss.backward()
+        optimizer.step()
+    assert result.cosine.item() > 0.9 and result.explained_variance.item() > 0.5
+
+
+@contexts
+@pytest.mark.parametrize(("value_cost", "gradient_cost"), [(0.0, 1.0), (0.5, 2.0)])
+def test_a_sobolev_critic_descends_on_values_and_gradients(context_size, value_cost, gradient_cost):
+    settings = {"context_size": context_size, "value_cost": value_cost, "gradient_cost": gradient_cost}
+    critic = make_critic("Sobolev", **settings)
+    state, target, z = rows()
+    z = z if context_size else None
+    result = fit(critic, state, target, z)
+    result.loss.backward()
+    actual = [p.grad for p in critic.parameters()]
+    leaves = tuple(s.clone().requires_grad_() for s in state)
+    value = critic.value(leaves, z)
+    slopes = join(torch.autograd.grad(value.sum(), leaves, create_graph=True))
+    loss = value_cost * ((value - join(target).sum(-1)) / critic.loss_std).square().mean()
+    loss = loss + gradient_cost * ((slopes - join(target)) / critic.target_rms).square().mean()
+    assert_same(result.loss, loss)
+    expected = torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True, materialize_grads=True)
+    assert_same(
+        [torch.zeros_like(e) if a is None else a for a, e in zip(actual, expected, strict=True)], list(expected)
+    )
+
+
+def test_weights_of_a_sobolev_critic_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"value_cost, gradient_cost: found 1\.0, 0\.0, allowed 0 or more and above 0"):
+        dni_rl.SobolevCritic(state_sizes=SIZES, gradient_cost=0.0)
+
+
+@pytest.mark.parametrize("shapes", [(), ((3, 2, 2), (3, 2, 1)), ((0, 2, 2),)])
+def test_shapes_of_feature_maps_out_of_range_are_refused(shapes):
+    with pytest.raises(ValueError, match="state_shapes, hidden_channels: expected at least one"):
+        dni_rl.ConvGradientCritic(state_shapes=shapes)
+
+
+def test_a_convolutional_critic_treats_all_places_alike():
+    critic = dni_rl.ConvGradientCritic(state_shapes=((2, 9, 9),), hidden_channels=(3,), context_size=Z).double()
+    for p in critic.parameters():
+        nn.init.normal_(p)
+    maps, z = torch.zeros(1, 2, 9, 9, dtype=DOUBLE), torch.randn(1, Z, dtype=DOUBLE)
+    maps[..., 3:5, 3:5] = torch.randn(2, 2, 2, dtype=DOUBLE)
+    here = critic((maps,), z)[0]
+    there = critic((maps.roll((1, 1), (-2, -1)),), z)[0]
+    inner = slice(3, 7)
+    assert_same(there[..., inner, inner], here.roll((1, 1), (-2, -1))[..., inner, inner])
+    assert (here - critic((maps,), z + 1.0)[0]).abs().min() > 0.0  # the context reaches every place
+
+
+GOLDEN = [
+    1.5069692927349894,
+    -0.06219170814132591,
+    0.05007997816474716,
+    0.06756513247120452,
+    0.34197380274505806,
+    0.0677076284101177,
+    0.19757400107508943,
+]
+
+
+def test_the_numbers_of_a_gradient_critic_stay():
+    """Golden values: long experiments continue across versions."""
+    torch.manual_seed(0)
+    core, head = dni_rl.LSTM(3, 4, 2).double(), nn.Linear(4, 1).double()
+    critic = dni_rl.GradientCritic(
+        state_sizes=core.state_sizes, hidden_sizes=(6,), gradient_discount=0.9, max_norm_ratio=0.5
+    ).double()
+    optimizers = [
+        torch.optim.Adam([*core.parameters(), *head.parameters()], 0.01),
+        torch.optim.Adam(critic.parameters(), 0.01),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    state = core.initial_state(5)
+    for _ in range(20):
+        x = torch.randn(6, 5, 3, dtype=DOUBLE, generator=generator)
+        first = torch.rand(6, 5, generator=generator) < 0.15
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        state = dni_rl.cut(state)
+        outputs, end = core.unroll(x, state, first)
+        losses = (head(outputs).squeeze(-1) - x.sum(-1)).square()
+        report = dni_rl.backward(losses, start=state, end=end, critic=critic, alive=~first[0])
+        for optimizer in optimizers:
+            optimizer.step()
+        state = end
+    assert_same(torch.stack(list(report.as_dict().values())), torch.tensor(GOLDEN, dtype=DOUBLE), rtol=1e-9, atol=1e-12)
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 STATISTICS = ["num_updates", "target_rms", "_target_square", "_window_square", "_window_weight", "_extra_state"]
@@ -376,6 +616,10 @@ KEYS = {
     ],
     "linear, plain targets": [*STATISTICS, "net.0.weight", "net.0.bias"],
 }
+OF_LOSSES = ["loss_mean", "loss_std", "_loss_moments", "_loss_weight"]
+KEYS["convolutional"] = [key for key in KEYS["MLP"] if ".4." not in key]
+KEYS["loss"] = [*STATISTICS[:-1], *OF_LOSSES, "_extra_state", *KEYS["MLP"][len(STATISTICS) :]]
+KEYS["Sobolev"] = [key for key in KEYS["loss"] if ".4." not in key]
 
 
 @every_critic
@@ -390,18 +634,19 @@ def test_save_load_and_continue_equals_never_having_stopped(name, context_size):
     def run(critic, seeds):
         optimizer = torch.optim.SGD(critic.parameters(), 0.01)
         for seed in seeds:
-            state, target, z = rows(seed=seed)
+            state, target, z = rows_of(name, seed=seed)
             optimizer.zero_grad()
             critic.observe_window(target)
-            critic.fit(state, target, z if context_size else None).loss.backward()
+            fit(critic, state, target, z if context_size else None).loss.backward()
             optimizer.step()
         return [
             join(critic.synthetic_gradient(state, z if context_size else None)),
             critic.window_norm,
             *critic.buffers(),
+            *critic.slow_net.parameters(),
         ]
 
-    settings = {"context_size": context_size, "max_norm_ratio": 0.5, "warmup_updates": 6}
+    settings = {"context_size": context_size, "max_norm_ratio": 0.5, "warmup_updates": 6, "slow_copy_rate": 0.3}
     expected = run(make_critic(name, trained=False, **settings), range(8))
     stopped, file = make_critic(name, trained=False, **settings), io.BytesIO()
     run(stopped, range(4))
@@ -438,6 +683,14 @@ def refuses(message, function, *arguments, **settings):
         ({"warmup_updates": -1}, "warmup_updates: found -1, allowed 0 or more"),
         ({"statistics_decay": 1.0}, "statistics_decay: found 1.0, allowed 0 up to, not including, 1"),
         ({"statistics_decay": -0.1}, "statistics_decay: found -0.1, allowed 0 up to, not including, 1"),
+        ({"slow_copy_rate": 0.0}, "slow_copy_rate: found 0.0, allowed above 0 to 1, or None for no slow copy"),
+        ({"slow_copy_rate": math.nan}, "slow_copy_rate: found nan, allowed above 0 to 1, or None for no slow copy"),
+        ({"target_lambda": 1.5}, "target_lambda: found 1.5, allowed 0 to 1"),
+        (
+            {"target_lambda": 0.5, "dense_targets": False},
+            "target_lambda: found 0.5 with dense_targets=False, allowed 1; mixed targets come from the steps inside the window, "
+            "so use dense_targets=True",
+        ),
     ],
 )
 @every_critic
@@ -458,11 +711,12 @@ def test_sizes_out_of_range_are_refused(state_sizes, hidden_sizes):
 
 @every_critic
 def test_states_and_contexts_of_other_sizes_are_refused(name):
-    state, target, z = rows()
+    state, target, z = rows_of(name)
     critic = make_critic(name)
-    for call in (critic, critic.synthetic_gradient, lambda s: critic.fit(s, target), critic.observe_window):
-        refuses("state: expected widths (3, 2), got shapes [(7, 2), (7, 3)]", call, state[::-1])
-        refuses("state: expected widths (3, 2), got shapes [(7, 3)]", call, state[:1])
+    wanted = f"shapes [..., C, Y, X] with {MAPS}, got" if name == "convolutional" else "widths (3, 2), got shapes"
+    for call in (critic, critic.synthetic_gradient, lambda s: fit(critic, s, target), critic.observe_window):
+        for wrong in (state[::-1], state[:1]):
+            refuses(f"state: expected {wanted} {[tuple(s.shape) for s in wrong]}", call, wrong)
     refuses("context: expected None (context_size=0), got (7, 4)", critic, state, z)
     critic = make_critic(name, context_size=Z)
     refuses("context: expected (7, 4) (context_size=4), got None", critic, state)

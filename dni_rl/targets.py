@@ -1,0 +1,61 @@
+"""What error critics regress on, as pure functions: bootstrapped targets, mixed over windows of different length.
+
+The recursion is that of lambda-returns; what is carried from step to step is a loss, or a gradient through Jacobians.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def lambda_targets(
+    local: Tensor,
+    bootstraps: Tensor,
+    lambda_: float = 1.0,
+    *,
+    first: Tensor | None = None,
+    pull_back: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Targets at every step of a window, mixed over the windows that could have been cut inside of it.
+
+        G_t = r_t + P_t((1 - lambda) b_{t+1} + lambda G_{t+1}),    G_T = b_T,    t = T - 1, ..., 0
+
+    With losses r_t, the values b_t of a loss critic and P_t the identity these are lambda-returns (Sutton & Barto,
+    "Reinforcement Learning: An Introduction" (2018), eq. 12.20; here every bootstrap carries its discount already). With
+    r_t = d l_t / d s_t, synthetic gradients b_t and P_t(v) = (d s_{t+1} / d s_t)^T v they are gradients (Pemberton & Costa,
+    "BP(lambda)" (2024), forward view). Written out, n steps to the bootstrap,
+
+        G_t = (1 - lambda) sum_{n=1}^{T-t-1} lambda^{n-1} G_t^(n)  +  lambda^{T-t-1} G_t^(T-t)
+
+    a mixture of the targets G^(n) of windows cut n steps later. lambda = 1 is the target of the full window, lambda = 0 believes
+    the very next prediction.
+
+    Args:
+        local: [T, B, ...] r_0 .. r_{T-1}.
+        bootstraps: [T, B, ...] b_1 .. b_T, discounted. With lambda_ = 1 only the last one matters.
+        lambda_: in [0, 1].
+        first: [T, B] bool, True where an episode starts: nothing of that step or later reaches the steps before.
+        pull_back: (t, v [B, ...]) -> P_t(v); None for the identity.
+
+    Returns:
+        [T, B, ...] targets G_0 .. G_{T-1}. Gradients flow into local and bootstraps; detach for targets.
+
+    Raises:
+        ValueError: if shapes disagree or lambda_ is out of range.
+    """
+    if not 0.0 <= lambda_ <= 1.0:
+        raise ValueError(f"lambda_: found {lambda_}, allowed 0 to 1")
+    if local.shape != bootstraps.shape or (first is not None and first.shape != local.shape[:2]):
+        found = [tuple(x.shape) for x in (local, bootstraps)] + ([] if first is None else [tuple(first.shape)])
+        raise ValueError(f"expected local and bootstraps [T, B, ...] alike, and first [T, B]; got {found}")
+    targets: list[Tensor] = []
+    carried = bootstraps[-1]
+    for t in reversed(range(len(local))):
+        if targets:
+            # lambda = 1 must not touch the bootstraps: nobody may have computed them
+            carried = targets[-1] if lambda_ == 1.0 else torch.lerp(bootstraps[t], targets[-1], lambda_)
+            if first is not None:
+                carried = carried.masked_fill(first[t + 1].view(-1, *[1] * (local.dim() - 2)), 0.0)
+        targets.append(local[t] + (carried if pull_back is None else pull_back(t, carried)))
+    return torch.stack(targets[::-1])
