@@ -51,17 +51,46 @@ def build_torso(config: ModelConfig, spec: EnvSpec) -> Torso:
     return mlp_torso(shape, () if kind == "none" else config.torso_sizes, scale)
 
 
+def build_core(config: ModelConfig, input_size: int) -> dni_rl.Core:
+    """The recurrent core, its input weights multiplied by the gain; initialised from torch's global generator."""
+    core: dni_rl.Core
+    if config.core == "multi_timescale":
+        sizes = config.level_sizes or (config.hidden_size,) * len(config.periods)
+        core = dni_rl.MultiTimescaleCore(
+            input_size, sizes, config.periods, message=config.message, chrono_max=_memories(config)
+        )
+        # of a level, the columns behind these read the context from above
+        entering = [
+            level.get_parameter("weight_ih")[:, :width]
+            for level, width in zip(core.levels, (input_size, *sizes[:-1]), strict=True)
+        ]
+    elif config.core == "elementwise_lstm":
+        core = dni_rl.ElementwiseLSTM(input_size, config.hidden_size, chrono_max=config.chrono_max)
+        entering = [core.weight_ih]
+    else:
+        kind = {"lstm": dni_rl.LSTM, "gru": dni_rl.GRU}[config.core]
+        core = kind(input_size, config.hidden_size, config.num_layers, chrono_max=config.chrono_max)
+        entering = [core.rnn.get_parameter("weight_ih_l0")]
+    with torch.no_grad():
+        for weight in entering:
+            weight.mul_(config.input_gain)
+    return core
+
+
+def _memories(config: ModelConfig) -> list[float] | None:
+    """The longest memory of each level, in agent steps: up to the next tick of the level above, the highest one's is chrono_max."""
+    if config.chrono_max is None:
+        return None
+    return [min(config.chrono_max, float(above)) for above in config.periods[1:]] + [config.chrono_max]
+
+
 def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
     """The actor-critic network; initialised from torch's global generator."""
     torso = build_torso(config, spec)
     width = torso.output_size + spec.num_actions * config.previous_action + config.previous_reward
-    kind = {"lstm": dni_rl.LSTM, "gru": dni_rl.GRU}[config.core]
-    core = kind(width, config.hidden_size, config.num_layers, chrono_max=config.chrono_max)
-    with torch.no_grad():
-        core.rnn.get_parameter("weight_ih_l0").mul_(config.input_gain)
     return ActorCritic(
         torso,
-        core,
+        build_core(config, width),
         spec.num_actions,
         previous_action=config.previous_action,
         previous_reward=config.previous_reward,
@@ -70,8 +99,8 @@ def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
 
 
 def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni_rl.ErrorCritic | None:
-    """The error critic, or None for plain truncated BPTT. ValueError if a context is asked for that does not exist."""
-    if config.kind == "none":
+    """The error critic, or None for truncated BPTT and RTRL. ValueError if a context is asked for that does not exist."""
+    if config.kind in ("none", "rtrl"):
         return None
     if config.kind == "cdni" and not spec.context_size:
         raise ValueError(
@@ -84,7 +113,8 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
     return kinds.get(config.kind, dni_rl.GradientCritic)(
         state_sizes=model.core.state_sizes,
         hidden_sizes=config.hidden_sizes,
-        context_size=spec.context_size if config.kind == "cdni" else 0,
+        context_size=(spec.context_size if config.kind == "cdni" else 0)
+        + config.future_steps * (model.core.input_size + 1),  # an input and a flag
         normalize_targets=config.normalize_targets,
         dense_targets=config.dense_targets,
         gradient_discount=config.gradient_discount,
@@ -94,6 +124,24 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         slow_copy_rate=config.slow_copy_rate,
         target_lambda=config.target_lambda,
     )
+
+
+def build_interfaces(config: CriticConfig, model: ActorCritic) -> list[dni_rl.GradientCritic]:
+    """One critic for each message upwards in a multi-timescale core, from the lowest; none unless asked for."""
+    core = model.core
+    if not config.interfaces or not isinstance(core, dni_rl.MultiTimescaleCore):
+        return []
+    return [
+        dni_rl.GradientCritic(
+            state_sizes=(width,),
+            hidden_sizes=config.hidden_sizes,
+            normalize_targets=config.normalize_targets,
+            scale=config.scale,
+            warmup_updates=config.warmup_updates,
+            slow_copy_rate=config.slow_copy_rate,
+        )
+        for width in core.hidden_sizes[:-1]
+    ]
 
 
 def build_auxiliary(config: CriticConfig, model: ActorCritic) -> dni_rl.AuxiliaryTask | None:

@@ -42,6 +42,7 @@ Fraction: TypeAlias = Annotated[float, _Rule("from 0 to 1", lambda x: 0 <= x <= 
 Decay: TypeAlias = Annotated[float, _Rule("from 0 up to, not including, 1", lambda x: 0 <= x < 1)]
 MemorySteps: TypeAlias = Annotated[float, _Rule("above 2", lambda x: x > 2)]
 Count: TypeAlias = Annotated[int, _Rule("of at least 0", lambda x: x >= 0)]
+SequenceSteps: TypeAlias = Annotated[int, _Rule("of at least 4", lambda x: x >= 4)]
 PositiveCount: TypeAlias = Annotated[int, _Rule("of at least 1", lambda x: x >= 1)]
 Seed: TypeAlias = Annotated[int, _Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
 Device: TypeAlias = Annotated[
@@ -100,24 +101,47 @@ class ModelConfig(_Section):
     """What encodes an observation for the core; auto picks by the shape and type of the observation."""
     torso_sizes: tuple[PositiveCount, ...] = (64,)
     """Widths of the torso's fully connected layers, in units."""
-    core: Literal["lstm", "gru"] = "lstm"
-    """The recurrent core."""
+    core: Literal["lstm", "gru", "elementwise_lstm", "multi_timescale"] = "lstm"
+    """The recurrent core. elementwise_lstm: every unit recurs on itself alone, for exact RTRL; multi_timescale: LSTM levels, each
+    slower than the one below, that pass messages up and context down."""
     hidden_size: PositiveCount = 32
-    """Width H of the core's state, in units."""
+    """Width H of the core's state, in units; of multi_timescale that of every level."""
     num_layers: PositiveCount = 1
-    """Stacked layers of the core."""
+    """Stacked layers of an lstm or gru core."""
+    periods: tuple[PositiveCount, ...] = (1, 8)
+    """multi_timescale: ticks of each level, the lowest first, in agent steps of each environment's own episode: 1, then rising
+    multiples of the period below."""
+    level_sizes: tuple[PositiveCount, ...] | None = None
+    """multi_timescale: width of each level, the lowest first, in units; null: hidden_size for all of them."""
+    message: Literal["last", "mean"] = "last"
+    """multi_timescale: what a level sees of the one below, its last output or the mean of those since the last tick."""
     chrono_max: MemorySteps | None = None
     """Longest memory expected, in agent steps: the gates start out remembering up to so long (chrono initialisation,
-    Tallec & Ollivier 2018); null keeps PyTorch's initialisation."""
+    Tallec & Ollivier 2018), of multi_timescale those of the highest level, of the others up to the next tick of the level above;
+    null keeps the core's usual initialisation."""
     input_gain: Positive = 1.0
-    """Multiplies the core's initial input weights. Chrono initialisation opens input gates to about 1 / chrono_max only; a gain
-    of 3 keeps what enters large enough to be learned from."""
+    """Multiplies the core's initial input weights, of every level those for what comes from below. Chrono initialisation opens
+    input gates to about 1 / chrono_max only; a gain of 3 keeps what enters large enough to be learned from."""
     previous_action: bool = True
     """Whether the core also sees the previous action, one-hot."""
     previous_reward: bool = True
     """Whether the core also sees the previous reward."""
     head_sizes: tuple[PositiveCount, ...] = ()
     """Widths of hidden layers in front of the policy head and, separately, the value head; [] is linear heads."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.core not in ("lstm", "gru") and self.num_layers > 1:
+            self._refuse("num_layers", f"1 with model.core {self.core}", "use lstm or gru for stacked layers")
+        rising = all(above > below and above % below == 0 for below, above in itertools.pairwise(self.periods))
+        if self.periods[:1] != (1,) or not rising:
+            self._refuse("periods", "1, then rising multiples of the period below", "set for example [1, 8]")
+        if self.level_sizes is not None and len(self.level_sizes) != len(self.periods):
+            self._refuse(
+                "level_sizes",
+                f"{len(self.periods)} widths, one for each of model.periods",
+                "leave it out for hidden_size",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +150,14 @@ class CriticConfig(_Section):
 
     section: ClassVar[str] = "critic"
 
-    kind: Literal["none", "dni", "cdni", "dni_aux", "loss_critic", "sobolev"] = "none"
+    kind: Literal["none", "dni", "cdni", "dni_aux", "loss_critic", "sobolev", "bp_lambda", "rtrl"] = "none"
     """none: truncated BPTT; dni: the critic sees the core's state; cdni: and the environment's privileged context; dni_aux: dni,
     and the core predicts the synthetic gradients of the next window; loss_critic: dni by the gradient of a predicted future loss;
-    sobolev: and that is trained on gradients as well."""
+    sobolev: and that is trained on gradients as well; bp_lambda: a linear dni critic that learns online by eligibility traces,
+    made for windows of one step; rtrl: no critic, but exact real-time recurrent learning, which carries d state / d parameters
+    from window to window and from rollout to rollout, and needs model.core elementwise_lstm. The core's own parameters then have
+    the gradient since the start of each episode, exact up to what the optimiser has changed since; torso and heads have that of
+    the window, which for the heads is all there is."""
     hidden_sizes: tuple[PositiveCount, ...] = (128,)
     """Widths of the critic's hidden layers, in units; [] is linear, a predicted loss then has one gradient for all states."""
     gradient_discount: Fraction = 0.9
@@ -144,6 +172,9 @@ class CriticConfig(_Section):
     """Whether the critic learns from the gradient at every step of a window; false: at its start, as in the paper."""
     normalize_targets: bool = True
     """Whether each component of the critic's target is divided by its running RMS; false: as in the paper."""
+    epochs: PositiveCount = 1
+    """PPO: passes over a rollout from which the critic learns, the first ones; later ones repeat the same states, and their synthetic
+    gradients come from the critic as it is."""
     warmup_updates: Count = 0
     """Updates during which the critic learns and its predictions are not applied."""
     slow_copy_rate: Fraction | None = None
@@ -151,6 +182,16 @@ class CriticConfig(_Section):
     the critic itself."""
     target_lambda: Fraction = 1.0
     """1: targets of the full window; below, mixed over the windows that could have been cut inside of it, as in TD(lambda)."""
+    future_steps: Count = 0
+    """Steps ahead whose core inputs the critic is also given as context, as far as the episode goes and the rollout is stored; the
+    policy never sees them. 0: none."""
+    trace_lambda: Fraction = 0.9
+    """bp_lambda: decay of the traces beside gradient_discount; 0 learns from the next prediction alone, 1 from true gradients alone
+    (Pemberton & Costa 2024)."""
+    interfaces: bool = False
+    """multi_timescale: whether each message upwards is cut, and a critic of its own tells the lower level at once what the upper one
+    will send back (Jaderberg et al. 2017, two networks that tick at different speeds). These critics share the settings of this
+    section except kind, and those that belong to cuts in time: gradient_discount, max_norm_ratio, target_lambda."""
     auxiliary_cost: NonNegative = 0.1
     """dni_aux: weight of the auxiliary loss, which has no unit; the paper gives none."""
     learning_rate: Positive = 3e-4
@@ -176,7 +217,8 @@ class AlgorithmConfig(_Section):
     rollout_length: PositiveCount = 32
     """Agent steps per environment between two learning phases."""
     bptt_horizon: PositiveCount = 8
-    """Length K of a window of truncated BPTT, in agent steps; divides the rollout length."""
+    """Length K of a window of truncated BPTT, in agent steps; divides the rollout length. With model.core multi_timescale in ticks of
+    each level: level i is cut every K * periods[i] steps, and K times the longest period divides the rollout length."""
     discount: Fraction = 0.99
     """Reward discount per agent step, that is after action repeat."""
     gae_lambda: Fraction = 0.95
@@ -201,9 +243,9 @@ class AlgorithmConfig(_Section):
     normalize_advantages: bool = False
     """Whether advantages have mean 0 and standard deviation 1 in every minibatch; usual in PPO (Huang et al. 2022)."""
     epochs: PositiveCount = 4
-    """PPO: passes over a rollout."""
+    """PPO: passes over a rollout; 1 with critic.kind bp_lambda or rtrl."""
     minibatches: PositiveCount = 4
-    """PPO: parts of a rollout per pass, in whole sequences, so it divides env.num_envs."""
+    """PPO: parts of a rollout per pass, in whole sequences, so it divides env.num_envs; 1 with critic.kind bp_lambda or rtrl."""
     clip_ratio: Positive = 0.2
     """PPO: how far the probability ratio may leave 1 (Schulman et al. 2017)."""
     target_kl: Positive | None = None
@@ -244,6 +286,14 @@ class RunConfig(_Section):
     """Agent steps between two lines of metrics."""
     checkpoint_every_steps: PositiveCount = 500_000
     """Agent steps between two checkpoints; the last step always has one."""
+    credit_every_steps: PositiveCount | None = None
+    """Agent steps between two measurements of the credit horizon, beside those before the first update and after the last; null:
+    none. They act in environments of their own and leave the run as it is without them; charts/SPS leaves their time out."""
+    credit_length: SequenceSteps = 256
+    """Length in agent steps of the sequences on which the credit horizon is measured. Lags up to half of it are told apart, so it
+    should be more than twice the longest memory of the task."""
+    credit_num_envs: PositiveCount = 16
+    """Number of those sequences, side by side."""
     tensorboard: bool = True
     """Whether metrics also go to TensorBoard; metrics.jsonl is always written."""
     progress: bool = True
@@ -268,7 +318,9 @@ class TrainConfig:
                 f"a divisor of env.num_envs, {num_envs}, because minibatches are whole sequences",
                 f"set --env.num_envs {math.ceil(num_envs / algorithm.minibatches) * algorithm.minibatches}",
             )
-        if self.critic.kind == "dni_aux" and algorithm.rollout_length == algorithm.bptt_horizon:
+        self._check_core()
+        self._check_online()
+        if self.critic.kind == "dni_aux" and algorithm.rollout_length == self.window_length:
             algorithm._refuse(
                 "bptt_horizon",
                 f"a proper divisor of algorithm.rollout_length, {algorithm.rollout_length}, with critic.kind dni_aux, whose targets "
@@ -282,6 +334,67 @@ class TrainConfig:
                 f"at least one rollout, {steps_per_rollout} (env.num_envs x algorithm.rollout_length)",
                 "train longer, or with fewer environments",
             )
+
+    @property
+    def window_length(self) -> int:
+        """Agent steps of a learner's window: in those of `bptt_horizon` ticks, all levels of a multi-timescale core are cut together."""
+        slowest = self.model.periods[-1] if self.model.core == "multi_timescale" else 1
+        return self.algorithm.bptt_horizon * slowest
+
+    def _check_core(self) -> None:
+        algorithm, critic, core = self.algorithm, self.critic, self.model.core
+        if algorithm.rollout_length % self.window_length:
+            algorithm._refuse(
+                "rollout_length",
+                f"a multiple of {self.window_length}, algorithm.bptt_horizon ticks of the slowest level (model.periods)",
+                f"set --algorithm.rollout_length {math.ceil(algorithm.rollout_length / self.window_length) * self.window_length}",
+            )
+        if critic.interfaces and core != "multi_timescale":
+            critic._refuse("interfaces", f"false with model.core {core}", "set --model.core multi_timescale")
+        if critic.kind == "rtrl" and core != "elementwise_lstm":
+            critic._refuse(
+                "kind",
+                f"none and the critics with model.core {core}, for which exact RTRL costs too much",
+                "set --model.core elementwise_lstm",
+            )
+        if critic.kind == "bp_lambda" and core == "multi_timescale":
+            critic._refuse(
+                "kind",
+                "none and the other critics with model.core multi_timescale, whose levels are cut at different steps",
+                "set --model.core lstm",
+            )
+
+    def _check_online(self) -> None:
+        """Traces and sensitivities travel with the one pass that a rollout is learned in, and traces need a linear critic."""
+        algorithm, critic = self.algorithm, self.critic
+        if critic.kind not in ("bp_lambda", "rtrl"):
+            return
+        for name in ("epochs", "minibatches"):
+            if algorithm.name == "ppo" and getattr(algorithm, name) > 1:
+                algorithm._refuse(
+                    name,
+                    f"1 with critic.kind {critic.kind}, which carries derivatives of one pass along the rollout",
+                    f"set --algorithm.{name} 1, or --algorithm.name a2c",
+                )
+        if critic.kind == "rtrl":
+            return
+        wanted = {
+            "hidden_sizes": (),
+            "normalize_targets": False,
+            "max_norm_ratio": None,
+            "warmup_updates": 0,
+            "slow_copy_rate": None,
+            "target_lambda": 1.0,
+            "future_steps": 0,
+        }
+        for name, value in wanted.items():
+            if getattr(critic, name) != value:
+                shown = _show(value)
+                critic._refuse(
+                    name,
+                    f"{shown} with critic.kind bp_lambda, whose traces are those of a linear critic and nothing else",
+                    f"set --critic.{name} {shown}, and see configs/kinds/bp_lambda.yaml",
+                )
 
 
 def parse_train_config(argv: Sequence[str] | None = None) -> tuple[TrainConfig, Path | None]:

@@ -3,10 +3,14 @@
 A rollout of T steps is T / K windows of K = `bptt_horizon` steps. All windows of all environments are unrolled side by side as one
 batch, each from the state that the actor had at its start; nothing but the error critic carries gradient from one window to
 the one before. With `critic=None` the same code is plain truncated BPTT, and with K = T it is BPTT over the whole rollout.
+
+BP(lambda) and RTRL carry derivatives forward instead, from each window to the next and from rollout to rollout: there the windows
+are learned from one after the other, all with the parameters that acted, and one step of the optimisers ends the rollout. With a
+multi-timescale core, K counts ticks of each level, and a window has K * periods[-1] steps (`MultiTimescaleCore.unroll_in_ticks`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,7 @@ from agents.model import ActorCritic
 from agents.rollout import Rollout
 from dni_rl.cores import State
 from dni_rl.cores.base import UnrolledState
+from dni_rl.cores.timescales import LevelledState
 
 
 @dataclass(slots=True)
@@ -101,6 +106,23 @@ def make_windows(rollout: Rollout, bptt_horizon: int, discount: float, gae_lambd
     )
 
 
+def with_future_inputs(rollout: Rollout, model: ActorCritic, config: CriticConfig) -> Rollout:
+    """The rollout with a context that also holds what the core will read in the next `future_steps` steps.
+
+    Behind the privileged context for the kind cdni, alone for others. Inputs are those of the torso as it is now; see
+    `dni_rl.future_inputs`.
+    """
+    if not config.future_steps or config.kind in ("none", "rtrl"):
+        return rollout
+    with torch.no_grad():
+        inputs = model.core_inputs(rollout.observation, rollout.action_tm1, rollout.reward, rollout.first)
+    # the state after the rollout's last observation, to which the last row belongs, is not there
+    context = dni_rl.future_inputs(inputs, rollout.first, config.future_steps)[:-1]  # [T + 1, B, Z]
+    if config.kind == "cdni" and rollout.context is not None:
+        context = torch.cat([rollout.context, context], dim=-1)
+    return replace(rollout, context=context)
+
+
 def select_sequences(windows: Windows, environments: Tensor, num_envs: int) -> Windows:
     """The windows of some environments only: minibatches hold whole sequences.
 
@@ -110,10 +132,25 @@ def select_sequences(windows: Windows, environments: Tensor, num_envs: int) -> W
         num_envs: B.
     """
     W = windows.alive.shape[0] // num_envs
-    rows = (torch.arange(W, device=environments.device).unsqueeze(1) * num_envs + environments).flatten()
+    return _select(
+        windows, (torch.arange(W, device=environments.device).unsqueeze(1) * num_envs + environments).flatten()
+    )
+
+
+def windows_in_order(windows: Windows, num_envs: int) -> Iterator[Windows]:
+    """The windows of a rollout one after the other, each with N = num_envs."""
+    if len(windows.alive) == num_envs:
+        yield windows
+        return
+    for rows in torch.arange(len(windows.alive), device=windows.alive.device).split(num_envs):
+        yield _select(windows, rows)
+
+
+def _select(windows: Windows, rows: Tensor) -> Windows:
+    """Some of N windows, by their indices [M] int64."""
 
     def pick(x: Tensor) -> Tensor:
-        return x.index_select(1, rows)  # [K, N, ...] -> [K, W * M, ...]
+        return x.index_select(1, rows)  # [K, N, ...] -> [K, M, ...]
 
     return Windows(
         observation=pick(windows.observation),
@@ -136,11 +173,21 @@ class Learner:
 
     Args:
         model: the actor-critic network.
-        critic: the error critic, or None for plain truncated BPTT.
+        critic: the error critic, or None for plain truncated BPTT and for RTRL.
         algorithm: settings of A2C or PPO.
-        critic_config: settings of the critic's optimiser, and of the auxiliary task; not used without a critic.
+        critic_config: settings of the critics' optimiser and of the auxiliary task; its kind tells whether to learn by BP(lambda) or
+            RTRL.
         num_envs: B.
         seed: of the stream that shuffles minibatches.
+        interfaces: critics of the messages upwards in a multi-timescale core, or none.
+
+    Attributes:
+        window_length: agent steps of a window.
+        trace: of BP(lambda), after the last window learned from; None for other kinds.
+        sensitivity: of RTRL, likewise.
+
+    Raises:
+        ValueError: if the traces of BP(lambda) would not fit, or a critic or core is not of the kind that was asked for.
     """
 
     def __init__(
@@ -152,16 +199,32 @@ class Learner:
         *,
         num_envs: int,
         seed: int,
+        interfaces: Sequence[dni_rl.GradientCritic] = (),
     ):
         self.model, self.critic = model, critic
+        self.interfaces = list(interfaces)
         self.algorithm, self.critic_config = algorithm, critic_config
         self.num_envs = num_envs
         self.generator = torch.Generator().manual_seed(seed)
         self.auxiliary = None if critic is None else build_auxiliary(critic_config, model)
+        if isinstance(model.core, dni_rl.LSTM):
+            model.core.expects_dense_targets = critic is not None and critic.dense_targets
         # The auxiliary head is a part of the model: one optimiser, one clipped norm. The actor has no use for it.
         self.learned = model if self.auxiliary is None else nn.ModuleList([model, self.auxiliary])
         self.optimizer = _adam(self.learned, algorithm)
-        self.critic_optimizer = None if critic is None else _adam(critic, critic_config)
+        self.critics = nn.ModuleList([*([] if critic is None else [critic]), *self.interfaces])
+        self.critic_optimizer = _adam(self.critics, critic_config) if len(self.critics) else None
+        core = model.core
+        self.levelled = core if isinstance(core, dni_rl.MultiTimescaleCore) else None
+        self.window_length = algorithm.bptt_horizon * (1 if self.levelled is None else self.levelled.periods[-1])
+        self.trace: Tensor | None = None
+        self.sensitivity: dni_rl.Sensitivity | None = None
+        if critic_config.kind == "bp_lambda":
+            self.trace = _initial_trace(critic, num_envs)
+        elif critic_config.kind == "rtrl":
+            if not isinstance(core, dni_rl.ElementwiseLSTM):
+                raise ValueError(f"model: expected an ElementwiseLSTM core for RTRL, got {type(core).__name__}")
+            self.sensitivity = core.initial_sensitivity(num_envs)
 
     def set_progress(self, fraction: float) -> None:
         """Anneals the learning rates of both sides linearly to zero; `fraction` of the run is done."""
@@ -179,10 +242,11 @@ class Learner:
             Scalars by TensorBoard name, means over minibatches, still on the device.
         """
         algorithm = self.algorithm
-        windows = make_windows(rollout, algorithm.bptt_horizon, algorithm.discount, algorithm.gae_lambda)
+        rollout = with_future_inputs(rollout, self.model, self.critic_config)
+        windows = make_windows(rollout, self.window_length, algorithm.discount, algorithm.gae_lambda)
         collected: dict[str, list[Tensor]] = {}
-        for minibatch in self._minibatches(windows):
-            metrics = self._update_minibatch(minibatch)
+        for epoch, minibatch in self._minibatches(windows):
+            metrics = self._update_minibatch(minibatch, epoch < self.critic_config.epochs)
             for name, value in metrics.items():
                 collected.setdefault(name, []).append(value)
             # The one decision that needs the host: read only if it was asked for.
@@ -193,40 +257,65 @@ class Learner:
             name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in collected.items()
         }
 
-    def _minibatches(self, windows: Windows) -> Iterator[Windows]:
+    def _minibatches(self, windows: Windows) -> Iterator[tuple[int, Windows]]:
+        """Each with the number of its epoch, from 0."""
         algorithm = self.algorithm
         if algorithm.name == "a2c":
-            yield windows
+            yield 0, windows
             return
         size = self.num_envs // algorithm.minibatches
-        for _ in range(algorithm.epochs):
+        for epoch in range(algorithm.epochs):
             if algorithm.minibatches == 1:
-                yield windows
+                yield epoch, windows
                 continue
             order = torch.randperm(self.num_envs, generator=self.generator).to(windows.action.device)
             for environments in order.split(size):
-                yield select_sequences(windows, environments, self.num_envs)
+                yield epoch, select_sequences(windows, environments, self.num_envs)
 
-    def _update_minibatch(self, batch: Windows) -> dict[str, Tensor]:
-        algorithm, model, critic = self.algorithm, self.model, self.critic
-        advantage = batch.advantage
-        if algorithm.normalize_advantages:
+    def _update_minibatch(self, batch: Windows, fit: bool) -> dict[str, Tensor]:
+        if self.algorithm.normalize_advantages:
+            advantage = batch.advantage
             weight = batch.valid.to(advantage.dtype)
             count = weight.sum().clamp_min(2.0)
             mean = (weight * advantage).sum() / count
             std = ((weight * (advantage - mean).square()).sum() / count).sqrt()
-            advantage = (advantage - mean) / (std + 1e-8)
+            batch = replace(batch, advantage=(advantage - mean) / (std + 1e-8))
 
         self.optimizer.zero_grad(set_to_none=True)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad(set_to_none=True)
+        if self.trace is None and self.sensitivity is None:
+            metrics = self._backward(batch, fit=fit)
+        else:
+            parts = list(windows_in_order(batch, self.num_envs))
+            metrics = _means([self._backward(part, weight=1.0 / batch.action.numel()) for part in parts])
+            _divide_gradients(self.critics, len(parts))
+        metrics["losses/gradient_norm"] = _clip(self.learned, self.algorithm.max_grad_norm)
+        self.optimizer.step()
+        if self.critic_optimizer is not None and fit:
+            metrics["sg/gradient_norm"] = _clip(self.critics, self.critic_config.max_grad_norm)
+            self.critic_optimizer.step()
+        return metrics
+
+    def _backward(self, batch: Windows, *, weight: float | None = None, fit: bool = True) -> dict[str, Tensor]:
+        """Fills `.grad` on both sides from windows that are unrolled side by side.
+
+        Args:
+            batch: windows; in one by one learning, those of all environments at the same time.
+            weight: of each loss in the model's gradient; None for the mean over this batch.
+            fit: whether the critics learn, too.
+        """
+        algorithm, model, critic = self.algorithm, self.model, self.critic
         state = dni_rl.cut(batch.state)
         inputs = model.core_inputs(batch.observation, batch.action_tm1, batch.reward, batch.first)
-        outputs, next_state = model.core.unroll(inputs, state, batch.first)
+        context = batch.context if critic is not None and critic.context_size else None
+        outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
         logits, values = model.heads(outputs)
         loss = actor_critic_loss(
             logits,
             values,
             batch.action,
-            advantage,
+            batch.advantage,
             batch.value_target,
             batch.valid,
             entropy_cost=algorithm.entropy_cost,
@@ -234,37 +323,92 @@ class Learner:
             behaviour_log_probs=batch.behaviour_log_prob if algorithm.name == "ppo" else None,
             clip_ratio=algorithm.clip_ratio,
         )
-        if critic is not None and self.critic_optimizer is not None:
-            self.critic_optimizer.zero_grad(set_to_none=True)
-        context = batch.context if critic is not None and critic.context_size else None
         total, metrics = loss.total, loss.metrics
+        if bootstraps is not None:
+            total = total + bootstraps
         if self.auxiliary is not None and critic is not None:
             assert isinstance(next_state, UnrolledState)
-            num_windows = algorithm.rollout_length // algorithm.bptt_horizon
+            num_windows = algorithm.rollout_length // self.window_length
             targets, valid = dni_rl.later_synthetic_gradients(critic, next_state, num_windows, batch.alive, context)
             auxiliary_loss = self.auxiliary(outputs, targets, valid)
             total = total + auxiliary_loss
             metrics["losses/auxiliary_loss"] = auxiliary_loss.detach().sum() / valid.sum().clamp_min(1)
-        report = dni_rl.backward(total, start=state, end=next_state, critic=critic, alive=batch.alive, context=context)
-        metrics["losses/gradient_norm"] = _clip(self.learned, algorithm.max_grad_norm)
-        self.optimizer.step()
-        if critic is not None and self.critic_optimizer is not None:
-            metrics["sg/gradient_norm"] = _clip(critic, self.critic_config.max_grad_norm)
-            self.critic_optimizer.step()
+        if self.trace is not None:
+            assert isinstance(critic, dni_rl.GradientCritic)
+            report, self.trace = dni_rl.bp_lambda_backward(
+                total,
+                start=state,
+                end=next_state,
+                critic=critic,
+                trace=self.trace,
+                lambda_=self.critic_config.trace_lambda,
+                first=batch.first,
+                alive=batch.alive,
+                weight=weight,
+            )
+        else:
+            report = dni_rl.backward(
+                total,
+                start=state,
+                end=next_state,
+                critic=critic,
+                alive=batch.alive,
+                context=context,
+                weight=weight,
+                fit=fit,
+            )
+        if self.sensitivity is not None:
+            assert isinstance(model.core, dni_rl.ElementwiseLSTM)
+            self.sensitivity = model.core.advance(self.sensitivity, inputs, next_state)
+        if critic is not None:
+            metrics["sg/synthetic_norm"] = report.synthetic_norm
+        if critic is not None and fit:
             metrics |= {
                 "sg/loss": report.critic_loss,
                 "sg/explained_variance": report.explained_variance,
                 "sg/cosine": report.cosine,
                 "sg/norm_ratio": report.norm_ratio,
                 "sg/target_norm": report.target_norm,
-                "sg/synthetic_norm": report.synthetic_norm,
             }
+        if self.interfaces and fit:
+            assert isinstance(next_state, LevelledState)
+            for level, found in enumerate(dni_rl.fit_interfaces(next_state, self.interfaces, weight=weight), 1):
+                metrics[f"sg/interface_{level}/loss"] = found.loss.detach()
+                metrics[f"sg/interface_{level}/explained_variance"] = found.explained_variance
+                metrics[f"sg/interface_{level}/cosine"] = found.cosine
         return metrics
 
+    def _unroll(
+        self, batch: Windows, inputs: Tensor, state: State, context: Tensor | None
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Outputs [K, N, H], the state after the windows, and what inner cuts add to the losses, [K, N] or None."""
+        core = self.model.core
+        if self.levelled is not None:
+            return self.levelled.unroll_in_ticks(
+                inputs,
+                state,
+                batch.first,
+                ticks=self.algorithm.bptt_horizon,
+                critic=self.critic,
+                context=context,
+                alive=batch.valid,  # nothing follows a LAST step
+                interface_critics=self.interfaces or None,
+            )
+        if self.sensitivity is not None:
+            assert isinstance(core, dni_rl.ElementwiseLSTM)
+            state = core.attach(state, self.sensitivity)
+        return *core.unroll(inputs, state, batch.first), None
+
     def state_dict(self) -> dict[str, object]:
-        """Model, critic, optimisers and the minibatch stream; the auxiliary task where there is one."""
-        auxiliary = {} if self.auxiliary is None else {"auxiliary": self.auxiliary.state_dict()}
-        return auxiliary | {
+        """Model, critic, optimisers and the minibatch stream; where there are any, auxiliary task, interfaces, trace, sensitivity."""
+        extras: dict[str, object] = {} if self.auxiliary is None else {"auxiliary": self.auxiliary.state_dict()}
+        if self.interfaces:
+            extras["interfaces"] = [critic.state_dict() for critic in self.interfaces]
+        if self.trace is not None:
+            extras["trace"] = self.trace
+        if self.sensitivity is not None:
+            extras["sensitivity"] = {"h": self.sensitivity.h, "c": self.sensitivity.c}
+        return extras | {
             "model": self.model.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -278,10 +422,40 @@ class Learner:
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state["auxiliary"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.critic is not None and self.critic_optimizer is not None:
+        if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+        for critic, saved in zip(self.interfaces, state.get("interfaces", ()), strict=True):
+            critic.load_state_dict(saved)
+        if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        if self.trace is not None:
+            self.trace = state["trace"].to(self.trace.device)
+        if self.sensitivity is not None:
+            device = self.sensitivity.h.device
+            self.sensitivity = dni_rl.Sensitivity(**{name: s.to(device) for name, s in state["sensitivity"].items()})
         self.generator.set_state(state["generator"].cpu())
+
+
+def _initial_trace(critic: dni_rl.ErrorCritic | None, num_envs: int) -> Tensor:
+    if not isinstance(critic, dni_rl.GradientCritic):
+        raise ValueError(f"critic: expected a GradientCritic for BP(lambda), got {type(critic).__name__}")
+    try:
+        return dni_rl.bp_lambda_trace(critic, num_envs)
+    except ValueError as error:
+        raise ValueError(
+            f"critic.kind: found 'bp_lambda'; {error}; in a configuration, lower env.num_envs or model.hidden_size"
+        ) from error
+
+
+def _means(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
+
+
+def _divide_gradients(module: nn.Module, divisor: int) -> None:
+    """Makes the mean over windows of a critic's gradient out of the sum."""
+    for p in module.parameters():
+        if p.grad is not None:
+            p.grad /= divisor
 
 
 def _adam(module: nn.Module, config: AlgorithmConfig | CriticConfig) -> torch.optim.Optimizer:
@@ -299,4 +473,6 @@ def _adam(module: nn.Module, config: AlgorithmConfig | CriticConfig) -> torch.op
 
 def _clip(module: nn.Module, max_norm: float | None) -> Tensor:
     """Clips the gradient of one side and returns the norm it had."""
-    return nn.utils.clip_grad_norm_(module.parameters(), float("inf") if max_norm is None else max_norm)
+    if max_norm is None:
+        return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return nn.utils.clip_grad_norm_(module.parameters(), max_norm)

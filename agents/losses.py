@@ -86,9 +86,9 @@ def actor_critic_loss(
     log_probs = log_policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_policy.exp() * log_policy).sum(-1)
     value_loss = 0.5 * (values - returns).square()
-    metrics: dict[str, Tensor] = {}
+    watched = {"losses/value_loss": value_loss, "losses/entropy": entropy}
     weight = valid.to(logits.dtype)
-    count = weight.sum().clamp_min(1.0)
+    count = weight.sum().clamp_min(1.0)  # of the metrics
     if behaviour_log_probs is None or clip_ratio is None:
         policy_loss = -advantages * log_probs
     else:
@@ -97,11 +97,10 @@ def actor_critic_loss(
         policy_loss = -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_ratio, 1.0 + clip_ratio) * advantages)
         with torch.no_grad():
             # Schulman, "Approximating KL divergence" (2020): unbiased, positive, of low variance.
-            metrics["losses/approx_kl"] = (weight * (ratio - 1.0 - log_ratio)).sum() / count
-            metrics["losses/clip_fraction"] = (weight * ((ratio - 1.0).abs() > clip_ratio)).sum() / count
+            watched["losses/approx_kl"] = ratio - 1.0 - log_ratio
+            watched["losses/clip_fraction"] = ((ratio - 1.0).abs() > clip_ratio).to(ratio.dtype)
     total = weight * (policy_loss + baseline_cost * value_loss - entropy_cost * entropy)
+    watched["losses/policy_loss"] = policy_loss
     with torch.no_grad():
-        metrics["losses/policy_loss"] = (weight * policy_loss).sum() / count
-        metrics["losses/value_loss"] = (weight * value_loss).sum() / count
-        metrics["losses/entropy"] = (weight * entropy).sum() / count
-    return ActorCriticLoss(total, metrics)
+        means = torch.stack(list(watched.values())).mul_(weight).flatten(1).sum(1) / count
+    return ActorCriticLoss(total, dict(zip(watched, means.unbind(), strict=True)))

@@ -11,16 +11,57 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 METRICS_FILE = "metrics.jsonl"
 # What the progress bar shows, by the name of the metric. tqdm itself shows the speed, in agent steps per second.
 PROGRESS_METRICS = {"charts/episodic_return": "return", "charts/success_rate": "success"}
+# TensorBoard's board of custom scalars: names of metrics, as regular expressions, by tab and chart. It is the same in every run, so
+# that runs of different methods share their charts; a run shows what it has.
+BOARD: dict[str, dict[str, tuple[str, ...]]] = {
+    "charts": {
+        "success rate": ("charts/success_rate",),
+        "episodic return": ("charts/episodic_return",),
+        "episodic length": ("charts/episodic_length",),
+        "agent steps per second": ("charts/SPS",),
+        "learning rate": ("charts/learning_rate",),
+    },
+    "losses": {
+        "policy": ("losses/policy_loss",),
+        "value": ("losses/value_loss",),
+        "entropy": ("losses/entropy",),
+        "gradient norm": ("losses/gradient_norm",),
+        "auxiliary task": ("losses/auxiliary_loss",),
+        "PPO: KL divergence from the policy that acted": ("losses/approx_kl",),
+        "PPO: fraction clipped": ("losses/clip_fraction",),
+    },
+    "sg": {
+        "cosine between prediction and target": ("sg/cosine",),
+        "explained variance": ("sg/explained_variance",),
+        "error critic's loss": ("sg/loss",),
+        "norm of prediction over norm of target": ("sg/norm_ratio",),
+        "norms of synthetic gradient and target": ("sg/synthetic_norm", "sg/target_norm"),
+        "error critic's gradient norm": ("sg/gradient_norm",),
+        "interfaces between levels: cosine": (r"sg/interface_\d+/cosine",),
+        "interfaces between levels: explained variance": (r"sg/interface_\d+/explained_variance",),
+        "interfaces between levels: loss": (r"sg/interface_\d+/loss",),
+    },
+    "credit": {
+        "effective horizon, and window": ("credit/horizon", "bptt/horizon"),
+        "90 % of the norm delivered lies within": ("credit/lag_90",),
+        "90 % of the true norm lies within": ("credit/true_lag_90",),
+        "norm delivered over true norm": ("credit/delivered_share",),
+    },
+}
 
 
 class MetricsWriter:
@@ -69,6 +110,8 @@ class MetricsWriter:
             if hyperparameters is not None and resume_step is None:
                 text = yaml.safe_dump(dict(hyperparameters), sort_keys=False)
                 self._events.add_text("hyperparameters", f"```\n{text}```", global_step=0)
+            if resume_step is None:
+                self._events.add_custom_scalars(_layout())
         self._step = resume_step or 0  # of the last row
         self._shown: dict[str, str] = {}
         self._progress = tqdm(
@@ -109,6 +152,53 @@ class MetricsWriter:
         self._progress.set_postfix(self._shown, refresh=False)
         self._progress.update(step - self._step)
         self._step = step
+
+    @property
+    def has_tensorboard(self) -> bool:
+        """Whether figures and histograms go anywhere."""
+        return self._events is not None
+
+    def write_figure(self, step: int, name: str, figure: "Figure") -> None:
+        """Shows a figure as an image in TensorBoard; without TensorBoard nothing happens.
+
+        Args:
+            step: agent steps so far.
+            name: "group/name".
+            figure: of Matplotlib; not changed.
+        """
+        if self._events is not None:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+            self._events.add_image(name, pixels, global_step=step, dataformats="HWC")
+
+    def write_histogram(self, step: int, name: str, weights: Tensor) -> None:
+        """Shows how weights are spread over 1, 2, ..., N as a histogram in TensorBoard; without TensorBoard nothing happens.
+
+        Args:
+            step: agent steps so far.
+            name: "group/name".
+            weights: [N], none negative; only their ratios are shown. Where all are 0, or one is not finite, there is no histogram.
+        """
+        if self._events is None:
+            return
+        share = weights.detach().double().cpu()
+        share = share / share.sum()
+        if share.isfinite().all():
+            values = torch.arange(1.0, len(share) + 1, dtype=torch.float64)
+            self._events.add_histogram_raw(
+                name,
+                min=0.5,
+                max=len(share) + 0.5,
+                num=1,
+                sum=float((values * share).sum()),
+                sum_squares=float((values.square() * share).sum()),
+                bucket_limits=(values + 0.5).tolist(),
+                bucket_counts=share.tolist(),
+                global_step=step,
+            )
 
     def flush(self) -> None:
         """Hands everything written so far to the operating system; call it with every checkpoint."""
@@ -159,6 +249,14 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
                 f"{path}, line {number}: found text that is not a row of metrics; repair or remove it"
             ) from None
     return rows
+
+
+def _layout() -> dict[str, dict[str, list[Any]]]:
+    """`BOARD` in TensorBoard's terms; it matches from the start of a name, and would go on after the end of a shorter one."""
+    return {
+        tab: {title: ["Multiline", [f"{name}$" for name in names]] for title, names in charts.items()}
+        for tab, charts in BOARD.items()
+    }
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

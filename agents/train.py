@@ -12,18 +12,19 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from agents.build import build_critic, build_environment, build_model, spread_seeds
+from agents.build import build_critic, build_environment, build_interfaces, build_model, spread_seeds
 from agents.checkpoint import CHECKPOINT_FILE, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
+from agents.credit import credit_figure, measure_credit
 from agents.learner import Learner
 from agents.metrics import MetricsWriter
 from agents.rollout import Actor
 
 _log = logging.getLogger(__name__)
 
-_RATIOS = ("sg/explained_variance", "sg/cosine", "sg/norm_ratio")  # without a target gradient they have no meaning
+_RATIOS = ("/explained_variance", "/cosine", "/norm_ratio")  # without a target gradient they have no meaning
 
 
 class NonFiniteError(RuntimeError):
@@ -57,12 +58,13 @@ class Trainer:
             config.critic,
             num_envs=config.env.num_envs,
             seed=learner_seed,
+            interfaces=[critic.to(self.device) for critic in build_interfaces(config.critic, model)],
         )
         self.actor = Actor(
             self.environment,
             model,
             rollout_length=algorithm.rollout_length,
-            bptt_horizon=algorithm.bptt_horizon,
+            bptt_horizon=config.window_length,
             seed=actor_seed,
         )
         self.steps_per_update = config.env.num_envs * algorithm.rollout_length
@@ -87,7 +89,9 @@ class Trainer:
             thorough: look at everything else as well where the metrics are finite.
         """
         watched = {
-            name: metrics[name] for name in metrics if name.startswith(("losses/", "sg/")) and name not in _RATIOS
+            name: metrics[name]
+            for name in metrics
+            if name.startswith(("losses/", "sg/")) and not name.endswith(_RATIOS)
         }
         are_finite = all(math.isfinite(float(value)) for value in watched.values())
         if are_finite and not thorough:
@@ -97,7 +101,9 @@ class Trainer:
             names = ("observation", "context", "reward", "discount", "logits", "value", "final_value")
             flow += [(f"rollout.{name}", getattr(self.actor.rollout, name)) for name in names]
         flow += list(watched.items())
-        for side, module in (("model", self.learner.model), ("critic", self.learner.critic)):
+        sides: dict[str, nn.Module | None] = {"model": self.learner.model, "critic": self.learner.critic}
+        sides |= {f"interface_{level}": critic for level, critic in enumerate(self.learner.interfaces, 1)}
+        for side, module in sides.items():
             if module is not None:
                 flow += [(f"{side}.{name}", p) for name, p in module.named_parameters()]
         for name, tensor in flow:
@@ -133,7 +139,8 @@ def run_directory(config: TrainConfig) -> Path:
     name = config.run.name
     if name is None:
         env_id = config.env.id.replace("/", "-").replace(":", "-")
-        name = f"{env_id}_{config.critic.kind}_k{config.algorithm.bptt_horizon}_seed{config.run.seed}"
+        core = "" if config.model.core == "lstm" else f"{config.model.core}_"
+        name = f"{env_id}_{core}{config.critic.kind}_k{config.algorithm.bptt_horizon}_seed{config.run.seed}"
     return Path(config.run.output_dir) / name
 
 
@@ -186,6 +193,9 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             _interruptible() as interrupted,
         ):
             save_config(config, directory / CONFIG_FILE)
+            if checkpoint is None and run.credit_every_steps is not None:
+                # what the core can do before it has learned; and what cannot be measured is found out at once
+                writer.write(trainer.step, _credit(trainer, writer))
             _loop(trainer, writer, directory, interrupted)
         if interrupted and trainer.step < run.total_steps:
             raise KeyboardInterrupt(
@@ -205,21 +215,30 @@ def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted:
         before = trainer.step
         metrics = trainer.update()
         logs = _passes(before, trainer.step, run.log_every_steps) or trainer.step >= run.total_steps
+        measures = run.credit_every_steps is not None and (
+            _passes(before, trainer.step, run.credit_every_steps) or trainer.step >= run.total_steps
+        )
         saves = _passes(before, trainer.step, run.checkpoint_every_steps)
         saves = saves or trainer.step >= run.total_steps or bool(interrupted)
-        if check_every_update or logs or saves:
+        if check_every_update or logs or measures or saves:
             _require_finite(trainer, trainer.first_non_finite(metrics, thorough=saves), directory)
+        row: dict[str, float | Tensor] = {}
         if logs:
-            writer.write(
-                trainer.step,
+            row = (
                 trainer.means.pop()
                 | trainer.actor.statistics.pop()
                 | {
                     "charts/SPS": (trainer.step - start_step) / (time.perf_counter() - started),
                     "charts/learning_rate": trainer.learner.optimizer.param_groups[0]["lr"],
                     "bptt/horizon": algorithm.bptt_horizon,
-                },
+                }
             )
+        if measures:
+            paused = time.perf_counter()
+            row |= _credit(trainer, writer)
+            started += time.perf_counter() - paused
+        if row:
+            writer.write(trainer.step, row)
         if saves:
             save_checkpoint(directory, trainer.state_dict(), trainer.step)
             writer.flush()
@@ -227,6 +246,16 @@ def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted:
     if interrupted and saved_step != trainer.step:  # the signal came between two updates
         _require_finite(trainer, trainer.first_non_finite({}, thorough=True), directory)
         save_checkpoint(directory, trainer.state_dict(), trainer.step)
+
+
+def _credit(trainer: Trainer, writer: MetricsWriter) -> dict[str, Tensor]:
+    """Measures the credit horizon as the agent is now. Returns its scalars; the curves go to TensorBoard at once."""
+    horizon = measure_credit(trainer.config, trainer.learner)
+    if writer.has_tensorboard:
+        writer.write_figure(trainer.step, "credit/curves", credit_figure([("delivered", horizon)]))
+        for name, norm in (("delivered", horizon.delivered_norm), ("true", horizon.true_norm)):
+            writer.write_histogram(trainer.step, f"credit/{name}_by_lag", norm)
+    return horizon.scalars()
 
 
 def _require_finite(trainer: Trainer, culprit: str | None, directory: Path) -> None:
@@ -288,6 +317,9 @@ def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
             "name",
             "log_every_steps",
             "checkpoint_every_steps",
+            "credit_every_steps",
+            "credit_length",
+            "credit_num_envs",
             "tensorboard",
             "progress",
         )

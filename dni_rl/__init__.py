@@ -3,6 +3,7 @@
 from dni_rl.auxiliary import AuxiliaryTask, later_synthetic_gradients
 from dni_rl.backward import Report, backward, cut
 from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace
+from dni_rl.contexts import future_inputs
 from dni_rl.cores import (
     GRU,
     LSTM,
@@ -32,6 +33,7 @@ from dni_rl.feedforward import (
     interface_critics,
 )
 from dni_rl.horizon import CreditHorizon, credit_horizon
+from dni_rl.recurrent_critic import RecurrentGradientCritic, WatchedCore
 from dni_rl.targets import lambda_targets
 
 __all__ = [
@@ -51,11 +53,13 @@ __all__ = [
     "Interface",
     "LossCritic",
     "MultiTimescaleCore",
+    "RecurrentGradientCritic",
     "Report",
     "Sensitivity",
     "SequentialReport",
     "SobolevCritic",
     "State",
+    "WatchedCore",
     "Window",
     "backward",
     "bp_lambda_backward",
@@ -63,6 +67,7 @@ __all__ = [
     "credit_horizon",
     "cut",
     "fit_interfaces",
+    "future_inputs",
     "interface_critics",
     "lambda_targets",
     "later_synthetic_gradients",

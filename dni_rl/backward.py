@@ -7,7 +7,7 @@ report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, ali
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -76,6 +76,7 @@ def backward(
     alive: Tensor | None = None,
     context: Tensor | None = None,
     weight: float | Tensor | None = None,
+    fit: bool = True,
 ) -> Report:
     """Backpropagates a window, with the critic's prediction standing in for what lies beyond it, and trains the critic.
 
@@ -100,9 +101,11 @@ def backward(
         context: [T + 1, B, Z] context of the state before each step, the last row that of `end`. None without context.
         weight: multiplies what enters the model's `.grad`; by default 1 / (T B), the mean over all losses. With a gradient scaler
             multiply it by the scale: targets are taken before it, so the critic never sees it.
+        fit: False leaves the critic as it is, its `.grad` and its statistics too: it predicts, and does not learn from this
+            window. For windows that are seen again, as in the later epochs of PPO.
 
     Returns:
-        A report of the critic's fit.
+        A report of the critic's fit; without one, NaN but for `synthetic_norm`.
 
     Raises:
         ValueError: if shapes disagree, losses are reduced, or the weight is not one positive number.
@@ -111,40 +114,48 @@ def backward(
     T, B = _check(losses, start, end, critic, alive, context, weight)
     if weight is None:
         weight = 1.0 / (T * B)
+    history = end.history if isinstance(end, UnrolledState) else None
     if critic is None:
-        torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
+        with nullcontext() if history is None else history.unwatched():
+            torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
         nan = losses.new_full((), torch.nan)
         return Report(nan, nan, nan, nan, nan, nan, nan)
 
-    stands_for = critic.window_is_due()
+    stands_for = critic.window_is_due() if fit else 0
     if stands_for:
         # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
-        inside = torch.autograd.grad(
-            losses, start, torch.ones_like(losses), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        with nullcontext() if history is None else history.unwatched():
+            inside = torch.autograd.grad(
+                losses, start, torch.ones_like(losses), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         critic.observe_window(inside, stands_for)
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
     )
-    history = end.history if isinstance(end, UnrolledState) else None
     mixed = None
-    if history is not None and critic.target_lambda < 1.0 and critic.learns_gradients:
+    if fit and history is not None and critic.target_lambda < 1.0 and critic.learns_gradients:
         mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history)
-    with _gradients_of(start) as at_start:
+    dense = fit and history is not None and critic.dense_targets
+    with _gradients_of(start) as at_start, nullcontext() if history is None or dense else history.unwatched():
         # As <losses, weight> + <end, weight b>, without building the surrogate. An end that is a part of the start (a core that
         # does not change it) is a leaf, and right to receive it.
         torch.autograd.backward(
             [losses, *end],
             [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end, strict=True))],
         )
-    if history is not None and critic.dense_targets:
+    with torch.no_grad():
+        synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
+    if not fit:
+        nan = losses.new_full((), torch.nan)
+        return Report(nan, nan, nan, nan, nan, synthetic_norm, nan)
+    if history is not None and dense:
         states, valid = history.states, history.valid
         targets = tuple(g / weight for g in history.gradients) if mixed is None else mixed
         history.clear()
     else:
         states, valid = tuple(s.detach().unsqueeze(0) for s in start), None
         targets = tuple((g / weight).unsqueeze(0) for g in at_start)
-    fit = critic.fit_window(
+    fitted = critic.fit_window(
         Window(
             states=states,
             gradients=targets,
@@ -156,18 +167,17 @@ def backward(
             context=context,
         )
     )
-    if fit.loss.requires_grad:  # not if the critic is frozen
-        fit.loss.backward()
+    if fitted.loss.requires_grad:  # not if the critic is frozen
+        fitted.loss.backward()
     with torch.no_grad():
-        synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
         return Report(
-            critic_loss=fit.loss.detach(),
-            explained_variance=fit.explained_variance,
-            cosine=fit.cosine,
-            predicted_norm=fit.predicted_norm,
-            target_norm=fit.target_norm,
+            critic_loss=fitted.loss.detach(),
+            explained_variance=fitted.explained_variance,
+            cosine=fitted.cosine,
+            predicted_norm=fitted.predicted_norm,
+            target_norm=fitted.target_norm,
             synthetic_norm=synthetic_norm,
-            norm_ratio=fit.predicted_norm / fit.target_norm.clamp_min(torch.finfo(fit.target_norm.dtype).tiny),
+            norm_ratio=fitted.predicted_norm / fitted.target_norm.clamp_min(torch.finfo(fitted.target_norm.dtype).tiny),
         )
 
 

@@ -7,10 +7,13 @@ and method and baseline differ in that argument alone.
 
 `ErrorCritic` is the interface, with all of that use; the others are final and differ in what they predict and regress on:
 
-    GradientCritic      the gradient itself (DNI; cDNI with context)          start here
-    ConvGradientCritic  the same for states that are feature maps
-    LossCritic          the scalar future loss, and differentiates it
-    SobolevCritic       the future loss, trained on its values and gradients
+    GradientCritic            the gradient itself (DNI; cDNI with context)          start here
+    ConvGradientCritic        the same for states that are feature maps
+    RecurrentGradientCritic   the same from all states of the episode so far; in `dni_rl.recurrent_critic`
+    LossCritic                the scalar future loss, and differentiates it
+    SobolevCritic             the future loss, trained on its values and gradients
+
+Context is whatever tells a critic more than the state does: a label, privileged state, or what `dni_rl.future_inputs` looks ahead to.
 """
 
 import copy
@@ -142,13 +145,15 @@ class _LinearPlusMLP(nn.Module):
         return self.linear(x) + self.mlp(x)
 
 
-def _dense_net(inputs: int, hidden_sizes: Sequence[int], outputs: int) -> nn.Module:
+def dense_net(inputs: int, hidden_sizes: Sequence[int], outputs: int) -> nn.Module:
+    """A linear map, or a linear map plus an MLP: what critics predict with, zero at the start."""
     if hidden_sizes:
         return _LinearPlusMLP(inputs, hidden_sizes, outputs)
     return nn.Sequential(_zero_linear(inputs, outputs))
 
 
-def _check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None:
+def check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None:
+    """Refuses widths that are not positive, in one line."""
     if not state_sizes or any(size < 1 for size in (*state_sizes, *hidden_sizes)):
         raise ValueError(
             f"state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got {tuple(state_sizes)}, "
@@ -326,7 +331,7 @@ class ErrorCritic(nn.Module, ABC):
             stands_for: how many windows this one represents.
         """
         with torch.no_grad():
-            square = self._join(tuple(g.detach() for g in gradient)).square().sum(-1).mean()
+            square = self._join_gradient(tuple(g.detach() for g in gradient)).square().sum(-1).mean()
             # One overflow, which a gradient scaler expects and skips, must not stay in the statistics.
             step = (1.0 - self.statistics_decay**stands_for) * square.isfinite().to(square.dtype)
             self._window_square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._window_square))
@@ -363,7 +368,7 @@ class ErrorCritic(nn.Module, ABC):
         """Joined states and targets [N, S], and weights [N, 1] that sum to 1. Updates the statistics of targets."""
         with torch.no_grad():
             joined = self._join(tuple(s.detach() for s in state))
-            goal = self._join(tuple(t.detach() for t in target))
+            goal = self._join_gradient(tuple(t.detach() for t in target))
             weight = goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)
             weight = (weight / weight.sum().clamp_min(1.0)).unsqueeze(-1)  # [N, 1], sums to 1
             # where: an invalid row may hold anything
@@ -420,11 +425,16 @@ class ErrorCritic(nn.Module, ABC):
             raise ValueError(f"state: expected widths {self.state_sizes}, got shapes {[tuple(s.shape) for s in state]}")
         return torch.cat(state, dim=-1)
 
+    def _join_gradient(self, gradient: State) -> Tensor:
+        """As `_join`, of what the critic predicts and keeps statistics of."""
+        return self._join(gradient)
+
     def _split(self, joined: Tensor) -> State:
+        """The inverse of `_join_gradient`."""
         return joined.split(self.state_sizes, dim=-1)
 
 
-class _GradientRegression(ErrorCritic):
+class GradientRegression(ErrorCritic):
     """What critics share that regress on target gradients and on nothing else."""
 
     def fit_window(self, window: Window) -> CriticFit:
@@ -448,12 +458,15 @@ class _GradientRegression(ErrorCritic):
         """
         joined, goal, weight = self._rows(state, target, valid)
         predicted = self._gradient(self.net, joined, None if context is None else context.detach())
+        return self._regress(predicted, goal, weight)
+
+    def _regress(self, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
         error = weight * ((predicted - goal) / self._target_unit).square()
         loss = error.sum() / goal.shape[-1]
         return self._fit(loss, loss, predicted, goal, weight)
 
 
-class GradientCritic(_GradientRegression):
+class GradientCritic(GradientRegression):
     """Predicts dL/ds directly: a linear map, or a linear map plus an MLP, of (state, context) for the gradient of every state tensor.
 
         M(s, z) = rms * net([s, z])        with normalised targets, otherwise  M(s, z) = net([s, z])
@@ -498,7 +511,7 @@ class GradientCritic(_GradientRegression):
         slow_copy_rate: float | None = None,
         target_lambda: float = 1.0,
     ):
-        _check_sizes(state_sizes, hidden_sizes)
+        check_sizes(state_sizes, hidden_sizes)
         super().__init__(
             state_sizes=state_sizes,
             context_size=context_size,
@@ -513,7 +526,7 @@ class GradientCritic(_GradientRegression):
             target_lambda=target_lambda,
         )
         inputs, outputs = sum(self.state_sizes) + context_size, sum(self.state_sizes)
-        self._set_net(_dense_net(inputs, hidden_sizes, outputs))
+        self._set_net(dense_net(inputs, hidden_sizes, outputs))
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
         self._check_context(joined, context)
@@ -521,7 +534,7 @@ class GradientCritic(_GradientRegression):
         return prediction * self.target_rms if self.normalize_targets else prediction
 
 
-class ConvGradientCritic(_GradientRegression):
+class ConvGradientCritic(GradientRegression):
     """Predicts dL/ds for states that are feature maps, such as those of a convolutional LSTM or between convolutional layers.
 
         M(s, z) = rms * (conv([s, z]) + conv(tanh(... conv([s, z]))))        3 x 3, padded: predictions have the size of the maps
@@ -616,10 +629,10 @@ class _ValueCritic(ErrorCritic):
         gradient_cost: float,
         **settings: Unpack[CriticSettings],
     ):
-        _check_sizes(state_sizes, hidden_sizes)
+        check_sizes(state_sizes, hidden_sizes)
         super().__init__(state_sizes=state_sizes, **settings)
         self._value_cost, self._gradient_cost = value_cost, gradient_cost
-        self._set_net(_dense_net(sum(self.state_sizes) + self.context_size, hidden_sizes, 1))
+        self._set_net(dense_net(sum(self.state_sizes) + self.context_size, hidden_sizes, 1))
         self.register_buffer("loss_mean", torch.zeros(()))
         self.register_buffer("loss_std", torch.ones(()))
         self.register_buffer("_loss_moments", torch.zeros(2))

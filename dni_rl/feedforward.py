@@ -298,6 +298,11 @@ def _check_critic(critic: InterfaceCritic | nn.Module | None) -> None:
             f"critic: found {type(critic).__name__}, which has no synthetic_gradient or no fit(state, target, context); between "
             "layers only gradients arrive, no losses, so take a critic that regresses on gradients, such as dni_rl.GradientCritic"
         )
+    sizes = getattr(critic, "state_sizes", (1,))
+    if len(sizes) != 1:
+        raise ValueError(
+            f"critic: found state_sizes {tuple(sizes)}, allowed one tensor; between layers an activation crosses, without a memory"
+        )
     ratio = getattr(critic, "max_norm_ratio", None)
     if ratio is not None:
         raise ValueError(

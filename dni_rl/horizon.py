@@ -32,7 +32,7 @@ class CreditHorizon:
     num_pairs: Tensor
 
     @property
-    def reach(self) -> Tensor:
+    def effective_horizon(self) -> Tensor:
         """Largest lag whose credit is delivered with cosine above 0.5; 0 if there is none. In steps, a scalar."""
         lags = torch.arange(1, len(self.cosine) + 1, device=self.cosine.device)
         return (lags * (self.cosine > 0.5)).amax()
@@ -55,7 +55,7 @@ class CreditHorizon:
     def scalars(self, prefix: str = "credit/") -> dict[str, Tensor]:
         """Numbers for a training log: scalar tensors, still on the device; the curves stay attributes."""
         return {
-            f"{prefix}reach": self.reach,
+            f"{prefix}horizon": self.effective_horizon,
             f"{prefix}lag_90": self.lag_90,
             f"{prefix}true_lag_90": self.true_lag_90,
             f"{prefix}delivered_share": self.delivered_share,
@@ -117,8 +117,9 @@ def credit_horizon(
     therefore sqrt((K - n) / K), above 0.5 for n < 3 K / 4.
 
     What it does not see: synthetic gradient at states without any true later credit; and where losses are dense, a
-    critic that meets the near part of T well is credited for the far part too, so read `lag_90` beside `reach`. The
-    truth is a sample, a critic predicts its mean: noise in the losses lowers the cosine of a perfect critic.
+    critic that meets the near part of T well is credited for the far part too, so read `lag_90` beside
+    `effective_horizon`. The truth is a sample, a critic predicts its mean: noise in the losses lowers the cosine of a
+    perfect critic.
 
     Cost: one unroll of the T steps and one backward pass per loss time; with a critic one more unroll and three passes.
     Memory as for full BPTT over T steps.

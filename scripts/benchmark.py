@@ -69,6 +69,9 @@ def recurrent_ppo(task: str) -> Update:
 
         env, policy, shared["net_arch"] = make_vec_env(make, NUM_ENVS, seed=0), "MlpLstmPolicy", [64]
     else:
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
         # sticky actions, no lost-life episodes and no forced fire, as in our environment
         wrapper = {"noop_max": 0, "terminal_on_life_loss": False, "action_repeat_probability": 0.25}
         env = make_atari_env(

@@ -4,7 +4,7 @@ The task is the passive T-maze of `configs/tmaze.yaml`: a cue is seen in the fir
 and four random inputs change at every step. Both agents backpropagate through windows of 8 steps. They differ in one setting: one has
 an error critic, which predicts the gradient from beyond the window, and the other has none.
 
-    python scripts/demo.py --run.total_steps 1000000
+    python scripts/demo.py --run.total_steps 2000000
 """
 
 import subprocess
@@ -23,7 +23,7 @@ BAR = 0.95
 
 def main() -> int:
     """Trains both arms in parallel processes. Returns 0 if the decoupled agent reached the bar, otherwise 1."""
-    options = ["--run.total_steps", "1000000", "--run.output_dir", "runs/demo", *sys.argv[1:]]
+    options = ["--run.total_steps", "1500000", "--run.output_dir", "runs/demo", *sys.argv[1:]]
     command = [
         sys.executable,
         str(ROOT / "scripts" / "train.py"),

@@ -1,141 +1,310 @@
-"""How far back do the gradients of a trained agent reach? Measures the credit horizon of a run's last checkpoint.
+"""How far back do the gradients of trained agents reach? Measures the credit horizon of one or more runs.
 
-    python scripts/horizon.py runs/PassiveTMaze_cdni_k8_seed0 --plot horizon.png
+    python scripts/horizon.py runs/PassiveTMaze_cdni_k8_seed0
+    python scripts/horizon.py runs/*_seed* --json horizon.json --plot horizon.png
 
-The agent acts in fresh environments; then, by lag, the true gradient of each loss with respect to earlier states (full BPTT over the
-batch) is held against what truncated windows deliver, with the run's error critic and without. See `dni_rl.horizon.credit_horizon`.
+Each agent acts in fresh environments; then, by lag, the true gradient of each loss with respect to earlier states (full BPTT over the
+batch) is held against what the run's method delivers: see `agents.credit.measure_credit` and `dni_rl.horizon.credit_horizon`. Several
+runs are also put side by side, success and effective horizon by method and task, with medians over what differs in the seed alone.
 """
 
 import argparse
+import json
+import math
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, median
+from typing import Any, NoReturn
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from agents.build import build_environment
 from agents.checkpoint import load_checkpoint
-from agents.config import CONFIG_FILE, load_config
-from agents.learner import make_windows
-from agents.losses import actor_critic_loss
-from agents.rollout import Actor
+from agents.config import TrainConfig, from_dict
+from agents.credit import credit_figure, measure_credit
+from agents.metrics import read_metrics
 from agents.train import Trainer
-from dni_rl.horizon import CreditHorizon, credit_horizon
+from dni_rl.horizon import CreditHorizon
+
+SUCCESS, RETURN = "charts/success_rate", "charts/episodic_return"
+LOGGED = ("credit/horizon", "credit/lag_90")  # by run.credit_every_steps
 
 
-def measure(run: Path, *, length: int, num_envs: int, seed: int) -> dict[str, CreditHorizon]:
-    """Credit horizons of a run, by name: with the run's critic (if it has one) and without.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One measurement of a run.
+
+    Attributes:
+        name: the run's folder, and the checkpoint's file where one was asked for.
+        config: with run.credit_length, run.credit_num_envs and the seed as they were used.
+        step: agent steps of the checkpoint.
+        results: success rate and episodic return in the last rows of metrics up to there; those that exist.
+        logged: rows of metrics up to there in which training logged its horizons, before the first update included.
+        bare: whether truncated BPTT alone was measured, in place of the run's method.
+        horizon: the measurement.
+    """
+
+    name: str
+    config: TrainConfig
+    step: int
+    results: dict[str, float]
+    logged: list[dict[str, float]]
+    bare: bool
+    horizon: CreditHorizon
+
+    @property
+    def method(self) -> str:
+        """Kind of critic, window, and core where it is not an LSTM; of a bare measurement, what the agent was trained by."""
+        core = "" if self.config.model.core == "lstm" else f", {self.config.model.core}"
+        bare = ", critics left out" if self.bare else ""
+        return f"{self.config.critic.kind}, K = {self.config.algorithm.bptt_horizon}{core}{bare}"
+
+    @property
+    def peak(self) -> float | None:
+        """The largest effective horizon that training logged after the step 0; None if it logged none."""
+        return max((row[LOGGED[0]] for row in self.logged if row["step"]), default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, with the curves, as plain values; null for what does not exist."""
+        horizon, config = self.horizon, self.config
+        return {
+            "run": self.name,
+            "method": self.method,
+            "kind": config.critic.kind,
+            "critics_left_out": self.bare,
+            "window": config.algorithm.bptt_horizon,
+            "core": config.model.core,
+            "environment": config.env.id,
+            "environment_kwargs": config.env.kwargs,
+            "run_seed": config.run.seed,
+            "step": self.step,
+            "success_rate": self.results.get(SUCCESS),
+            "episodic_return": self.results.get(RETURN),
+            "length": config.run.credit_length,
+            "num_envs": config.run.credit_num_envs,
+            **{name: _finite(float(value)) for name, value in horizon.scalars("").items()},
+            "lags": list(range(1, len(horizon.cosine) + 1)),
+            "num_pairs": [int(count) for count in horizon.num_pairs],
+            **{
+                name: [_finite(x) for x in getattr(horizon, name).tolist()]
+                for name in ("true_norm", "delivered_norm", "cosine")
+            },
+            "logged": {
+                name.removeprefix("credit/"): [_finite(row[name]) for row in self.logged] for name in ("step", *LOGGED)
+            },
+        }
+
+
+def measure(
+    path: Path,
+    *,
+    length: int | None = None,
+    num_envs: int | None = None,
+    seed: int | None = None,
+    bare: Sequence[bool] = (False,),
+) -> list[Measured]:
+    """Measures a run at a checkpoint, on the CPU.
 
     Args:
-        run: the run's folder.
-        length: T, steps of the batch.
-        num_envs: B.
+        path: the run's folder, or a checkpoint in it.
+        length: run.credit_length; None for the run's own, as num_envs and seed.
+        num_envs: run.credit_num_envs.
         seed: of environments and actions.
+        bare: False for the run's method, True for the same without its critics, where it has any; one measurement for each.
+
+    Raises:
+        ValueError: in one line, if the checkpoint is missing, damaged or of something else.
     """
-    config = load_config(run / CONFIG_FILE)
-    trainer = Trainer(replace(config, run=replace(config.run, device="cpu")))
-    trainer.learner.load_state_dict(load_checkpoint(run)["learner"])
-    model, critic, algorithm = trainer.learner.model, trainer.learner.critic, config.algorithm
-    environment = build_environment(replace(config.env, num_envs=num_envs), seed, trainer.device)
-    actor = Actor(environment, model, rollout_length=length, bptt_horizon=length, seed=seed)
-    actor.collect()  # so that the batch begins in the middle of episodes, as in training
-    windows = make_windows(actor.collect(), length, algorithm.discount, algorithm.gae_lambda)
-    inputs = model.core_inputs(windows.observation, windows.action_tm1, windows.reward, windows.first).detach()
-
-    def losses(outputs: Tensor) -> Tensor:
-        logits, values = model.heads(outputs)
-        return actor_critic_loss(
-            logits,
-            values,
-            windows.action,
-            windows.advantage,
-            windows.value_target,
-            windows.valid,
-            entropy_cost=algorithm.entropy_cost,
-            baseline_cost=algorithm.baseline_cost,
-        ).total
-
-    horizons = {}
-    arms = (
-        {"truncated BPTT alone": None} if critic is None else {"with its critic": critic, "truncated BPTT alone": None}
-    )
-    for name, arm in arms.items():
-        horizons[name] = credit_horizon(
-            model.core,
-            losses,
-            inputs,
-            windows.state,
-            windows.first,
-            window=algorithm.bptt_horizon,
-            critic=arm,
-            context=windows.context if arm is not None and arm.context_size else None,
-            num_lags=length // 2,
-            margin=length // 2,
-        )
-    trainer.close()
-    environment.close()
-    return horizons
-
-
-def plot(horizons: dict[str, CreditHorizon], path: Path) -> None:
-    """Norms and cosines by lag."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    chart, (norms, cosines) = plt.subplots(1, 2, figsize=(9, 3.4))
-    first = next(iter(horizons.values()))
-    lags = np.arange(1, len(first.cosine) + 1)
-    norms.semilogy(lags, first.true_norm.numpy(), color="black", label="true gradient")
-    for name, horizon in horizons.items():
-        norms.semilogy(lags, horizon.delivered_norm.clamp_min(1e-12).numpy(), label=f"delivered {name}")
-        cosines.plot(lags, horizon.cosine.numpy(), label=name)
-    cosines.axhline(0.5, color="grey", linewidth=0.8)
-    norms.set(
-        xlabel="lag in steps", ylabel="RMS norm", ylim=(float(first.true_norm[first.true_norm > 0].min()) / 10, None)
-    )
-    cosines.set(xlabel="lag in steps", ylabel="cosine with the true gradient")
-    norms.legend(fontsize=7)
-    cosines.legend(fontsize=7)
-    chart.tight_layout()
-    chart.savefig(path, dpi=110)
-
-
-def main() -> int:
-    """Prints the table. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a training run")
-    parser.add_argument(
-        "--length", type=int, default=256, help="steps of the batch; at least twice the memory asked about"
-    )
-    parser.add_argument("--num-envs", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--plot", type=Path, help="writes the curves as PNG")
-    arguments = parser.parse_args()
-    if arguments.length < 4 or arguments.num_envs < 1:
-        parser.error("--length must be at least 4 and --num-envs at least 1")
-    torch.set_num_threads(1)
+    checkpoint = load_checkpoint(path)
     try:
-        horizons = measure(arguments.run, length=arguments.length, num_envs=arguments.num_envs, seed=arguments.seed)
-    except (ValueError, ImportError) as error:
-        print(f"horizon.py: {error}", file=sys.stderr)
-        return 2
-    print(
-        "| gradient | reach (cosine above 0.5) | 90 % of the norm within | true gradient: 90 % within | norm delivered |"
+        config = from_dict(checkpoint["config"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _foreign(path, error) from error
+    run = replace(
+        config.run,
+        device="cpu",
+        credit_length=config.run.credit_length if length is None else length,
+        credit_num_envs=config.run.credit_num_envs if num_envs is None else num_envs,
     )
-    print("|---|---|---|---|---|")
-    for name, horizon in horizons.items():
-        print(
-            f"| {name} | {int(horizon.reach)} steps | {int(horizon.lag_90)} steps | {int(horizon.true_lag_90)} steps | "
-            f"{float(horizon.delivered_share):.0%} |"
+    config = replace(config, run=run)
+    trainer = Trainer(config)
+    try:
+        try:
+            trainer.learner.load_state_dict(checkpoint["learner"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise _foreign(path, error) from error
+        learner = trainer.learner
+        is_bare = learner.critic is None and not learner.interfaces and learner.sensitivity is None
+        results, logged = _metrics(path if path.is_dir() else path.parent, checkpoint["step"])
+        return [
+            Measured(
+                name=path.name if path.is_dir() else f"{path.parent.name}/{path.name}",
+                config=config,
+                step=checkpoint["step"],
+                results=results,
+                logged=logged,
+                bare=each,
+                horizon=measure_credit(config, learner, seed=seed, with_critics=not each),
+            )
+            for each in bare
+            if not (each and is_bare)
+        ]
+    finally:
+        trainer.close()
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """A row for each measurement."""
+    lines = [
+        "| run | method | step | success | effective horizon (cosine above 0.5) | its peak in training | 90 % of the norm within | "
+        "true gradient: 90 % within | norm delivered |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for m in measured:
+        horizon = m.horizon
+        lines.append(
+            f"| {m.name} | {m.method} | {m.step:,} | {_percent(m.results.get(SUCCESS))} | "
+            f"{int(horizon.effective_horizon)} steps | {'' if m.peak is None or m.bare else f'{m.peak:.0f} steps'} | "
+            f"{int(horizon.lag_90)} steps | {int(horizon.true_lag_90)} steps | "
+            f"{_percent(_finite(float(horizon.delivered_share)))} |"
         )
-    if arguments.plot is not None:
-        plot(horizons, arguments.plot)
-        print(f"curves in {arguments.plot}")
-    return 0
+    return "\n".join(lines)
+
+
+def side_by_side(measured: Sequence[Measured]) -> str:
+    """Success and effective horizon of the methods, a row for each, and a column for each task."""
+    measured = [m for m in measured if not m.bare]
+    tasks = _tasks(measured)
+    columns, rows = list(dict.fromkeys(tasks)), list(dict.fromkeys(m.method for m in measured))
+    lines = [
+        "Mean success; effective horizon and, after the slash, the lag within which 90 % of the norm delivered lies, in steps: medians",
+        "(every run).",
+        "",
+        f"| method | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for method in rows:
+        cells = []
+        for task in columns:
+            chosen = [m for m, t in zip(measured, tasks, strict=True) if (m.method, t) == (method, task)]
+            successes = [m.results[SUCCESS] for m in chosen if SUCCESS in m.results]
+            pairs = [(int(m.horizon.effective_horizon), int(m.horizon.lag_90)) for m in chosen]
+            success = "" if not successes else f"{mean(successes):.0%}; "
+            middle = "/".join(f"{median(numbers):g}" for numbers in zip(*pairs, strict=True))
+            cells.append(f"{success}{middle} ({' '.join(f'{a}/{b}' for a, b in pairs)})" if chosen else "not measured")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _tasks(measured: Sequence[Measured]) -> list[str]:
+    """The environment of each, with those of its arguments in which not all agree."""
+    everything = [m.config.env.kwargs for m in measured]
+    names = list(dict.fromkeys(name for kwargs in everything for name in kwargs))
+    differing = [name for name in names if any(k.get(name) != everything[0].get(name) for k in everything)]
+    return [
+        " ".join([m.config.env.id, *(f"{name}={m.config.env.kwargs.get(name)}" for name in differing)])
+        for m in measured
+    ]
+
+
+def _metrics(folder: Path, step: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """What `Measured` has of the run's metrics up to `step`."""
+    try:
+        rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    except ValueError:  # a checkpoint can be measured without the metrics beside it
+        return {}, []
+    results: dict[str, float] = {}
+    for row in rows:
+        results |= {name: row[name] for name in (SUCCESS, RETURN) if math.isfinite(row.get(name, math.nan))}
+    return results, [row for row in rows if all(name in row for name in LOGGED)]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _foreign(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"{path}: found a checkpoint of another program or version ({reason}); allowed one of scripts/train.py"
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage."""
+        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _integer(least: int, most: int | None = None) -> Any:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"found {text!r}; allowed an integer {allowed}")
+        return int(text)
+
+    return parse
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="horizon.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or one checkpoint in it")
+    parser.add_argument(
+        "--length", type=_integer(4), metavar="N", help="steps of the sequences (default: run.credit_length)"
+    )
+    parser.add_argument("--num_envs", type=_integer(1), metavar="N", help="sequences (default: run.credit_num_envs)")
+    parser.add_argument(
+        "--seed",
+        type=_integer(0, 2**32 - 1),
+        metavar="N",
+        help="of environments and actions (default: that of the run, which repeats what training logged)",
+    )
+    parser.add_argument("--bare", action="store_true", help="also measure truncated BPTT alone, without the critics")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and curves")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as PNG")
+    arguments = parser.parse_args(argv)
+    for option in ("json", "plot"):
+        file = getattr(arguments, option)
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"--{option}: found {file}; allowed a file in a folder that exists")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables. Returns 0, or 2 if the options are bad or any run could not be measured; the others are."""
+    arguments = _parse(argv)
+    measured: list[Measured] = []
+    failed = False
+    for run in arguments.runs:
+        try:
+            measured += measure(
+                run,
+                length=arguments.length,
+                num_envs=arguments.num_envs,
+                seed=arguments.seed,
+                bare=(False, True) if arguments.bare else (False,),
+            )
+        except (ValueError, ImportError) as error:
+            print(f"horizon.py: {error}", file=sys.stderr)
+            failed = True
+    if measured:
+        print(table(measured))
+        if len(arguments.runs) > 1:
+            print(f"\n{side_by_side(measured)}")
+        if arguments.json is not None:
+            text = json.dumps([m.as_dict() for m in measured], indent=1)
+            arguments.json.write_text(f"{text}\n", encoding="utf-8")
+            print(f"numbers in {arguments.json}")
+        if arguments.plot is not None:
+            names = [f"{m.name}, {m.method}" for m in measured]
+            chart = credit_figure(list(zip(names, (m.horizon for m in measured), strict=True)))
+            chart.savefig(arguments.plot, format="png")
+            print(f"curves in {arguments.plot}")
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

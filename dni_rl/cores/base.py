@@ -5,7 +5,7 @@ an error critic reads and predicts gradients for: an LSTM layer contributes (h, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,17 +21,42 @@ class StateHistory:
     Dense critic targets need dS/ds_j for every step j of the window, not only for its start. A core records them here
     while autograd passes by, so that they cost no second backward pass.
 
-    Attributes:
-        states: tuple of [T, B, ...], detached: the state each step started from, episode resets applied.
+    Args:
+        states: tuple of [T, B, ...], detached: the state each step started from, episode resets applied; or a function that
+            computes it when it is first asked for.
         valid: [T, B] bool, False where the step started an episode: the state before it has no future to be credited for.
+
+    Attributes:
+        watches: whether backward passes are recorded; `unwatched` turns it off for a while.
     """
 
-    def __init__(self, states: State, valid: Tensor):
-        self.states = states
+    def __init__(self, states: State | Callable[[], State], valid: Tensor):
+        self._states = states
         self.valid = valid
-        self._gradients: list[Tensor | None] = [None] * len(states)
+        self.watches = True
+        self._gradients: dict[int, Tensor] = {}
         self._mixture: tuple[float, State] | None = None
         self._mixed = False
+
+    @property
+    def states(self) -> State:
+        """Tuple of [T, B, ...], detached."""
+        if not isinstance(self._states, tuple):
+            self._states = self._states()
+        return self._states
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """While it lasts, backward passes need not be recorded, which lets a core take a faster one."""
+        before, self.watches = self.watches, False
+        try:
+            yield
+        finally:
+            self.watches = before
+
+    def add_component(self, states: Tensor) -> None:
+        """One more tensor [T, B, ...] of the state, which no gradient reaches, behind those that were recorded."""
+        self._states = (*self.states, states)
 
     @contextmanager
     def mixing(self, lambda_: float, gradients: State) -> Iterator[None]:
@@ -77,7 +102,7 @@ class StateHistory:
 
     def record_step(self, index: int, step: int, gradient: Tensor | None) -> None:
         """Stores the gradient [B, ...] of state component `index` at one step; None, autograd's undefined gradient, is zero."""
-        buffer = self._gradients[index]
+        buffer = self._gradients.get(index)
         if buffer is None:
             buffer = self._gradients[index] = torch.zeros_like(
                 self.states[index], dtype=None if gradient is None else gradient.dtype
@@ -86,12 +111,13 @@ class StateHistory:
 
     def clear(self) -> None:
         """Forgets recorded gradients, so that a second backward pass cannot be mistaken for the first."""
-        self._gradients = [None] * len(self.states)
+        self._gradients = {}
 
     @property
     def gradients(self) -> State:
         """Tuple of [T, B, ...] gradients; zero for a component that no loss depends on."""
-        return tuple(torch.zeros_like(s) if g is None else g for g, s in zip(self._gradients, self.states, strict=True))
+        recorded = self._gradients
+        return tuple(recorded[i] if i in recorded else torch.zeros_like(s) for i, s in enumerate(self.states))
 
 
 class UnrolledState(tuple[Tensor, ...]):

@@ -1,6 +1,8 @@
 """LSTM and GRU cores, and wrappers that make cores of other people's recurrent modules."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dni_rl.cores.base import Core, State, StateHistory, UnrolledState
+
+_FIRST_DERIVATIVES_ONLY = (
+    "LSTM.unroll: create_graph=True found, but it has first derivatives only; use "
+    "dni_rl.cores.unroll_stepwise(core, inputs, state, first)"
+)
 
 
 class _LSTMLayer(torch.autograd.Function):
@@ -60,52 +67,228 @@ class _LSTMLayer(torch.autograd.Function):
             h = torch.mul(o, tanh_c[t], out=outputs[t])
         ctx.save_for_backward(gates, h_prev, c_prev, tanh_c, weight_hh)
         ctx.resets, ctx.recorder = resets, recorder
-        recorder.h_prev, recorder.c_prev = h_prev, c_prev
+        recorder.inside = h_prev, c_prev
         return outputs, h.clone(), c
 
     @staticmethod
     def backward(ctx: Any, d_outputs: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         # Not `once_differentiable`: that is silent, and wrong, where only the saved tensors would need a second derivative.
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "LSTM.unroll: create_graph=True found, but it has first derivatives only; use "
-                "dni_rl.cores.unroll_stepwise(core, inputs, state, first)"
-            )
+            raise RuntimeError(_FIRST_DERIVATIVES_ONLY)
         gates, h_prev, c_prev, tanh_c, weight_hh = ctx.saved_tensors
-        T, B, H = tanh_c.shape
-        i, f, g, o = gates.view(T, B, 4, H).unbind(2)
-        through_c = torch.empty_like(gates).view(T, B, 4, H)  # d pre-activation / d c, and for the output gate / d h
-        through_c[:, :, 0] = g * i * (1 - i)
-        through_c[:, :, 1] = c_prev * f * (1 - f)
-        through_c[:, :, 2] = i * (1 - g.square())
-        through_c[:, :, 3] = tanh_c * o * (1 - o)
-        c_from_h = o * (1 - tanh_c.square())
-        d_gates = torch.empty_like(gates)
-        dh_all, dc_all = torch.empty_like(h_prev), torch.empty_like(c_prev)
-        mixes = ctx.recorder.history is not None and ctx.recorder.history.mixes
-        for t in reversed(range(T)):
-            dh = d_h + d_outputs[t]
-            dc = torch.addcmul(d_c, dh, c_from_h[t])
-            d_gate = d_gates[t].view(B, 4, H)
-            torch.mul(dc.unsqueeze(1), through_c[t, :, :3], out=d_gate[:, :3])
-            torch.mul(dh, through_c[t, :, 3], out=d_gate[:, 3])
-            d_h = torch.mm(d_gates[t], weight_hh, out=dh_all[t])
-            d_c = torch.mul(dc, f[t], out=dc_all[t])
-            if mixes:
-                d_h, d_c = ctx.recorder.hand_on(t, d_h, d_c)
-            if ctx.resets is not None:
-                d_h = d_h.masked_fill(ctx.resets[t], 0.0)
-                d_c = d_c.masked_fill(ctx.resets[t], 0.0)
-        ctx.recorder.record(dh_all, dc_all)
+        d_gates, d_h, d_c = _backward_recursion(
+            gates, c_prev, tanh_c, weight_hh, ctx.resets, d_outputs, d_h, d_c, ctx.recorder
+        )
         d_weight = d_gates.flatten(0, 1).t() @ h_prev.flatten(0, 1) if ctx.needs_input_grad[3] else None
         return d_gates, d_h, d_c, d_weight, None, None
+
+
+def _backward_recursion(
+    gates: Tensor,
+    c_prev: Tensor,
+    tanh_c: Tensor,
+    weight_hh: Tensor,
+    resets: Tensor | None,
+    d_outputs: Tensor,
+    d_h: Tensor,
+    d_c: Tensor,
+    recorder: "_LayerRecorder",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the pre-activations [T, B, 4 H] and of the first h and c [B, H]; those in between go to `recorder`."""
+    T, B, H = tanh_c.shape
+    i, f, g, o = gates.view(T, B, 4, H).unbind(2)
+    through_c = torch.empty_like(gates).view(T, B, 4, H)  # d pre-activation / d c, and for the output gate / d h
+    through_c[:, :, 0] = g * i * (1 - i)
+    through_c[:, :, 1] = c_prev * f * (1 - f)
+    through_c[:, :, 2] = i * (1 - g.square())
+    through_c[:, :, 3] = tanh_c * o * (1 - o)
+    c_from_h = o * (1 - tanh_c.square())
+    d_gates = torch.empty_like(gates)
+    dh_all, dc_all = torch.empty_like(c_prev), torch.empty_like(c_prev)
+    mixes = recorder.history is not None and recorder.history.mixes
+    for t in reversed(range(T)):
+        dh = d_h + d_outputs[t]
+        dc = torch.addcmul(d_c, dh, c_from_h[t])
+        d_gate = d_gates[t].view(B, 4, H)
+        torch.mul(dc.unsqueeze(1), through_c[t, :, :3], out=d_gate[:, :3])
+        torch.mul(dh, through_c[t, :, 3], out=d_gate[:, 3])
+        d_h = torch.mm(d_gates[t], weight_hh, out=dh_all[t])
+        d_c = torch.mul(dc, f[t], out=dc_all[t])
+        if mixes:
+            d_h, d_c = recorder.hand_on(t, d_h, d_c)
+        if resets is not None:
+            d_h = d_h.masked_fill(resets[t], 0.0)
+            d_c = d_c.masked_fill(resets[t], 0.0)
+    recorder.record(dh_all, dc_all)
+    return d_gates, d_h, d_c
+
+
+class _FusedLSTMLayer(torch.autograd.Function):
+    """The same layer by the library's fused kernel, one call for each stretch of the window without a reset.
+
+    The kernel hands out neither c_t nor dS/dc_t. When a history is to be recorded, its backward pass gives way to the written-out one
+    of `_LSTMLayer`, for which `_Recall` computes the inside of the window again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        first: Tensor | None,
+        reset_steps: Sequence[int],
+        recorder: "_LayerRecorder",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        learns = ctx.needs_input_grad[:7]
+        leaves = [
+            None if a is None else a.detach().requires_grad_(needed)
+            for a, needed in zip((x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), learns, strict=True)
+        ]
+        with torch.set_grad_enabled(any(learns)):
+            outputs, last_h, last_c = _lstm_between_resets(leaves, first, reset_steps)
+        ctx.leaves, ctx.results, ctx.recorder = leaves, (outputs, last_h, last_c), recorder
+        recorder.inside = _Recall(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, first, outputs)
+        return outputs.detach(), last_h.detach(), last_c.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_outputs: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_FIRST_DERIVATIVES_ONLY)
+        recorder, learns = ctx.recorder, ctx.needs_input_grad[:7]
+        if recorder.history is None or not recorder.history.watches:
+            wanted = [leaf for leaf, needed in zip(ctx.leaves, learns, strict=True) if needed]
+            found = iter(torch.autograd.grad(ctx.results, wanted, (d_outputs, d_h, d_c), retain_graph=True))
+            return *(next(found) if needed else None for needed in learns), None, None, None
+        x, _, _, weight_ih, weight_hh, _, _ = ctx.leaves
+        recall = recorder.inside
+        gates, h_prev, c_prev, tanh_c = recall()
+        d_gates, d_h, d_c = _backward_recursion(
+            gates, c_prev, tanh_c, weight_hh, recall.resets, d_outputs, d_h, d_c, recorder
+        )
+        rows = d_gates.flatten(0, 1)
+        d_bias = rows.sum(0) if learns[5] or learns[6] else None
+        gradients = (
+            d_gates @ weight_ih if learns[0] else None,
+            d_h,
+            d_c,
+            rows.t() @ x.flatten(0, 1) if learns[3] else None,
+            rows.t() @ h_prev.flatten(0, 1) if learns[4] else None,
+            d_bias,
+            d_bias,
+        )
+        return *(g if needed else None for g, needed in zip(gradients, learns, strict=True)), None, None, None
+
+
+def _lstm_between_resets(
+    arguments: Sequence[Tensor | None], first: Tensor | None, reset_steps: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [T, B, H], h and c [B, H]; the state of a sequence is cleared where `first` says so."""
+    x, h, c = arguments[:3]
+    assert x is not None and h is not None and c is not None
+    weights = [w for w in arguments[3:] if w is not None]
+    edges = sorted({0, *reset_steps, len(x)})
+    outputs = []
+    for start, end in itertools.pairwise(edges):
+        if start in reset_steps:
+            assert first is not None
+            h, c = (s.masked_fill(first[start].unsqueeze(-1), 0.0) for s in (h, c))
+        state = (h.unsqueeze(0), c.unsqueeze(0))
+        output, h, c = torch.lstm(x[start:end], state, weights, len(weights) == 4, 1, 0.0, True, False, False)
+        h, c = h.squeeze(0), c.squeeze(0)
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), h, c
+
+
+def _steps_for_fused(
+    inputs: Tensor, state: State, first: Tensor | None, weights: Sequence[Tensor | None]
+) -> list[int] | None:
+    """Steps at which an episode starts in some sequence, if `_FusedLSTMLayer` can be used and pays; else None.
+
+    Only on the CPU: elsewhere, to ask where episodes start would wait for the device. The measure is that a call costs as much as
+    about a quarter of the window's steps.
+    """
+    tensors = [inputs, *state, *(w for w in weights if w is not None)]
+    if (
+        any(a.device.type != "cpu" or a.dtype != torch.float32 for a in tensors)
+        or not torch.backends.mkldnn.is_available()
+        or torch.is_autocast_enabled("cpu")
+        or inputs.numel() == 0
+    ):
+        return None
+    steps = [] if first is None else first.any(1).nonzero().flatten().tolist()
+    return steps if len(steps) <= len(inputs) // 4 else None
+
+
+class _Recall:
+    """The inside of a window of `_FusedLSTMLayer`, computed when it is asked for."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        first: Tensor | None,
+        outputs: Tensor,
+    ):
+        self.x, self.h, self.c, self.outputs = x.detach(), h.detach(), c.detach(), outputs.detach()
+        self.weights = [None if w is None else w.detach() for w in (weight_ih, weight_hh, bias_ih, bias_hh)]
+        self.versions = self._versions()
+        self.resets = None if first is None else first.unsqueeze(-1)
+        self._inside: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def _versions(self) -> list[int]:
+        return [w._version for w in self.weights if w is not None]
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Activated gates [T, B, 4 H], h and c before every step after its reset, and tanh(c) after it, each [T, B, H]."""
+        if self._inside is not None:
+            return self._inside
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "LSTM.unroll: its parameters changed in place before the window's history was read; read it, or call backward, "
+                "before the optimiser's step"
+            )
+        weight_ih, weight_hh, bias_ih, bias_hh = self.weights
+        assert weight_ih is not None and weight_hh is not None
+        H = weight_hh.shape[1]
+        h_prev = torch.cat([self.h.unsqueeze(0), self.outputs[:-1]])
+        if self.resets is not None:
+            h_prev.masked_fill_(self.resets, 0.0)
+        bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
+        gates = F.linear(self.x, weight_ih, bias) + F.linear(h_prev, weight_hh)
+        gates[..., : 2 * H].sigmoid_()
+        gates[..., 2 * H : 3 * H].tanh_()
+        gates[..., 3 * H :].sigmoid_()
+        i, f, g, _ = gates.chunk(4, dim=-1)
+        written = i * g
+        c_prev, c_all = torch.empty_like(written), torch.empty_like(written)
+        c, zero = self.c, written.new_zeros(())
+        for t in range(len(written)):
+            c = c_prev[t].copy_(c) if self.resets is None else torch.where(self.resets[t], zero, c, out=c_prev[t])
+            c = torch.addcmul(written[t], f[t], c, out=c_all[t])
+        self._inside = gates, h_prev, c_prev, c_all.tanh_()
+        return self._inside
+
+
+def _states_before(insides: "Sequence[tuple[Tensor, Tensor] | _Recall]") -> State:
+    """h and c of every layer before every step, [T, B, H] each."""
+    return tuple(s for inside in insides for s in (inside()[1:3] if isinstance(inside, _Recall) else inside))
 
 
 class _LayerRecorder:
     """Connects a layer's forward and backward pass with the history of the whole window."""
 
-    h_prev: Tensor
-    c_prev: Tensor
+    inside: "tuple[Tensor, Tensor] | _Recall"  # h and c before every step, or what computes them
 
     def __init__(self) -> None:
         self.history: StateHistory | None = None
@@ -197,8 +380,13 @@ class LSTM(_Gated):
         hidden_size: H.
         num_layers: stacked layers.
         chrono_max: if given, chrono initialisation for dependencies of up to so many steps (`chrono_init_`).
+
+    Attributes:
+        expects_dense_targets: whether the state gradients of every step will be asked for, as a critic with dense targets does.
+            A matter of speed alone: False takes the fused kernel for short windows too.
     """
 
+    expects_dense_targets = True
     _gates = 4
     _states_per_layer = 2
 
@@ -224,18 +412,24 @@ class LSTM(_Gated):
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
         """Same as stepping, in fewer and larger operations; see `Core.unroll`. First derivatives only."""
         self.check_unroll(inputs, state, first)
-        x, next_state, recorders = inputs, [], []
-        for layer in range(self.num_layers):
+        x, next_state = inputs, []
+        recorders = [_LayerRecorder() for _ in range(self.num_layers)]
+        steps = None
+        # In shorter windows, to compute the inside a second time costs more than the kernel saves.
+        if not self.expects_dense_targets or len(inputs) >= 32:
+            steps = _steps_for_fused(inputs, state, first, list(self.rnn.parameters()))
+        for layer, recorder in enumerate(recorders):
             w_ih, w_hh, b_ih, b_hh = self._parameters_of(layer)
-            bias = None if b_ih is None or b_hh is None else b_ih + b_hh
-            recorder = _LayerRecorder()
             h, c = state[2 * layer : 2 * layer + 2]
-            x_proj = F.linear(x, w_ih, bias).to(w_hh.dtype)  # [T, B, 4 H]; autocast may have lowered it
-            x, h, c = _LSTMLayer.apply(x_proj, h, c, w_hh, first, recorder)
+            if steps is not None:
+                x, h, c = _FusedLSTMLayer.apply(x, h, c, w_ih, w_hh, b_ih, b_hh, first, steps, recorder)
+            else:
+                bias = None if b_ih is None or b_hh is None else b_ih + b_hh
+                x_proj = F.linear(x, w_ih, bias).to(w_hh.dtype)  # [T, B, 4 H]; autocast may have lowered it
+                x, h, c = _LSTMLayer.apply(x_proj, h, c, w_hh, first, recorder)
             next_state += [h, c]
-            recorders.append(recorder)
         valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=x.device) if first is None else ~first
-        history = StateHistory(tuple(s for r in recorders for s in (r.h_prev, r.c_prev)), valid)
+        history = StateHistory(partial(_states_before, [r.inside for r in recorders]), valid)
         for layer, recorder in enumerate(recorders):
             recorder.history, recorder.index = history, 2 * layer
         return x, UnrolledState.of(next_state, history)

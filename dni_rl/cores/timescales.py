@@ -64,8 +64,10 @@ class MultiTimescaleCore(Core):
         hidden_sizes: width of each level, the lowest first; at least one.
         periods: ticks of each level in steps, the lowest first: 1, then rising multiples of the period below.
         message: "last" or "mean", what a level sees of the one below.
-        chrono_max: if given, the longest dependency expected, in steps: chrono initialisation (Tallec & Ollivier 2018,
-            sec. 2.2) of each level for up to chrono_max / periods[i] ticks of its own, where those are more than 2.
+        chrono_max: if given, the longest dependency expected, in steps, or one for each level: chrono initialisation
+            (Tallec & Ollivier 2018, sec. 2.2) of each level for up to chrono_max / periods[i] ticks of its own, where
+            those are more than 2. It nearly closes the input gates of a level with a long memory; where the memory is
+            the upper levels' task, a lower one passes messages on better with one of its own.
 
     Raises:
         ValueError: if sizes, periods, message or chrono_max are not as above.
@@ -78,7 +80,7 @@ class MultiTimescaleCore(Core):
         periods: Sequence[int],
         *,
         message: Literal["last", "mean"] = "last",
-        chrono_max: float | None = None,
+        chrono_max: float | Sequence[float] | None = None,
     ):
         super().__init__()
         if input_size < 1 or not hidden_sizes or any(size < 1 for size in hidden_sizes):
@@ -93,15 +95,18 @@ class MultiTimescaleCore(Core):
             )
         if message not in ("last", "mean"):
             raise ValueError(f"message: found {message!r}, allowed 'last' or 'mean'")
-        self.input_size, self.output_size = input_size, hidden_sizes[0]
+        self.input_size, self.output_size, self.hidden_sizes = input_size, hidden_sizes[0], tuple(hidden_sizes)
         self.periods, self.message = tuple(periods), message
         below, above = (input_size, *hidden_sizes[:-1]), (*hidden_sizes[1:], 0)
         self.levels = nn.ModuleList(nn.LSTMCell(b + a, h) for b, h, a in zip(below, hidden_sizes, above, strict=True))
         if chrono_max is not None:
-            if not chrono_max > 2:
-                raise ValueError(f"chrono_max: found {chrono_max}, allowed above 2; the longest memory in steps")
-            for cell, period in zip(self.levels, self.periods, strict=True):
-                _chrono_init_(cell, chrono_max / period)
+            memories = chrono_max if isinstance(chrono_max, Sequence) else [chrono_max] * len(self.periods)
+            if len(memories) != len(self.periods) or not max(memories) > 2:
+                raise ValueError(
+                    f"chrono_max: found {chrono_max}, allowed above 2; the longest memory in steps, or one for each level"
+                )
+            for cell, memory, period in zip(self.levels, memories, self.periods, strict=True):
+                _chrono_init_(cell, memory / period)
         sizes: list[int] = []
         self._level_slices: list[slice] = []
         for i, size in enumerate(hidden_sizes):
@@ -156,6 +161,7 @@ class MultiTimescaleCore(Core):
         ticks: int,
         critic: Bootstrap | None = None,
         context: Tensor | None = None,
+        alive: Tensor | None = None,
         interface_critics: Sequence[Bootstrap] | None = None,
     ) -> tuple[Tensor, LevelledState, Tensor]:
         """Unrolls a long window in which each level is cut after every `ticks` ticks of its own.
@@ -198,6 +204,8 @@ class MultiTimescaleCore(Core):
             ticks: K, at least 1.
             critic: predicts the gradient for every tensor of the state, or None for plain truncation.
             context: [T + 1, B, Z] as in `dni_rl.backward`; None without context.
+            alive: [T, B] bool, False where no loss follows the state before a step, for example at the last observation of
+                an episode; None where that is so at the starts of episodes alone, which need not be marked.
             interface_critics: one for each level but the lowest, of state_sizes (width of the level below,), without
                 context; None to leave messages in the graph.
 
@@ -213,10 +221,15 @@ class MultiTimescaleCore(Core):
         T, B = inputs.shape[:2]
         if context is not None and context.shape[:2] != (T + 1, B):
             raise ValueError(f"context: expected [T + 1, B, Z] = ({T + 1}, {B}, Z), got {tuple(context.shape)}")
+        if alive is not None and (alive.shape != (T, B) or alive.dtype != torch.bool):
+            raise ValueError(
+                f"alive: expected [T, B] = ({T}, {B}) of torch.bool, got {tuple(alive.shape)} of {alive.dtype}"
+            )
         if interface_critics is not None and len(interface_critics) != len(self.levels) - 1:
             raise ValueError(
                 f"interface_critics: expected one for each of {len(self.levels) - 1} interfaces, got {len(interface_critics)}"
             )
+        has_future = alive if first is None else ~first if alive is None else alive & ~first
         bootstraps = [inputs.new_zeros(B) for _ in range(T)]
         messages: list[list[Tensor]] = [[] for _ in self.levels[1:]]
         heard: list[list[Tensor]] = [[] for _ in self.levels[1:]]
@@ -254,9 +267,10 @@ class MultiTimescaleCore(Core):
             if critic is None:
                 cuts.extend((taken, part, None) for part in parts)
             else:
-                alive = None if first is None else ~first[taken]
                 z = None if context is None else context[taken]
-                b = critic.synthetic_gradient(tuple(s.detach() for s in next_state), z, alive)
+                b = critic.synthetic_gradient(
+                    tuple(s.detach() for s in next_state), z, None if has_future is None else has_future[taken]
+                )
                 for part in parts:
                     bootstrap(taken - 1, next_state[part], b[part])
                     cuts.append((taken, part, b[part]))

@@ -13,12 +13,9 @@ never stopped.
 import argparse
 import dataclasses
 import itertools
-import json
-import os
 import sys
 import time
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from torch.nn import functional as F
 
 from dni_rl import data
 from dni_rl.critics import CriticFit, GradientCritic
+from dni_rl.experiments import common
 from dni_rl.feedforward import DecoupledSequential
 
 ARMS = ("backprop", "none", "dni", "cdni")
@@ -58,15 +56,10 @@ class ImagesConfig:
     device: str = "cpu"
 
     def __post_init__(self):
-        for name, allowed in (("arm", ARMS), ("dataset", DATASETS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed {', '.join(allowed)}")
-        if self.num_layers < 2:
-            raise ValueError(f"num_layers: found {self.num_layers}, allowed 2 or more")
+        common.check_allowed(self, arm=ARMS, dataset=DATASETS)
+        common.check_at_least(self, 2, "num_layers")
         counts = ("hidden_size", "num_steps", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, allowed 1 or more")
+        common.check_at_least(self, 1, *counts)
         if self.batch_size < 2:
             raise ValueError(f"batch_size: found {self.batch_size}, allowed 2 or more, for batch normalisation")
         if not self.learning_rate > 0.0:
@@ -265,10 +258,10 @@ def run(config: ImagesConfig, folder: Path, *, resume: bool = False, tensorboard
     checkpoint_file = folder / "checkpoint.pt"
     first_step = _restore(experiment, checkpoint_file, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+    common.write_json(folder / "config.json", dataclasses.asdict(config))
     error = experiment.test_error(test)
     start_sec = time.monotonic()
-    with _Log(folder, first_step, tensorboard) as log:
+    with common.Log(folder, first_step, tensorboard) as log:
         for step in range(first_step, config.num_steps):
             metrics = experiment.update(step, *batches[step])
             done = step + 1
@@ -284,64 +277,17 @@ def run(config: ImagesConfig, folder: Path, *, resume: bool = False, tensorboard
     return error
 
 
-class _Log:
-    """metrics.jsonl, one row a line, and TensorBoard; rows after `first_step`, from a run that was cut off, are dropped."""
-
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
-        path = folder / "metrics.jsonl"
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the last line of a run that was cut off while it wrote
-            if row["step"] <= first_step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
-        self._events = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("tensorboard is not installed; install it, or use --no-tensorboard") from error
-            self._events = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        print(json.dumps({"step": step, **metrics}), file=self._file, flush=True)
-        if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-
-
 def _save(experiment: Experiment, path: Path, step: int) -> None:
     state = {"step": step, "config": dataclasses.asdict(experiment.config), "net": experiment.net.state_dict()}
-    part = path.with_name(f"{path.name}.part")
-    torch.save(state, part)
-    os.replace(part, path)
+    common.save_checkpoint(path, state)
 
 
 def _restore(experiment: Experiment, path: Path, resume: bool) -> int:
     """Loads the checkpoint if there is one and it is wanted; returns the step to continue from."""
-    if not path.exists():
+    free = ("num_steps", "device", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+    state = common.load_checkpoint(path, experiment.config, resume=resume, free=free)
+    if state is None:
         return 0
-    if not resume:
-        raise ValueError(f"{path}: a run is there already; continue it with --resume, or choose another --run-folder")
-    state = torch.load(path, map_location=experiment.config.device, weights_only=True)
-    free = {"num_steps", "device", "log_every_steps", "eval_every_steps", "checkpoint_every_steps"}
-    found, wanted = state["config"], dataclasses.asdict(experiment.config)
-    different = sorted(name for name in wanted if name not in free and found.get(name) != wanted[name])
-    if different:
-        changes = ", ".join(f"{name} {found.get(name)} -> {wanted[name]}" for name in different)
-        raise ValueError(f"{path}: the run there has other settings ({changes}); choose another --run-folder")
     experiment.net.load_state_dict(state["net"])
     return state["step"]
 
@@ -353,19 +299,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run-folder", type=Path, default=Path("runs/images"))
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
-    for name, kind in typing.get_type_hints(ImagesConfig).items():
-        option = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        elif typing.get_origin(kind) is tuple:
-            parser.add_argument(option, type=typing.get_args(kind)[0], nargs="*", default=argparse.SUPPRESS)
-        else:
-            parser.add_argument(option, type=kind, default=argparse.SUPPRESS)
+    common.add_settings(parser, ImagesConfig)
     settings = vars(parser.parse_args(arguments))
     preset, folder = settings.pop("preset"), settings.pop("run_folder")
     resume, tensorboard = settings.pop("resume"), settings.pop("tensorboard")
     try:
-        config = make_config(preset, **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        config = make_config(preset, **common.as_settings(settings))
         error = run(config, folder, resume=resume, tensorboard=tensorboard)
     except (ValueError, data.DataError) as problem:
         parser.exit(2, f"images: {problem}\n")

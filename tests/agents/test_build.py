@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import dni_rl
-from agents.build import build_critic, build_environment, build_model, build_torso, spread_seeds
+from agents.build import build_core, build_critic, build_environment, build_model, build_torso, spread_seeds
 from agents.config import CriticConfig, EnvConfig, ModelConfig
 from agents.model import ScaledImages
 from envs.timestep import EnvSpec
@@ -60,6 +60,34 @@ def test_the_model_is_the_one_of_the_configuration(core, kind):
     assert [m.out_features for m in model.value_head if isinstance(m, torch.nn.Linear)] == [7, 1]
 
 
+def test_the_elementwise_core_is_the_one_of_the_configuration():
+    cores = [
+        build_core(ModelConfig(core="elementwise_lstm", hidden_size=7, chrono_max=50.0, input_gain=gain), 4)
+        for gain in (1.0, 2.0)
+        if torch.manual_seed(0)
+    ]
+    assert all(isinstance(core, dni_rl.ElementwiseLSTM) and core.state_sizes == (7, 7) for core in cores)
+    torch.testing.assert_close(2.0 * cores[0].weight_ih, cores[1].weight_ih)
+    assert torch.equal(cores[0].weight_hh, cores[1].weight_hh)
+    assert cores[0].bias[7:14].mean() > 1
+
+
+def test_the_multi_timescale_core_is_the_one_of_the_configuration():
+    config = ModelConfig(core="multi_timescale", hidden_size=7, periods=(1, 4, 8), message="mean")
+    core = build_core(config, 5)
+    assert isinstance(core, dni_rl.MultiTimescaleCore)
+    assert (core.periods, core.hidden_sizes, core.message) == ((1, 4, 8), (7, 7, 7), "mean")
+    assert build_core(replace(config, level_sizes=(3, 4, 5)), 5).hidden_sizes == (3, 4, 5)
+
+
+def test_lower_levels_remember_up_to_the_next_tick_above_and_the_highest_one_up_to_chrono_max():
+    config = ModelConfig(core="multi_timescale", hidden_size=512, periods=(1, 10, 50), chrono_max=1000.0)
+    core = build_core(config, 5)
+    for level, ticks in zip(core.levels, (10, 50 / 10, 1000 / 50), strict=True):
+        keep = level.bias_ih[512:1024].exp() + 1
+        assert 0.95 * ticks < keep.max() <= ticks + 1e-3
+
+
 def test_chrono_initialisation_reaches_the_core():
     biases = [build_model(ModelConfig(chrono_max=c), VECTOR).core.rnn.bias_ih_l0 for c in (None, 1000.0)]
     forget = slice(32, 64)
@@ -83,6 +111,8 @@ def test_the_critic_is_the_one_of_the_configuration():
         critic = build_critic(replace(settings, kind=kind), model, VECTOR)
         assert critic.state_sizes == model.core.state_sizes
         assert critic.context_size == context_size
+        ahead = build_critic(replace(settings, kind=kind, future_steps=3), model, VECTOR)
+        assert ahead.context_size == context_size + 3 * (model.core.input_size + 1)
         for name in (
             "gradient_discount", "scale", "max_norm_ratio", "dense_targets", "normalize_targets", "warmup_updates"
         ):  # fmt: skip

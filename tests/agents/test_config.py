@@ -252,6 +252,61 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
             "run.total_steps: found 100; allowed at least one rollout, 2048 (env.num_envs x algorithm.rollout_length); "
             "train longer, or with fewer environments",
         ),
+        (
+            "--model.core elementwise_lstm --model.num_layers 2",
+            "model.num_layers: found 2; allowed 1 with model.core elementwise_lstm; use lstm or gru for stacked layers",
+        ),
+        (
+            "--model.periods [2,4]",
+            "model.periods: found [2, 4]; allowed 1, then rising multiples of the period below; set for example [1, 8]",
+        ),
+        ("--model.periods [1,4,6]", "model.periods: found [1, 4, 6]; allowed 1, then rising multiples"),
+        ("--model.periods []", "model.periods: found []; allowed 1, then rising multiples"),
+        (
+            "--model.level_sizes [8]",
+            "model.level_sizes: found [8]; allowed 2 widths, one for each of model.periods; leave it out for hidden_size",
+        ),
+        (
+            "--model.core multi_timescale",
+            "algorithm.rollout_length: found 32; allowed a multiple of 64, algorithm.bptt_horizon ticks of the slowest level "
+            "(model.periods); set --algorithm.rollout_length 64",
+        ),
+        (
+            "--critic.kind dni_aux --model.core multi_timescale --algorithm.rollout_length 64",
+            "algorithm.bptt_horizon: found 8; allowed a proper divisor of algorithm.rollout_length, 64, with critic.kind dni_aux",
+        ),
+        (
+            "--critic.interfaces true",
+            "critic.interfaces: found true; allowed false with model.core lstm; set --model.core multi_timescale",
+        ),
+        (
+            "--critic.kind rtrl",
+            "critic.kind: found 'rtrl'; allowed none and the critics with model.core lstm, for which exact RTRL costs too much; "
+            "set --model.core elementwise_lstm",
+        ),
+        (
+            "--critic.kind rtrl --model.core elementwise_lstm --algorithm.name ppo",
+            "algorithm.epochs: found 4; allowed 1 with critic.kind rtrl, which carries derivatives of one pass along the rollout; "
+            "set --algorithm.epochs 1, or --algorithm.name a2c",
+        ),
+        (
+            "--critic.kind bp_lambda --algorithm.name ppo --algorithm.epochs 1",
+            "algorithm.minibatches: found 4; allowed 1 with critic.kind bp_lambda",
+        ),
+        (
+            "--critic.kind bp_lambda",
+            "critic.hidden_sizes: found [128]; allowed [] with critic.kind bp_lambda, whose traces are those of a linear critic and "
+            "nothing else; set --critic.hidden_sizes [], and see configs/kinds/bp_lambda.yaml",
+        ),
+        (
+            "--critic.kind bp_lambda --critic.hidden_sizes [] --critic.normalize_targets false --critic.max_norm_ratio 1",
+            "critic.max_norm_ratio: found 1.0; allowed null with critic.kind bp_lambda",
+        ),
+        (
+            "--critic.kind bp_lambda --model.core multi_timescale --algorithm.rollout_length 64",
+            "critic.kind: found 'bp_lambda'; allowed none and the other critics with model.core multi_timescale, whose levels are cut "
+            "at different steps; set --model.core lstm",
+        ),
         ("--run.seed [", "--run.seed, line 1: found text that is not valid YAML"),
         (
             "--config missing.yaml",

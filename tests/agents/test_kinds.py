@@ -20,19 +20,27 @@ KINDS = {
     "dni_aux": dni_rl.GradientCritic,
     "loss_critic": dni_rl.LossCritic,
     "sobolev": dni_rl.SobolevCritic,
+    "bp_lambda": dni_rl.GradientCritic,
+    "rtrl": None,
+}
+ONE_PASS = {"epochs": 1, "minibatches": 1}
+NEEDS = {  # other settings than the defaults
+    "bp_lambda": {"critic": {"hidden_sizes": [], "normalize_targets": False}, "algorithm": ONE_PASS},
+    "rtrl": {"model": {"core": "elementwise_lstm"}, "algorithm": ONE_PASS},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 algorithms = pytest.mark.parametrize("algorithm", [A2C, PPO], ids=["a2c", "ppo"])
 
 
-def make_trainer(kind, algorithm=A2C, **critic):
+def make_trainer(kind, algorithm=A2C, model=None, **critic):
+    needs = NEEDS.get(kind, {})
     return Trainer(
         from_dict(
             {
                 "env": {"id": "PassiveTMaze", "num_envs": 4, "kwargs": {"corridor_length": 3, "num_distractors": 1}},
-                "model": {"hidden_size": 6, "torso_sizes": [5]},
-                "critic": {"kind": kind, **critic},
-                "algorithm": algorithm,
+                "model": {"hidden_size": 6, "torso_sizes": [5], **needs.get("model", {}), **(model or {})},
+                "critic": {"kind": kind, **needs.get("critic", {}), **critic},
+                "algorithm": algorithm | needs.get("algorithm", {}),
                 "run": {"total_steps": 640, "tensorboard": False, "progress": False},
             }
         )
@@ -60,23 +68,26 @@ def test_every_kind_trains_both_sides(kind, algorithm):
     if learner.critic is not None:
         assert all(not torch.equal(a, b) for a, b in zip(first[1], parameters(learner.critic), strict=True))
         assert metrics[-1]["sg/synthetic_norm"] > 0.0
-        assert (metrics[0]["sg/synthetic_norm"] == 0.0) == (algorithm is A2C)  # an update of PPO is several
+        one_pass = algorithm is A2C or kind == "bp_lambda"  # otherwise an update is several
+        assert (metrics[0]["sg/synthetic_norm"] == 0.0) == one_pass
     assert ("losses/auxiliary_loss" in metrics[-1]) == (kind == "dni_aux")
 
 
 @every_kind
 def test_the_first_update_is_that_of_truncated_backpropagation(kind):
     models = []
+    # RTRL knows more than that as soon as there is a window before
+    algorithm = A2C | {"bptt_horizon": 8 if kind == "rtrl" else 4}
     for each in ("none", kind):
-        trainer = make_trainer(each)
+        trainer = make_trainer(each, algorithm, NEEDS.get(kind, {}).get("model"))
         trainer.update()
         models.append(parameters(trainer.learner.model))
     torch.testing.assert_close(models[0], models[1], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["dni_aux", "loss_critic", "sobolev"])
+@pytest.mark.parametrize("kind", ["dni_aux", "loss_critic", "sobolev", "bp_lambda", "rtrl"])
 def test_the_file_of_a_run_holds_all_that_learns(kind):
-    settings = {"slow_copy_rate": 0.5, "target_lambda": 0.8}
+    settings = {} if kind in ("bp_lambda", "rtrl") else {"slow_copy_rate": 0.5, "target_lambda": 0.8}
     trainer = make_trainer(kind, **settings)
     for _ in range(3):
         trainer.update()

@@ -10,7 +10,8 @@ from agents.learner import Learner, make_windows, select_sequences
 from agents.rollout import Actor, Rollout
 from tests.agents.scripted_env import ScriptedEnv, make_model, naive_row
 
-CORES = [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)]
+CORES = [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2), ("elementwise_lstm", 1)]
+UNROLLED = [*CORES, ("multi_timescale", 1)]
 B, DISCOUNT, LAMBDA = 4, 0.9, 0.8
 
 
@@ -43,7 +44,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("same_step", [False, True])
-@pytest.mark.parametrize(("core", "num_layers"), CORES)
+@pytest.mark.parametrize(("core", "num_layers"), UNROLLED)
 @pytest.mark.parametrize("K", [1, 4, 8])
 def test_unrolled_logits_and_values_equal_those_of_the_actor(core, num_layers, same_step, K):
     model = make_model(core, num_layers)
@@ -329,8 +330,8 @@ def test_every_epoch_takes_every_environment_once_and_its_first_ratio_is_1(minib
     learner = make_learner(model, name="ppo", epochs=3, minibatches=minibatches)
     windows = make_windows(rollout, 4, DISCOUNT, LAMBDA)
     windows.value_target = torch.arange(B).repeat(2).expand(4, -1)  # marks every row with its environment
-    batches = list(learner._minibatches(windows))
-    assert len(batches) == 3 * minibatches
+    numbers, batches = zip(*learner._minibatches(windows), strict=True)
+    assert numbers == tuple(epoch for epoch in range(3) for _ in range(minibatches))
     for epoch in range(3):
         seen = torch.cat([batch.value_target for batch in batches[epoch * minibatches : (epoch + 1) * minibatches]], 1)
         assert seen[0].bincount().tolist() == [2] * B  # two windows each
@@ -346,6 +347,23 @@ def test_epochs_move_the_policy_and_metrics_are_means_over_minibatches():
     metrics = make_learner(model, name="ppo", epochs=4, minibatches=2, learning_rate=0.01).update(rollout)
     assert metrics["losses/approx_kl"] > 1e-5
     assert all(value.dim() == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize(("epochs", "critic_epochs"), [(4, 1), (4, 3), (2, 4)])
+def test_the_critic_learns_in_the_first_epochs_only(epochs, critic_epochs):
+    model = make_model()
+    rollouts = act(model, rollouts=2)
+    critic = make_critic(model)
+    learner = make_learner(
+        model, critic, name="ppo", epochs=epochs, minibatches=2, critic_settings={"epochs": critic_epochs}
+    )
+    for rollout in rollouts:
+        metrics = learner.update(rollout)
+    first = next(critic.parameters())
+    assert learner.critic_optimizer.state[first]["step"].item() == 2 * 2 * min(epochs, critic_epochs)
+    assert learner.optimizer.state[model.value_head[-1].weight]["step"].item() == 2 * 2 * epochs
+    assert all(value.isfinite() for value in metrics.values())
+    assert metrics["sg/synthetic_norm"] > 0
 
 
 def test_a_target_kl_ends_the_epochs():

@@ -1,9 +1,12 @@
+import io
 import json
 import math
 import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.metrics import PROGRESS_METRICS, MetricsWriter, read_metrics
@@ -124,3 +127,44 @@ def test_the_progress_bar_appears_in_a_terminal_only(tmp_path, monkeypatch, caps
     assert "steps/s" in err
     _write_run(tmp_path / "c", [50], tensorboard=False, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_weights_over_steps_become_a_histogram(tmp_path):
+    with MetricsWriter(tmp_path, total_steps=10) as writer:
+        writer.write_histogram(3, "credit/x", torch.tensor([1.0, 0.0, 3.0]))
+        writer.write_histogram(4, "credit/x", torch.zeros(3))  # nothing to show
+        writer.write_histogram(5, "credit/x", torch.tensor([1.0, torch.nan]))
+        writer.write_histogram(6, "credit/x", torch.tensor([2.0], dtype=torch.float64, requires_grad=True))
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    first, second = events.Histograms("credit/x")
+    assert (first.step, second.step) == (3, 6)
+    assert list(first.histogram_value.bucket) == [0.25, 0.0, 0.75]
+    assert list(first.histogram_value.bucket_limit) == [1.5, 2.5, 3.5]
+    assert first.histogram_value.sum == 0.25 + 3 * 0.75 and first.histogram_value.sum_squares == 0.25 + 9 * 0.75
+    assert list(second.histogram_value.bucket) == [1.0]
+
+
+def test_figures_become_images_with_the_colours_that_they_have(tmp_path):
+    figure = Figure(figsize=(2.0, 1.0), dpi=10, facecolor="red")
+    with MetricsWriter(tmp_path, total_steps=10) as writer:
+        assert writer.has_tensorboard
+        writer.write_figure(3, "credit/x", figure)
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Images("credit/x")
+    assert event.step == 3
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+        assert image.size == (20, 10) and image.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_without_tensorboard_figures_and_histograms_go_nowhere(tmp_path):
+    with MetricsWriter(tmp_path, total_steps=10, tensorboard=False) as writer:
+        assert not writer.has_tensorboard
+        writer.write_histogram(3, "credit/x", torch.ones(2))
+        writer.write_figure(3, "credit/x", Figure())
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_keeps_the_board_of_custom_scalars(tmp_path):
+    _write_run(tmp_path, [10, 20])
+    _write_run(tmp_path, [20], resume_step=10)
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")
+    assert b"charts/success_rate$" in event.tensor_proto.string_val[0]

@@ -9,7 +9,7 @@ from dni_rl.cores import GRU, LSTM
 from envs.timestep import EnvSpec
 from tests.agents.scripted_env import make_model
 
-CORES = [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)]
+CORES = [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2), ("elementwise_lstm", 1), ("multi_timescale", 1)]
 
 
 def _inputs(T, B, generator):

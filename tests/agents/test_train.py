@@ -328,8 +328,10 @@ def test_method_and_baseline_differ_in_the_kind_of_critic_alone(configure):
             for rollout in rollouts[1:]:
                 assert torch.equal(rollout.logits, rollouts[0].logits)
                 assert torch.equal(rollout.observation, rollouts[0].observation)
-            for trainer in trainers[1:]:
-                assert_equal(trainer.learner.model.state_dict(), trainers[0].learner.model.state_dict())
+            for trainer in trainers[1:]:  # but for rounding: without a critic, windows go through a fused kernel
+                torch.testing.assert_close(
+                    trainer.learner.model.state_dict(), trainers[0].learner.model.state_dict(), rtol=1e-4, atol=1e-6
+                )
     weights = [trainer.learner.model.core.rnn.weight_hh_l0 for trainer in trainers]
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])

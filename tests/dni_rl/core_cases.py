@@ -45,6 +45,14 @@ def linear_core(size: int = H) -> Core:
     return dni_rl.CellCore(LinearRNN(size), state_sizes=(size,), input_size=D, output_size=size, step=linear_step)
 
 
+def watched(core: Core) -> Core:
+    """With the memory of a critic, which is the same one every time: no file of the core holds it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        critic = dni_rl.RecurrentGradientCritic(state_sizes=core.state_sizes, memory_size=2)
+    return critic.double().watch(core)
+
+
 CORES: dict[str, Callable[[], Core]] = {
     "LSTM": lambda: dni_rl.LSTM(D, H),
     "LSTM, 2 layers": lambda: dni_rl.LSTM(D, H, 2),
@@ -61,6 +69,7 @@ CORES: dict[str, Callable[[], Core]] = {
     "element-wise LSTM": lambda: dni_rl.ElementwiseLSTM(D, H),
     "2 timescales": lambda: dni_rl.MultiTimescaleCore(D, (H, 2), (1, 2)),
     "3 timescales, mean": lambda: dni_rl.MultiTimescaleCore(D, (H, 2, 3), (1, 2, 4), message="mean"),
+    "LSTM with a critic's memory": lambda: watched(dni_rl.LSTM(D, H)),
 }
 
 

@@ -788,6 +788,30 @@ def test_warm_up_learns_and_applies_nothing():
     assert all(g.any() for g in gradients(critic).values())
 
 
+@every_core
+@pytest.mark.parametrize(
+    "settings", [{}, {"dense_targets": False}, {"max_norm_ratio": 0.5}, {"target_lambda": 0.7}], ids=str
+)
+def test_a_window_may_be_used_without_learning_from_it(name, settings):
+    model, x, y, state = problem(name)
+    critic = make_critic(model, **settings)
+    run_window(model, x, y, state, critic)  # statistics, of the bound too, have begun
+    untouched = copy.deepcopy(critic)
+    model.zero_grad()
+    expected_report, _ = run_window(model, x, y, state, copy.deepcopy(critic))
+    expected = gradients(model)
+    model.zero_grad()
+    critic.zero_grad()
+    report, _ = run_window(model, x, y, state, critic, fit=False)
+    if not settings.get("max_norm_ratio"):  # the yardstick of the bound moves when it learns
+        assert_same(gradients(model), expected)
+        assert_same(report.synthetic_norm, expected_report.synthetic_norm)
+    assert report.synthetic_norm > 0
+    assert all(math.isnan(v) for key, v in report.as_dict().items() if key != "synthetic_norm")
+    assert all(p.grad is None for p in critic.parameters())
+    exactly(critic.state_dict(), untouched.state_dict())
+
+
 # Trap 6, 8: the user's loop -------------------------------------------------------------------------------------------
 
 

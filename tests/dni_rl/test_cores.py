@@ -206,6 +206,8 @@ def test_gradients_pass_gradcheck(name):
 
         def forward(self, x, *s):
             outputs, end = self.core.unroll(x, s, first)
+            if isinstance(core, dni_rl.WatchedCore):  # the memory's derivative is zero by decree, not by nature
+                end = end[:-1]
             return (outputs, *end)
 
     def run(x, *rest):
@@ -280,6 +282,7 @@ KEYS = {
     "element-wise LSTM": ["weight_ih", "weight_hh", "bias"],
     "2 timescales": [f"levels.{i}.{key}" for i in range(2) for key in CELL],
     "3 timescales, mean": [f"levels.{i}.{key}" for i in range(3) for key in CELL],
+    "LSTM with a critic's memory": [f"core.rnn.{key}" for key in LAYER],
 }
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import dni_rl
 
 SIZES, Z, N = (3, 2), 4, 7
+MEMORY = 4  # of recurrent critics
 MAPS = ((3, 2, 2), (2, 2, 2))  # the states of convolutional critics: C, Y, X
 CRITICS = {
     "linear": lambda **settings: dni_rl.GradientCritic(state_sizes=SIZES, **settings),
@@ -21,6 +22,9 @@ CRITICS = {
         state_sizes=SIZES, **{"normalize_targets": False, **settings}
     ),
     "convolutional": lambda **settings: dni_rl.ConvGradientCritic(state_shapes=MAPS, hidden_channels=(4,), **settings),
+    "recurrent": lambda **settings: dni_rl.RecurrentGradientCritic(
+        state_sizes=SIZES, memory_size=MEMORY, hidden_sizes=(4,), **settings
+    ),
     "loss": lambda **settings: dni_rl.LossCritic(state_sizes=SIZES, hidden_sizes=(8, 6), **settings),
     "Sobolev": lambda **settings: dni_rl.SobolevCritic(state_sizes=SIZES, hidden_sizes=(8,), **settings),
 }
@@ -49,6 +53,10 @@ def rows(n=N, seed=1):
 
 def rows_of(name, n=N, seed=1):
     """State, target and context of n rows for one of the critics."""
+    if name == "recurrent":  # no loss reaches the memory
+        state, target, z = rows(n, seed)
+        memory = torch.tanh(torch.randn(n, MEMORY, generator=torch.Generator().manual_seed(seed + 100), dtype=DOUBLE))
+        return (*state, memory), (*target, torch.zeros_like(memory)), z
     if name != "convolutional":
         return rows(n, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +87,8 @@ def join(tensors):
 
 
 def split(name, joined):
-    parts = joined.split([math.prod(shape) for shape in MAPS] if name == "convolutional" else SIZES, -1)
+    sizes = {"convolutional": [math.prod(shape) for shape in MAPS], "recurrent": (*SIZES, MEMORY)}.get(name, SIZES)
+    parts = joined.split(sizes, -1)
     return tuple(p.unflatten(-1, s) for p, s in zip(parts, MAPS, strict=True)) if name == "convolutional" else parts
 
 
@@ -188,7 +197,10 @@ def test_fit_matches_the_definition(name, context_size, masked):
     result = fit(critic, state, target, z, valid)
     rms = critic.target_rms if critic.normalize_targets else torch.ones(sum(SIZES))
     keep = valid if masked else torch.ones(N, dtype=torch.bool)
-    expected = naive_fit(join(critic(state, z)).detach(), join(target), rms, keep)
+    predicted, goal = join(critic(state, z)).detach(), join(target)
+    learned = len(critic.target_rms)  # all but a memory, which comes last and for which zero is predicted
+    assert not predicted[:, learned:].any() and predicted.shape[1] - learned == (MEMORY if name == "recurrent" else 0)
+    expected = naive_fit(predicted[:, :learned], goal[:, :learned], rms, keep)
     if name in VALUES:
         expected["loss"] = naive_value_loss(critic, state, target, z, keep) + (name == "Sobolev") * expected["loss"]
     for key, value in expected.items():
@@ -618,6 +630,11 @@ KEYS = {
 }
 OF_LOSSES = ["loss_mean", "loss_std", "_loss_moments", "_loss_weight"]
 KEYS["convolutional"] = [key for key in KEYS["MLP"] if ".4." not in key]
+KEYS["recurrent"] = [
+    *STATISTICS,
+    *(f"net.cell.{key}" for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
+    *(key.replace("net.", "net.readout.") for key in KEYS["convolutional"][len(STATISTICS) :]),
+]
 KEYS["loss"] = [*STATISTICS[:-1], *OF_LOSSES, "_extra_state", *KEYS["MLP"][len(STATISTICS) :]]
 KEYS["Sobolev"] = [key for key in KEYS["loss"] if ".4." not in key]
 
@@ -713,7 +730,9 @@ def test_sizes_out_of_range_are_refused(state_sizes, hidden_sizes):
 def test_states_and_contexts_of_other_sizes_are_refused(name):
     state, target, z = rows_of(name)
     critic = make_critic(name)
-    wanted = f"shapes [..., C, Y, X] with {MAPS}, got" if name == "convolutional" else "widths (3, 2), got shapes"
+    wanted = f"widths {critic.state_sizes}, got shapes"
+    if name == "convolutional":
+        wanted = f"shapes [..., C, Y, X] with {MAPS}, got"
     for call in (critic, critic.synthetic_gradient, lambda s: fit(critic, s, target), critic.observe_window):
         for wrong in (state[::-1], state[:1]):
             refuses(f"state: expected {wanted} {[tuple(s.shape) for s in wrong]}", call, wrong)

@@ -91,7 +91,7 @@ def test_linear_rnn_has_the_closed_form(inputs):
     share = torch.tensor([sum(t % K >= n for t in range(n - 1, 12)) / (13 - n) for n in range(1, 13)]).double()
     torch.testing.assert_close(horizon.delivered_norm, a**lags * share.sqrt())
     torch.testing.assert_close(horizon.cosine, share.sqrt())
-    assert horizon.reach == 3 - (share[2] <= 0.25).int()
+    assert horizon.effective_horizon == 3 - (share[2] <= 0.25).int()
     assert horizon.delivered_norm[K - 1 :].eq(0).all()
 
 
@@ -100,7 +100,7 @@ def test_long_windows_tend_to_the_documented_cosine():
     horizon = credit_horizon(LinearRNN(1.0), sum_of_outputs, long, window=10, num_lags=12)
     expected = torch.tensor([math.sqrt(max(10 - n, 0) / 10) for n in range(1, 13)]).double()
     torch.testing.assert_close(horizon.cosine, expected, atol=0.05, rtol=0)
-    assert horizon.reach == 7
+    assert horizon.effective_horizon == 7
 
 
 @pytest.mark.parametrize(
@@ -221,10 +221,10 @@ def test_scalars():
     norm = torch.tensor([4.0, 4.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     horizon = CreditHorizon(norm, norm / 2, torch.tensor([0.9, 0.2, 0.6, 0.5, 0.0]), torch.ones(5))
     scalars = horizon.scalars("credit/")
-    assert scalars["credit/reach"] == 3 and scalars["credit/lag_90"] == 3 and scalars["credit/true_lag_90"] == 3
+    assert scalars["credit/horizon"] == 3 and scalars["credit/lag_90"] == 3 and scalars["credit/true_lag_90"] == 3
     assert scalars["credit/delivered_share"] == 0.5
     nothing = CreditHorizon(norm, 0 * norm, 0 * norm, norm)
-    assert nothing.reach == 0 and nothing.lag_90 == 0
+    assert nothing.effective_horizon == 0 and nothing.lag_90 == 0
 
 
 def test_loss_times_are_few_and_meet_every_phase():

@@ -1,0 +1,522 @@
+"""What the experiments share: a command line made of config fields, logs, checkpoints, progress, and matrices of runs.
+
+A program has a frozen dataclass of settings, one function that carries out one run in a folder of its own, and presets. Runs of
+one command are the members of a matrix, cells times seeds; a cell is an arm and a window, written "dni@5".
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dni_rl import data
+
+CHECKPOINT_FILE = "checkpoint.pt"
+RESULT_FILE = "result.json"
+SUMMARY_FILE = "summary.json"
+
+
+# Command line
+
+
+def add_settings(parser: argparse.ArgumentParser, config_class: type, leave_out: Iterable[str] = ()) -> None:
+    """Adds an option for every field of a config; what is not given stays out of the parsed namespace.
+
+    Args:
+        parser: to add to.
+        config_class: a dataclass with fields of str, int, float, bool, tuples of those, and those or None.
+        leave_out: fields that get no option.
+    """
+    for name, kind in typing.get_type_hints(config_class).items():
+        option = f"--{name.rstrip('_').replace('_', '-')}"
+        settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        if name in leave_out:
+            continue
+        if kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, **settings)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(option, type=typing.get_args(kind)[0], nargs="*", **settings)
+        elif isinstance(kind, types.UnionType):
+            parser.add_argument(option, type=_or_none(typing.get_args(kind)[0]), **settings)
+        else:
+            parser.add_argument(option, type=kind, **settings)
+
+
+def _or_none(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    parse.__name__ = f"{kind.__name__} or none"  # as argparse names it in its message
+    return parse
+
+
+def as_settings(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """Parsed options as arguments of a config: lists become tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
+
+
+def check_allowed(config: Any, **allowed: Sequence[str]) -> None:
+    """ValueError if a field of `config` is not one of the names that are allowed for it."""
+    for name, names in allowed.items():
+        if getattr(config, name) not in names:
+            raise ValueError(f"{name}: found {getattr(config, name)!r}, allowed {', '.join(names)}")
+
+
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """ValueError if a field of `config` is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: found {getattr(config, name)}, allowed {least} or more")
+
+
+# Logs and checkpoints
+
+
+class Log:
+    """metrics.jsonl, one row a line, and TensorBoard; rows after `first_step`, from a run that was cut off, are dropped."""
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
+        path = folder / "metrics.jsonl"
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the last line of a run that was cut off while it wrote
+            if row["step"] <= first_step:
+                kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+        self._events = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError("tensorboard is not installed; install it, or use --no-tensorboard") from error
+            self._events = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a row; `step` never decreases."""
+        print(json.dumps({"step": step, **metrics}), file=self._file, flush=True)
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Replaces the checkpoint as a whole: a run that is cut off here keeps the old one."""
+    part = path.with_name(f"{path.name}.part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path, config: Any, *, resume: bool, free: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The state that `save_checkpoint` wrote, or None where there is none.
+
+    Args:
+        path: of the checkpoint.
+        config: a dataclass, of the run that is about to continue; the state has it as a dict under "config".
+        resume: whether a checkpoint is wanted.
+        free: fields of the config that may have changed.
+
+    Raises:
+        ValueError: if there is a checkpoint and none is wanted, or it is of a run with other settings.
+    """
+    if not path.exists():
+        return None
+    if not resume:
+        raise ValueError(f"{path}: a run is there already; continue it with --resume, or choose another --run-folder")
+    state = torch.load(path, map_location=config.device, weights_only=True)
+    found, wanted = state["config"], dataclasses.asdict(config)
+    different = sorted(name for name in wanted if name not in free and found.get(name) != wanted[name])
+    if different:
+        changes = ", ".join(f"{name} {found.get(name)} -> {wanted[name]}" for name in different)
+        raise ValueError(f"{path}: the run there has other settings ({changes}); choose another --run-folder")
+    return state
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a whole file or none."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+# Progress
+
+
+class Progress:
+    """One line on a terminal, rewritten in place; silent where stderr is none, and where it is not wanted.
+
+    Args:
+        label: stands at its start.
+        total_steps: of the whole run.
+        step: to start from.
+        wanted: False to stay silent anyway.
+    """
+
+    def __init__(self, label: str, total_steps: int, step: int = 0, *, wanted: bool = True):
+        self._shows = wanted and sys.stderr.isatty()
+        self._label, self._total_steps, self._first_step = label, total_steps, step
+        self._start_sec = time.monotonic()
+        self._width = 0
+
+    def show(self, step: int, note: str = "") -> None:
+        """Draws the line at `step`, with a note behind it."""
+        if not self._shows:
+            return
+        speed = (step - self._first_step) / max(time.monotonic() - self._start_sec, 1e-9)
+        left_sec = round((self._total_steps - step) / speed) if speed > 0 else 0
+        left = f"{left_sec // 60}:{left_sec % 60:02d} left"
+        line = f"{self._label} {step / self._total_steps:4.0%} {speed:,.0f} steps/s {left} {note}"
+        self._width = max(self._width, len(line))
+        print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._shows and self._width:
+            print(file=sys.stderr)
+
+
+# One run
+
+
+class Experiment(Protocol):
+    """What `carry_out` needs of a run in the making."""
+
+    step: int
+
+    def update(self) -> dict[str, Tensor]:
+        """Learns, and moves `step` on; returns metrics, still on the device."""
+
+    def figures(self) -> dict[str, float]:
+        """What else to log with the metrics."""
+
+    def evaluate_when_due(self) -> dict[str, float]:
+        """Evaluates if this step is one to do so, and returns what to log; called after every update."""
+
+    def note(self) -> str:
+        """A few words for the line of progress."""
+
+    def result(self) -> dict[str, Any]:
+        """What result.json holds; called at the end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, `step` as "step" and the config as "config"."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+
+
+def carry_out(
+    make_experiment: Callable[[], Experiment],
+    config: Any,
+    folder: Path,
+    *,
+    free: Iterable[str],
+    resume: bool,
+    tensorboard: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Updates up to `config.num_steps`, logs, keeps a checkpoint, and writes the result.
+
+    Args:
+        make_experiment: called once the folder is known to be free, or to hold the same run.
+        config: the run: `num_steps`, `log_every_steps` and `checkpoint_every_steps`, and what the experiment needs.
+        folder: for its files, made if missing.
+        free: fields of the config that a resumed run may change.
+        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
+        tensorboard: whether to write TensorBoard events as well.
+        progress: whether to show a line of progress, on a terminal.
+
+    Returns:
+        The result, as in result.json.
+
+    Raises:
+        ValueError: if the folder holds another run.
+    """
+    state = load_checkpoint(folder / CHECKPOINT_FILE, config, resume=resume, free=free)
+    result_file = folder / RESULT_FILE
+    if state is not None and state["step"] >= config.num_steps and result_file.exists():
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    experiment = make_experiment()
+    if state is not None:
+        experiment.load_state_dict(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    bar = Progress(folder.name, config.num_steps, experiment.step, wanted=progress)
+    with Log(folder, experiment.step, tensorboard) as log:
+        while experiment.step < config.num_steps:
+            before = experiment.step
+            metrics = experiment.update()
+            step = experiment.step
+            if due(before, step, config.log_every_steps, config.num_steps):
+                log.write(step, {name: value.item() for name, value in metrics.items()} | experiment.figures())
+                bar.show(step, experiment.note())
+            if evaluation := experiment.evaluate_when_due():
+                log.write(step, evaluation)
+            if due(before, step, config.checkpoint_every_steps, config.num_steps):
+                save_checkpoint(folder / CHECKPOINT_FILE, experiment.state_dict())
+    bar.close()
+    result = experiment.result()
+    write_json(result_file, result)
+    return result
+
+
+def due(before: int, step: int, every: int, total: int) -> bool:
+    """Whether an update from `before` to `step` crossed a multiple of `every`, or reached the `total`."""
+    return step // every > before // every or step >= total
+
+
+# Matrices of runs
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """What one row of a results table stands for.
+
+    Attributes:
+        arm: the method.
+        window: T, in steps.
+    """
+
+    arm: str
+    window: int
+
+    def __str__(self) -> str:
+        return f"{self.arm}@{self.window}"
+
+
+def parse_cell(text: str) -> Cell:
+    """ "dni@5" as a cell; ValueError if it is none."""
+    arm, _, window = text.partition("@")
+    if not arm or not window.isdecimal() or int(window) < 1:
+        raise ValueError(f"cells: found {text!r}, allowed ARM@WINDOW, such as dni@5")
+    return Cell(arm, int(window))
+
+
+def grid(arms: Iterable[str], windows: Sequence[int]) -> tuple[str, ...]:
+    """All cells of some arms and windows."""
+    return tuple(str(Cell(arm, window)) for arm in arms for window in windows)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a matrix.
+
+    Attributes:
+        name: of its folder, below that of the matrix.
+        cell: which row it belongs to.
+        config: its settings; a frozen dataclass with a field `seed`.
+    """
+
+    name: str
+    cell: Cell
+    config: Any
+
+
+def members(
+    make_config: Callable[..., Any],
+    cells: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    of_arms: Mapping[str, Mapping[str, Any]] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> list[Member]:
+    """All runs, seeds outermost, so that an interrupted matrix has the same number of seeds everywhere.
+
+    Args:
+        make_config: settings with arm, window and seed to a config.
+        cells: as "arm@window".
+        seeds: of each cell.
+        settings: of all.
+        of_arms: what an arm has otherwise.
+        given: what the user asked for, which comes before both.
+
+    Raises:
+        ValueError: if cells or seeds are missing, repeated or malformed, or a setting is out of range.
+    """
+    for name, found in (("cells", cells), ("seeds", seeds)):
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
+    matrix = []
+    for seed in seeds:
+        for cell in map(parse_cell, cells):
+            of_run = {"arm": cell.arm, "window": cell.window, "seed": seed}
+            config = make_config(**{**settings, **(of_arms or {}).get(cell.arm, {}), **(given or {}), **of_run})
+            matrix.append(Member(f"{cell.arm}-{cell.window}-seed{seed}", cell, config))
+    return matrix
+
+
+def run_members(
+    run: Callable[..., dict[str, Any]],
+    matrix: Sequence[Member],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    resume: bool = False,
+    tensorboard: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Carries out the runs, side by side in processes of one thread each where there is more than one job.
+
+    Args:
+        run: (config, folder, resume=, tensorboard=, progress=) -> result; a function of a module.
+        matrix: the runs.
+        folder: of the matrix.
+        jobs: how many at a time.
+        resume: continue what was cut off, and skip what is done.
+        tensorboard: whether to write TensorBoard events.
+
+    Returns:
+        The results, by name of the member.
+
+    Raises:
+        ValueError: if jobs is below 1, or a run is there already and resume is False.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: found {jobs}, allowed 1 or more")
+    if not resume:
+        for member in matrix:
+            load_checkpoint(folder / member.name / CHECKPOINT_FILE, member.config, resume=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, Any]] = {}
+
+    def note(member: Member, result: dict[str, Any]) -> None:
+        results[member.name] = result
+        print(f"{len(results)} of {len(matrix)} runs done: {member.name}", file=sys.stderr)
+
+    options = {"resume": resume, "tensorboard": tensorboard}
+    if jobs == 1:
+        for member in matrix:
+            note(member, run(member.config, folder / member.name, **options, progress=True))
+        return results
+    # spawn: a fork of a process that has used torch's thread pools may hang
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = {
+            pool.submit(run, member.config, folder / member.name, **options, progress=False): member
+            for member in matrix
+        }
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                note(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean, sample standard deviation, least and greatest of one cell's seeds; None where any seed has no value."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known or len(known) < len(values):
+        return {"mean": None, "std": None, "min": None, "max": None}
+    return {
+        "mean": statistics.fmean(known),
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+        "min": min(known),
+        "max": max(known),
+    }
+
+
+def by_cell(matrix: Sequence[Member], results: Mapping[str, dict[str, Any]]) -> dict[Cell, dict[int, dict[str, Any]]]:
+    """Results by cell and seed, in the order of the matrix."""
+    table: dict[Cell, dict[int, dict[str, Any]]] = {}
+    for member in matrix:
+        table.setdefault(member.cell, {})[member.config.seed] = results[member.name]
+    return table
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; None is shown as a dash, floats with three significant digits after the leading ones."""
+
+    def show(value: Any) -> str:
+        return (
+            "-" if value is None else f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+        )
+
+    lines = [list(header), ["---"] * len(header), *[[show(value) for value in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(
+    name: str,
+    description: str,
+    arguments: Sequence[str] | None,
+    config_class: type,
+    presets: Mapping[str, Mapping[str, Any]],
+    run: Callable[..., dict[str, Any]],
+    summarize: Callable[..., dict[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    more_options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """The command line of a program that runs a matrix; writes summary.json and prints its table.
+
+    Args:
+        name: of the program.
+        description: its first line is shown by --help.
+        arguments: of the command line; None for those of the process.
+        config_class: of one run; `arm`, `window` and `seed` come from the matrix, every other field is an option.
+        presets: settings by name, with "cells" and "seeds", and optionally "jobs" and "arms", settings of single arms.
+        run: see `run_members`.
+        summarize: (matrix, results, **more) -> what summary.json holds.
+        table: the summary as Markdown.
+        more_options: of `summarize`, by name, with their settings for `ArgumentParser.add_argument`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m dni_rl.experiments.{name}", description=description.splitlines()[0]
+    )
+    parser.add_argument("--preset", choices=presets, default="smoke")
+    parser.add_argument("--cells", nargs="*", metavar="ARM@WINDOW", help="arms and windows; by default the preset's")
+    parser.add_argument("--seeds", type=int, nargs="*", help="by default the preset's")
+    parser.add_argument("--jobs", type=int, help="runs at a time, of one thread each; by default the preset's, or 1")
+    parser.add_argument("--run-folder", type=Path, default=Path("runs") / name)
+    parser.add_argument("--resume", action="store_true", help="continue what was cut off, skip what is done")
+    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
+    for option, settings in (more_options or {}).items():
+        parser.add_argument(f"--{option.replace('_', '-')}", **settings)
+    add_settings(parser, config_class, leave_out=("arm", "window", "seed"))
+    given = vars(parser.parse_args(arguments))
+    preset, folder, resume = given.pop("preset"), given.pop("run_folder"), given.pop("resume")
+    tensorboard = given.pop("tensorboard")
+    of_matrix = {key: given.pop(key) for key in ("cells", "seeds", "jobs")}
+    more = {option: given.pop(option) for option in more_options or {}}
+    settings = dict(presets[preset])
+    of_arms = settings.pop("arms", {})
+    of_preset = {key: settings.pop(key, 1) for key in of_matrix}
+    cells, seeds, jobs = (of_preset[key] if value is None else value for key, value in of_matrix.items())
+    try:
+        matrix = members(config_class, cells, seeds, settings, of_arms, as_settings(given))
+        results = run_members(run, matrix, folder, jobs=jobs, resume=resume, tensorboard=tensorboard)
+        summary = {"preset": preset, **summarize(matrix, results, **more)}
+        summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in matrix}
+        write_json(folder / SUMMARY_FILE, summary)
+    except (ValueError, data.DataError) as problem:
+        parser.exit(2, f"{name}: {problem}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{name}: stopped; continue with --resume\n")
+    print(table(summary))

@@ -1,0 +1,434 @@
+"""The Penn Treebank read in short windows, after the recurrent networks of Jaderberg et al., "Decoupled Neural Interfaces" (2017).
+
+python -m dni_rl.experiments.ptb --preset laptop --run-folder runs/ptb
+python -m dni_rl.experiments.ptb --preset laptop --level words --cells none@20 dni@5 --run-folder runs/ptb-words
+python -m dni_rl.experiments.ptb --preset paper --device cuda --run-folder runs/ptb-paper --resume
+
+An LSTM predicts the next character (or word) of a text that it reads in windows. Each run is measured in bits per token on the
+validation split while it trains, against tokens read and against seconds of training, and at the end on the test split with the
+parameters that did best in validation; perplexity is 2^bits. summary.json compares every cell with the baseline, "none" at its longest
+window: which share of its tokens and of its seconds the cell took to reach the same bits. Folders, `--resume`, cells and arms are as
+in `dni_rl.experiments.copy`.
+
+What the paper leaves open, and is assumed here: batch 64, an embedding of 128, no dropout and no clipping, the length of training.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dni_rl import data
+from dni_rl.experiments import common
+from dni_rl.experiments.recurrent import BITS_PER_NAT, FREE_FIELDS, Learner, WindowConfig
+
+DATASETS = ("ptb", "synthetic")
+LEVELS = ("characters", "words")
+# Test bits per character, by arm and window: Jaderberg et al. (2017), as secondary sources quote them.
+PUBLISHED = {
+    "none": {2: 1.39, 3: 1.38, 4: 1.37, 5: 1.37, 8: 1.35, 20: 1.35, 40: 1.34},
+    "dni": {2: 1.37, 3: 1.36, 4: 1.35, 5: 1.35, 8: 1.34},
+    "dni_aux": {2: 1.37, 3: 1.36, 4: 1.35, 5: 1.35, 8: 1.33},
+}
+# Shares of what "none" at window 20 took to 1.35 bits, by arm and window: the same.
+PUBLISHED_DATA_RATIO = {("dni_aux", 5): 0.58}
+PUBLISHED_TIME_RATIO = {("dni_aux", 5): 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtbConfig(WindowConfig):
+    """One run. Defaults are the paper's, as far as it states them."""
+
+    dataset: str = "ptb"  # "synthetic" needs no files: words drawn from a small lexicon
+    level: str = "characters"  # what a token is: "characters" or "words"
+    hidden_size: int = 1024
+    critic_hidden_sizes: tuple[int, ...] = (1024,)
+    batch_size: int = 64
+    embedding_size: int = 128
+    num_steps: int = 3_000_000  # of each sequence: about 38 readings of the characters
+    eval_every_steps: int = 25_000
+    eval_columns: int = 8  # the text is cut in so many, read side by side
+    valid_tokens: int | None = None  # only so many at the start of the validation split; None for all
+
+    def __post_init__(self):
+        super().__post_init__()
+        common.check_allowed(self, dataset=DATASETS, level=LEVELS)
+        common.check_at_least(self, 1, "embedding_size", "eval_every_steps", "eval_columns")
+        if self.valid_tokens is not None:
+            common.check_at_least(self, 2, "valid_tokens")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # seconds, needs no files: shows that every arm runs
+    "smoke": {
+        "cells": ("none@3", "none@6", "dni@3", "dni_aux@3"),
+        "seeds": (0,),
+        "dataset": "synthetic",
+        "hidden_size": 16,
+        "critic_hidden_sizes": (16,),
+        "embedding_size": 8,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "critic_learning_rate": 1e-2,
+        "gradient_discount": 0.9,
+        "warmup_updates": 20,
+        "num_steps": 600,
+        "log_every_steps": 60,
+        "eval_every_steps": 120,
+        "checkpoint_every_steps": 300,
+    },
+    # Under half an hour on two cores; dni_aux@5 takes as long as the other three together.
+    "laptop": {
+        "cells": ("none@5", "none@20", "dni@5"),
+        "seeds": (0, 1, 2),
+        "jobs": 2,
+        "hidden_size": 256,
+        "critic_hidden_sizes": (256,),
+        "embedding_size": 64,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "critic_learning_rate": 1e-3,
+        "num_steps": 100_000,
+        "eval_every_steps": 5_000,
+        "checkpoint_every_steps": 20_000,
+        "valid_tokens": 40_000,
+    },
+    "paper": {
+        "cells": (*common.grid(("none",), (2, 3, 4, 5, 8, 20, 40)), *common.grid(("dni", "dni_aux"), (2, 3, 4, 5, 8))),
+        "seeds": (0, 1, 2),
+    },
+}
+
+
+# Text
+
+
+@functools.cache  # the runs of one process read it once
+def load(dataset: str, level: str, split: data.Split) -> data.Text:
+    """A split by the name of its data set; "synthetic" is drawn, the same every time."""
+    if dataset == "ptb":
+        return data.penn_treebank(split, level="characters" if level == "characters" else "words")
+    letters, end = 6, "<eos>"
+    generator = torch.Generator().manual_seed(0)
+    lexicon = [torch.randint(letters, (2 + i % 4,), generator=generator) for i in range(8)]
+    generator.manual_seed({"train": 1, "valid": 2, "test": 3}[split])
+    words = torch.randint(len(lexicon), (1_500 if split == "train" else 100,), generator=generator)
+    if level == "words":
+        return data.Text(words, tuple(f"w{i}" for i in range(len(lexicon))))
+    tokens = torch.cat([torch.cat([lexicon[word], torch.tensor([letters])]) for word in words.tolist()])
+    return data.Text(tokens, (*"abcdef", end))
+
+
+def training_window(tokens: Tensor, batch_size: int, step: int, num_steps: int) -> Tensor:
+    """What the sequences read from `step` on: sequence b starts at b N / B, and all go round the text of N tokens for ever.
+
+    So every token is read equally often, and no sequence ever jumps but at the end of the text.
+
+    Args:
+        tokens: [N].
+        batch_size: B.
+        step: steps before.
+        num_steps: T.
+
+    Returns:
+        [T + 1, B]: inputs, and shifted by one the targets.
+    """
+    starts = torch.arange(batch_size, device=tokens.device) * len(tokens) // batch_size
+    steps = torch.arange(step, step + num_steps + 1, device=tokens.device)
+    return tokens[(steps.unsqueeze(1) + starts) % len(tokens)]
+
+
+def evaluation_windows(tokens: Tensor, columns: int, num_steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Reads a text once, in columns side by side, from first to last token.
+
+    Args:
+        tokens: [N], at least 2. Every one but the first is a target exactly once.
+        columns: how many parts; each starts without memory, so that few are closer to reading the text in one.
+        num_steps: the longest window.
+
+    Yields:
+        inputs [T, C], targets [T, C], and [T, C] bool, False beyond the end of the text; T up to num_steps.
+    """
+    count = len(tokens) - 1
+    rows = -(-count // columns)
+    at = torch.arange(columns, device=tokens.device) * rows + torch.arange(rows, device=tokens.device).unsqueeze(1)
+    for part in at.split(num_steps):
+        inside = part < count
+        part = part.clamp_max(count - 1)
+        yield tokens[part], tokens[part + 1], inside
+
+
+# Run
+
+
+class Experiment:
+    """The net of a run, its text, and how far it has come."""
+
+    def __init__(self, config: PtbConfig):
+        self.config = config
+        splits: tuple[data.Split, ...] = ("train", "valid", "test")
+        texts = {split: load(config.dataset, config.level, split) for split in splits}
+        self.text: dict[str, Tensor] = {split: text.tokens.to(config.device) for split, text in texts.items()}
+        self.text["valid"] = self.text["valid"][: config.valid_tokens]
+        if len(self.text["train"]) < config.batch_size:
+            raise ValueError(f"batch_size: found {config.batch_size}, allowed at most {len(self.text['train'])} tokens")
+        size = len(texts["train"].vocabulary)
+        self.learner = Learner(config, lambda: nn.Embedding(size, config.embedding_size), config.embedding_size, size)
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []  # step, tokens, seconds and bits, of every validation
+        self.best: dict[str, Tensor] = {}  # parameters at the best validation
+        self.best_bits = math.inf
+
+    def update(self) -> dict[str, Tensor]:
+        """Learns from the next window; returns metrics, still on the device."""
+        config, T = self.config, self.config.steps_per_update
+        started = time.monotonic()
+        window = training_window(self.text["train"], config.batch_size, self.step, 2 * T)
+        inputs, targets = window[:T], window[1 : T + 1]
+        found: list[Tensor] = []
+
+        def loss(logits: Tensor) -> Tensor:
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            found.append(losses.detach())
+            return losses
+
+        metrics = self.learner.update(inputs, loss, window[T : 2 * T] if config.arm == "dni_aux" else None)
+        metrics["train/bits"] = found[0].mean() * BITS_PER_NAT
+        self.step += T
+        self.seconds += time.monotonic() - started
+        return metrics
+
+    def evaluate(self, split: str, num_steps: int = 50) -> float:
+        """Bits per token of a split, the state carried from its first token to its last."""
+        net, core, tokens = self.learner.net, self.learner.core, self.text[split]
+        nats = torch.zeros((), dtype=torch.float64, device=tokens.device)
+        with torch.no_grad():
+            state = core.initial_state(self.config.eval_columns)
+            for inputs, targets, inside in evaluation_windows(tokens, self.config.eval_columns, num_steps):
+                outputs, state = core.unroll(net["encoder"](inputs), state)
+                logits = self.learner.logits(outputs)
+                losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+                nats += losses.double().masked_fill(~inside.flatten(), 0.0).sum()
+        return nats.item() * BITS_PER_NAT / (len(tokens) - 1)
+
+    def evaluate_when_due(self) -> dict[str, float]:
+        """Validates, appends to the curve, and keeps the parameters if they are the best so far."""
+        config = self.config
+        if not common.due(self.step - config.steps_per_update, self.step, config.eval_every_steps, config.num_steps):
+            return {}
+        started = time.monotonic()
+        if config.device.startswith("cuda"):
+            torch.cuda.synchronize(config.device)  # what is still under way belongs to training
+        self.seconds += time.monotonic() - started
+        bits = self.evaluate("valid")
+        tokens = self.step * config.batch_size
+        self.curve.append({"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 3), "bits": bits})
+        if bits < self.best_bits:
+            self.best_bits = bits
+            self.best = {name: value.clone() for name, value in self.learner.net.state_dict().items()}
+        return {"valid/bits": bits, "valid/perplexity": 2.0**bits}
+
+    def test(self) -> float:
+        """Bits per token of the test split, with the parameters of the best validation; the net keeps its own."""
+        present = {name: value.clone() for name, value in self.learner.net.state_dict().items()}
+        self.learner.net.load_state_dict(self.best)
+        try:
+            return self.evaluate("test")
+        finally:
+            self.learner.net.load_state_dict(present)
+
+    def figures(self) -> dict[str, float]:
+        """Nothing beyond the metrics."""
+        return {}
+
+    def note(self) -> str:
+        """The best validation."""
+        return f"best {self.best_bits:.3f} bits" if self.curve else ""
+
+    def result(self) -> dict[str, Any]:
+        """Tests, and returns the figures of the run with its curve."""
+        test_bits = self.test()
+        return {
+            "test_bits": test_bits,
+            "test_perplexity": 2.0**test_bits,
+            "best_valid_bits": self.best_bits,
+            "tokens": self.step * self.config.batch_size,
+            "seconds": round(self.seconds, 3),
+            "curve": self.curve,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "best": self.best,
+            "best_bits": self.best_bits,
+            "config": dataclasses.asdict(self.config),
+            "learner": self.learner.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
+        self.best, self.best_bits = dict(state["best"]), state["best_bits"]
+        self.learner.load_state_dict(state["learner"])
+
+
+def run(
+    config: PtbConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True, progress: bool = True
+) -> dict[str, Any]:
+    """Trains one net, validates, logs, keeps a checkpoint, and tests at the end.
+
+    Args:
+        config: the run.
+        folder: for its files, made if missing.
+        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
+        tensorboard: whether to write TensorBoard events as well.
+        progress: whether to show a line of progress, on a terminal.
+
+    Returns:
+        The result, as in result.json.
+
+    Raises:
+        ValueError: if the folder holds another run.
+        dni_rl.data.DataError: if the text cannot be had.
+    """
+    return common.carry_out(
+        lambda: Experiment(config),
+        config,
+        folder,
+        free=FREE_FIELDS,
+        resume=resume,
+        tensorboard=tensorboard,
+        progress=progress,
+    )
+
+
+def reached(curve: Sequence[Mapping[str, float]], bits: float, against: str) -> float | None:
+    """Where on an axis a curve first falls to `bits`, on a straight line between evaluations; None if it never does.
+
+    Args:
+        curve: evaluations in their order, with "bits" and the axis.
+        bits: the threshold.
+        against: the axis, "tokens" or "seconds".
+    """
+    for i, point in enumerate(curve):
+        if point["bits"] <= bits:
+            if i == 0:
+                return point[against]
+            before = curve[i - 1]
+            share = (before["bits"] - bits) / (before["bits"] - point["bits"])
+            return before[against] + share * (point[against] - before[against])
+    return None
+
+
+def summarize(
+    matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]], threshold_bits: float | None = None
+) -> dict[str, Any]:
+    """The table of a matrix: every cell's test bits by seed, beside the published ones, and what it took to a threshold.
+
+    The ratios are means over seeds of the tokens and seconds that a cell took to the threshold, over those of the baseline, "none" at its
+    longest window. Without a threshold of the caller, it is for each cell the lowest validation bits that all its and all the
+    baseline's seeds reached.
+
+    Args:
+        matrix: the runs.
+        results: by name of the member.
+        threshold_bits: validation bits per token, or None.
+    """
+    cells = common.by_cell(matrix, results)
+    plain = [cell for cell in cells if cell.arm == "none"]
+    baseline = max(plain, key=lambda cell: cell.window) if plain else None
+    published = PUBLISHED if matrix[0].config.level == "characters" and matrix[0].config.dataset == "ptb" else {}
+    rows = []
+    for cell, by_seed in cells.items():
+        row: dict[str, Any] = {
+            "arm": cell.arm,
+            "window": cell.window,
+            "per_seed": {str(seed): result["test_bits"] for seed, result in by_seed.items()},
+            **common.spread([result["test_bits"] for result in by_seed.values()]),
+            "test_perplexity": common.spread([result["test_perplexity"] for result in by_seed.values()])["mean"],
+            "published": published.get(cell.arm, {}).get(cell.window),
+            "seconds": common.spread([result["seconds"] for result in by_seed.values()])["mean"],
+        }
+        if baseline is not None:
+            row |= _ratios(list(by_seed.values()), list(cells[baseline].values()), threshold_bits)
+        if published and baseline == common.Cell("none", 20):
+            row["published_data_ratio"] = PUBLISHED_DATA_RATIO.get((cell.arm, cell.window))
+            row["published_time_ratio"] = PUBLISHED_TIME_RATIO.get((cell.arm, cell.window))
+        rows.append(row)
+    config = matrix[0].config
+    return {
+        "experiment": "ptb",
+        "dataset": config.dataset,
+        "level": config.level,
+        "baseline": None if baseline is None else str(baseline),
+        "cells": rows,
+    }
+
+
+def _ratios(
+    results: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], threshold_bits: float | None
+) -> dict[str, float | None]:
+    if threshold_bits is None:
+        threshold_bits = max(result["best_valid_bits"] for result in (*results, *baseline))
+    found: dict[str, float | None] = {"threshold_bits": threshold_bits}
+    for name, against in (("data_ratio", "tokens"), ("time_ratio", "seconds")):
+        took, plain_took = (
+            common.spread([reached(result["curve"], threshold_bits, against) for result in runs])["mean"]
+            for runs in (results, baseline)
+        )
+        found[name] = took / plain_took if took is not None and plain_took else None
+    return found
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary as Markdown."""
+    words = summary["level"] == "words"
+    what = "perplexity" if words else "bits per character"
+    rows = [
+        (
+            row["arm"],
+            row["window"],
+            " ".join(f"{2.0**bits if words else bits:.3f}" for bits in row["per_seed"].values()),
+            row["test_perplexity"] if words else row["mean"],
+            row["published"],
+            row.get("threshold_bits"),
+            row.get("data_ratio"),
+            row.get("published_data_ratio"),
+            row.get("time_ratio"),
+            row.get("published_time_ratio"),
+        )
+        for row in summary["cells"]
+    ]
+    header = (
+        *("arm", "window", f"test {what}, by seed", "mean", "published", "bits to reach"),
+        *("data ratio", "published", "wall-clock ratio", "published"),
+    )
+    note = f"Ratios: tokens and seconds to the bits in validation, over those of {summary['baseline']}."
+    return f"{common.markdown(header, rows)}\n\n{note}" if summary["baseline"] else common.markdown(header, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: a preset, its cells and seeds, and every field of `PtbConfig` to override it."""
+    more = {
+        "threshold_bits": {
+            "type": float,
+            "help": "validation bits per token to compare data and time at; by default the lowest that all runs compared reached",
+        }
+    }
+    common.main("ptb", __doc__ or "", arguments, PtbConfig, PRESETS, run, summarize, table, more)
+
+
+if __name__ == "__main__":
+    main()

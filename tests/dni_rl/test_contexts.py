@@ -1,0 +1,103 @@
+"""What critics may know beyond the state: inputs that lie ahead."""
+
+import math
+
+import pytest
+import torch
+from core_cases import DOUBLE, D, resets
+
+import dni_rl
+
+T, B = 5, 3
+FIRST = resets(T, (2, 0), (0, 1), (4, 1))
+
+
+def naive(inputs, first, steps):
+    """Row by row, step by step, as the docstring says."""
+    rows = []
+    for t in range(T + 1):
+        for b in range(B):
+            values, flags = [], []
+            for i in range(steps):
+                known = t + i < T and not any(first[t + j, b] for j in range(i + 1))
+                values.append(inputs[t + i, b].flatten() if known else torch.zeros(inputs[0, 0].numel(), dtype=DOUBLE))
+                flags.append(float(known))
+            rows.append(torch.cat([*values, torch.tensor(flags, dtype=DOUBLE)]))
+    return torch.stack(rows).view(T + 1, B, -1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 9])
+@pytest.mark.parametrize("shape", [(D,), (2, 2), ()], ids=str)
+@pytest.mark.parametrize("starts", [True, False])
+def test_matches_the_definition(steps, shape, starts):
+    inputs = torch.randn(T, B, *shape, dtype=DOUBLE)
+    first = FIRST if starts else torch.zeros_like(FIRST)
+    context = dni_rl.future_inputs(inputs, first if starts else None, steps)
+    torch.testing.assert_close(context, naive(inputs, first, steps), rtol=0, atol=0)
+    assert context.shape == (T + 1, B, steps * (math.prod(shape) + 1))
+
+
+def test_golden():
+    inputs = torch.tensor([1.0, 2.0, 3.0]).view(3, 1)
+    first = torch.tensor([False, False, True]).view(3, 1)
+    context = dni_rl.future_inputs(inputs, first, 2).squeeze(1)
+    assert context.tolist() == [[1, 2, 1, 1], [2, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_what_belongs_to_another_episode_may_be_anything():
+    inputs = torch.randn(T, B, D)
+    expected = dni_rl.future_inputs(inputs, FIRST, 2)
+    inputs[2, 0] = math.nan  # read by an episode that no earlier state has a part in
+    assert torch.equal(dni_rl.future_inputs(inputs, FIRST, 2)[:3, 0], expected[:3, 0])
+
+
+def test_it_is_a_constant():
+    assert not dni_rl.future_inputs(torch.randn(T, B, D, requires_grad=True), FIRST, 2).requires_grad
+
+
+def test_a_critic_that_looks_ahead_predicts_what_the_state_cannot_tell():
+    # s' = s + x, l_t = s'^2 / 2: the gradient of the window is the sum of all s', which depends on the inputs to come.
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones(1))
+
+    core = dni_rl.CellCore(
+        Sum(),
+        state_sizes=(1,),
+        input_size=1,
+        output_size=1,
+        step=lambda cell, x, s: (y := s[0] + cell.gain * x, (y,)),
+    ).double()
+    explained = {}
+    for steps in (0, 3):
+        torch.manual_seed(0)
+        size = 0 if steps == 0 else 2 * steps
+        critic = dni_rl.GradientCritic(state_sizes=(1,), context_size=size, gradient_discount=0.0).double()
+        optimizer = torch.optim.Adam(critic.parameters(), 0.1)
+        for _ in range(100):
+            inputs = torch.randn(3, 64, 1, dtype=DOUBLE)
+            start = dni_rl.cut((0.1 * torch.randn(64, 1, dtype=DOUBLE),))
+            outputs, end = core.unroll(inputs, start)
+            context = dni_rl.future_inputs(inputs, None, steps) if steps else None
+            optimizer.zero_grad()
+            losses = outputs.squeeze(-1).square() / 2
+            report = dni_rl.backward(losses, start=start, end=end, critic=critic, context=context)
+            optimizer.step()
+        explained[steps] = report.explained_variance.item()
+    assert explained[3] > 0.8 and explained[0] < 0.3, explained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(5), None, 1), r"inputs: expected floating-point \[T, B, \.\.\.\], got torch.float32 \(5,\)"),
+        ((torch.zeros(5, 3, dtype=torch.uint8), None, 1), "inputs: expected floating-point .* got torch.uint8"),
+        ((torch.zeros(5, 3), FIRST[:4], 1), r"first: expected bool \[T, B\] = \(5, 3\), got torch.bool \(4, 3\)"),
+        ((torch.zeros(5, 3), FIRST.float(), 1), "first: expected bool .* got torch.float32"),
+        ((torch.zeros(5, 3), None, 0), "steps: found 0, allowed 1 or more; without future inputs leave the context"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dni_rl.future_inputs(*arguments)

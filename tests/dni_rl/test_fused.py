@@ -1,0 +1,197 @@
+"""The fused LSTM kernel against the plain loop: values, gradients, history, in float32, the only type it takes."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import dni_rl
+from dni_rl.cores import gated, unroll_stepwise
+
+T, B, D, H = 40, 3, 5, 6
+RESETS = {
+    "no first": None,
+    "none": [],
+    "one at the start": [(0, 1)],
+    "inside, at the end, two at once": [(7, 0), (7, 2), (8, 1), (T - 1, 0)],
+}
+every_reset = pytest.mark.parametrize("resets", RESETS.values(), ids=RESETS)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Counts calls of the fused kernel; skips where the build of torch has none."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    counted, real = [], gated._lstm_between_resets
+    monkeypatch.setattr(gated, "_lstm_between_resets", lambda *args: counted.append(1) or real(*args))
+    return counted
+
+
+def case(resets, layers=1, bias=True):
+    torch.manual_seed(0)
+    core = dni_rl.wrap(nn.LSTM(D, H, layers, bias=bias))
+    inputs = torch.randn(T, B, D, requires_grad=True)
+    state = tuple(torch.randn(B, H, requires_grad=True) for _ in range(2 * layers))
+    first = None
+    if resets is not None:
+        first = torch.zeros(T, B, dtype=torch.bool)
+        for t, b in resets:
+            first[t, b] = True
+    return core, inputs, state, first
+
+
+def gradients(unroll, core, inputs, state, first, watch=True):
+    outputs, end = unroll(core, inputs, state, first)
+    torch.manual_seed(1)
+    total = sum((x * torch.randn_like(x)).sum() for x in (outputs, *end))
+    leaves = [inputs, *state, *core.parameters()]
+    if watch:
+        return outputs, end, torch.autograd.grad(total, leaves)
+    with end.history.unwatched():
+        return outputs, end, torch.autograd.grad(total, leaves)
+
+
+def fused(core, inputs, state, first):
+    return core.unroll(inputs, state, first)
+
+
+@every_reset
+@pytest.mark.parametrize("watch", [True, False], ids=["recorded", "not recorded"])
+@pytest.mark.parametrize(("layers", "bias"), [(1, True), (2, True), (1, False)])
+def test_equals_the_plain_loop(calls, resets, watch, layers, bias):
+    arguments = case(resets, layers, bias)
+    outputs, end, found = gradients(fused, *arguments, watch=watch)
+    assert len(calls) == layers
+    expected_outputs, expected_end, expected = gradients(unroll_stepwise, *arguments)
+    torch.testing.assert_close(outputs, expected_outputs, **CLOSE)
+    torch.testing.assert_close(tuple(end), tuple(expected_end), **CLOSE)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(end.history.states, expected_end.history.states, **CLOSE)
+    if watch:
+        torch.testing.assert_close(end.history.gradients, expected_end.history.gradients, **CLOSE)
+    else:
+        assert all(not g.any() for g in end.history.gradients)
+
+
+def test_frozen_parts_get_no_gradient_and_change_no_other(calls):
+    core, inputs, state, first = case([(7, 0)])
+    _, _, expected = gradients(fused, core, inputs, state, first)
+    core.rnn.weight_hh_l0.requires_grad_(False)
+    core.rnn.bias_ih_l0.requires_grad_(False)
+    for watch in (True, False):
+        outputs, end = core.unroll(inputs.detach(), state, first)
+        torch.manual_seed(1)
+        total = sum((x * torch.randn_like(x)).sum() for x in (outputs, *end))
+        kept = [*state, core.rnn.weight_ih_l0, core.rnn.bias_hh_l0]
+        if watch:
+            found = torch.autograd.grad(total, kept)
+        else:
+            with end.history.unwatched():
+                found = torch.autograd.grad(total, kept)
+        torch.testing.assert_close(found, (*expected[1:4], expected[6]), **CLOSE)
+    assert len(calls) == 3
+
+
+def test_two_backward_passes_over_one_window(calls):
+    core, inputs, state, first = case([(7, 0)])
+    outputs, end = core.unroll(inputs, state, first)
+    with end.history.unwatched():
+        once = torch.autograd.grad(outputs.sum(), state, retain_graph=True)
+    again = torch.autograd.grad(outputs.sum(), state, retain_graph=True)
+    torch.testing.assert_close(again, once, **CLOSE)
+    torch.testing.assert_close(end.history.gradients[0][0], once[0], **CLOSE)
+    assert len(calls) == 1
+
+
+def test_many_resets_or_short_windows_with_dense_targets_take_the_written_out_layer(calls):
+    core, inputs, state, _ = case(None)
+    first = torch.zeros(T, B, dtype=torch.bool)
+    first[::3, 0] = True
+    core.unroll(inputs, state, first)
+    core.unroll(inputs[:8], state)
+    assert not calls
+    core.expects_dense_targets = False
+    core.unroll(inputs[:8], state)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("unfit", ["float64", "autocast"])
+def test_other_types_take_the_written_out_layer(calls, unfit):
+    core, inputs, state, first = case([])
+    if unfit == "float64":
+        core.double().unroll(inputs.double(), tuple(s.double() for s in state), first)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            core.unroll(inputs, state, first)
+    assert not calls
+
+
+def test_a_state_that_is_not_finite_is_forgotten_at_a_reset(calls):
+    core, inputs, state, _ = case(None)
+    first = torch.zeros(T, B, dtype=torch.bool)
+    first[0] = True
+    broken = tuple(torch.full_like(s, torch.nan, requires_grad=True) for s in state)
+    outputs, end, found = gradients(fused, core, inputs, broken, first)
+    assert len(calls) == 1
+    for x in (outputs, *end, *found, *end.history.states, *end.history.gradients):
+        assert x.isfinite().all()
+
+
+def test_parameters_changed_before_the_history_is_read_are_noticed(calls):
+    core, inputs, state, first = case(None)
+    _, end = core.unroll(inputs, state, first)
+    with torch.no_grad():
+        core.rnn.weight_hh_l0.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place before the window's history was read"):
+        _ = end.history.states
+    assert len(calls) == 1
+
+
+def test_second_derivatives_are_refused(calls):
+    core, inputs, state, first = case(None)
+    outputs, _ = core.unroll(inputs, state, first)
+    with pytest.raises(RuntimeError, match="unroll_stepwise"):
+        torch.autograd.grad(outputs.sum(), state, create_graph=True)
+    assert len(calls) == 1
+
+
+def test_a_window_is_freed_with_its_last_reference(calls):
+    core, inputs, state, first = case([(7, 0)])
+    gc.disable()
+    try:
+        outputs, end = core.unroll(inputs, state, first)
+        outputs.sum().backward()
+        _ = end.history.states
+        kept = weakref.ref(end.history)
+        del outputs, end
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("critic", ["none", "dense", "at the start"])
+def test_backward_gives_the_same_by_either_layer(calls, monkeypatch, critic):
+    core, inputs, state, first = case([(7, 0), (20, 1)])
+    torch.manual_seed(2)
+    error_critic = None
+    if critic != "none":
+        error_critic = dni_rl.GradientCritic(
+            state_sizes=core.state_sizes, dense_targets=critic == "dense", normalize_targets=False
+        )
+        nn.init.normal_(error_critic.net[0].weight)
+    found = []
+    for steps in (gated._steps_for_fused, lambda *_: None):
+        monkeypatch.setattr(gated, "_steps_for_fused", steps)
+        module = nn.ModuleList([core] if error_critic is None else [core, error_critic])
+        module.zero_grad()
+        start = dni_rl.cut(state)
+        outputs, end = core.unroll(inputs, start, first)
+        dni_rl.backward(outputs.square().sum(-1), start=start, end=end, critic=error_critic)
+        found.append([p.grad.clone() for p in module.parameters()])
+    assert len(calls) == 1
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
