@@ -13,15 +13,15 @@ from dni_rl.cores import Core, State, clear_state
 
 
 class ScaledImages(nn.Module):
-    """uint8 images [N, C, Y, X] to float32 in [0, 1] (or in [0, 255 / scale])."""
+    """uint8 images [N, C, Y, X] to float32 in [0, 1] (or in [0, 255 / scale]), in the layout that the next layer is fast with."""
 
-    def __init__(self, scale: float = 255.0):
+    def __init__(self, scale: float = 255.0, memory_format: torch.memory_format = torch.channels_last):
         super().__init__()
-        self.scale = scale
+        self.scale, self.memory_format = scale, memory_format
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, C, Y, X] uint8 -> float32."""
-        return images.to(torch.float32, memory_format=torch.channels_last).mul_(1.0 / self.scale)
+        return images.to(torch.float32, memory_format=self.memory_format).mul_(1.0 / self.scale)
 
 
 def _orthogonal(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
@@ -78,7 +78,7 @@ def mlp_torso(input_shape: Sequence[int], sizes: Sequence[int], scale: float | N
     output_size = sizes[-1] if sizes else width
     if len(input_shape) == 1 and scale is None:
         return Torso(net, input_shape, output_size, flat=True)
-    front: list[nn.Module] = [] if scale is None else [ScaledImages(scale)]
+    front: list[nn.Module] = [] if scale is None else [ScaledImages(scale, torch.contiguous_format)]
     return Torso(nn.Sequential(*front, nn.Flatten(), *net), input_shape, output_size)
 
 
@@ -172,16 +172,27 @@ class ActorCritic(nn.Module):
 
     def heads(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [..., A] and values [...] of core outputs [..., H]."""
-        return self.policy_head(outputs), self.value_head(outputs).squeeze(-1)
+        return self.policy_head(outputs), self.value_of(outputs)
 
     def step(
         self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
     ) -> tuple[Tensor, Tensor, State]:
         """One step of B environments: logits [B, A], value [B], next state. Clears the state where an episode starts."""
+        logits, outputs, next_state = self.act(observation, action_tm1, reward, first, state)
+        return logits, self.value_of(outputs), next_state
+
+    def act(
+        self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """As `step`, but with the core's output [B, H] in place of the value, which `value_of` gives for many steps at once."""
         outputs, next_state = self.core(
             self.core_inputs(observation, action_tm1, reward, first), clear_state(state, first)
         )
-        return *self.heads(outputs), next_state
+        return self.policy_head(outputs), outputs, next_state
+
+    def value_of(self, outputs: Tensor) -> Tensor:
+        """Values [...] of core outputs [..., H]."""
+        return self.value_head(outputs).squeeze(-1)
 
     def unroll(
         self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State

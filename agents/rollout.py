@@ -145,13 +145,13 @@ class Actor:
         noise = (
             torch.empty(T, B, A, device=self.environment.device).exponential_(generator=self.generator).log_().neg_()
         )
-        timesteps, actions, logits, values, states = [timestep], [self.action_tm1], [], [], []
+        timesteps, actions, logits, outputs, states = [timestep], [self.action_tm1], [], [], []
         final_values: list[Tensor | None] = [None]
         for t in range(T):
             if t % self.bptt_horizon == 0:
                 states.append(self.state)
             with torch.inference_mode():  # cheaper than no_grad; what is stacked below are ordinary tensors again
-                step_logits, value, self.state = self.model.step(
+                step_logits, output, self.state = self.model.act(
                     timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
                 )
                 self.action_tm1 = (step_logits + noise[t]).argmax(-1)
@@ -159,13 +159,13 @@ class Actor:
             timesteps.append(timestep)
             actions.append(self.action_tm1)
             logits.append(step_logits)
-            values.append(value)
+            outputs.append(output)
             final_values.append(None if timestep.final_observation is None else self._final_value(timestep))
         self.timestep = timestep
-        _, value, _ = self.model.step(
+        _, output, _ = self.model.act(
             timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
         )
-        value_tp1 = torch.stack([*values, value])
+        value_tp1 = self.model.value_of(torch.stack([*outputs, output]))
         has_context = timestep.context is not None
         action_tm1 = torch.stack(actions)
         rollout = Rollout(

@@ -1,6 +1,5 @@
 """LSTM and GRU cores, and wrappers that make cores of other people's recurrent modules."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -124,7 +123,7 @@ def _backward_recursion(
 
 
 class _FusedLSTMLayer(torch.autograd.Function):
-    """The same layer by the library's fused kernel, one call for each stretch of the window without a reset.
+    """The same layer by the library's fused kernel, in one call; see `_Timetable` for resets.
 
     The kernel hands out neither c_t nor dS/dc_t. When a history is to be recorded, its backward pass gives way to the written-out one
     of `_LSTMLayer`, for which `_Recall` computes the inside of the window again.
@@ -141,7 +140,7 @@ class _FusedLSTMLayer(torch.autograd.Function):
         bias_ih: Tensor | None,
         bias_hh: Tensor | None,
         first: Tensor | None,
-        reset_steps: Sequence[int],
+        timetable: "_Timetable | None",
         recorder: "_LayerRecorder",
     ) -> tuple[Tensor, Tensor, Tensor]:
         learns = ctx.needs_input_grad[:7]
@@ -150,7 +149,7 @@ class _FusedLSTMLayer(torch.autograd.Function):
             for a, needed in zip((x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), learns, strict=True)
         ]
         with torch.set_grad_enabled(any(learns)):
-            outputs, last_h, last_c = _lstm_between_resets(leaves, first, reset_steps)
+            outputs, last_h, last_c = _fused_lstm(leaves, first, timetable)
         ctx.leaves, ctx.results, ctx.recorder = leaves, (outputs, last_h, last_c), recorder
         recorder.inside = _Recall(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, first, outputs)
         return outputs.detach(), last_h.detach(), last_c.detach()
@@ -184,44 +183,78 @@ class _FusedLSTMLayer(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(gradients, learns, strict=True)), None, None, None
 
 
-def _lstm_between_resets(
-    arguments: Sequence[Tensor | None], first: Tensor | None, reset_steps: Sequence[int]
+class _Timetable:
+    """Where the steps of a window go when every reset inside of it becomes a step of its own.
+
+    A kernel that knows no resets still forgets where its gates are told to. Each reset at a step t > 0 has a *blank* step inserted in
+    front, i = f = o = 0, after which h = c = 0; and sequences with fewer resets are filled up at the end with *hold* steps,
+    i = o = 0, f = 1, which keep c. Two columns of input weights, of +-60, set the gates: sigmoid(-60) is 1e-26, which vanishes beside
+    anything in float32, forward and backward, and is not yet one of the denormal numbers that processors are slow with.
+
+    Args:
+        first: [T, B] bool; step 0 is not looked at.
+    """
+
+    def __init__(self, first: Tensor):
+        T, B = first.shape
+        inserted = first.clone()
+        inserted[0] = False
+        position = torch.arange(T).unsqueeze(1) + inserted.cumsum(0)  # [T, B] where step t goes
+        self.length = int(position[-1].max()) + 1
+        self.rows = (position * B + torch.arange(B)).flatten()  # [T * B]
+        step = torch.ones(self.length * B, dtype=torch.bool)
+        step[self.rows] = False
+        extra = step.view(self.length, B)
+        at_end = torch.arange(self.length).unsqueeze(1) > position[-1]
+        self.flags = torch.stack([extra & ~at_end, extra & at_end], dim=-1).to(torch.float32)  # [length, B, 2]
+
+    def insert(self, x: Tensor) -> Tensor:
+        """[T, B, D] -> [length, B, D + 2]."""
+        T, B, D = x.shape
+        spread = x.new_zeros(self.length * B, D).index_copy(0, self.rows, x.reshape(T * B, D))
+        return torch.cat([spread.view(self.length, B, D), self.flags], dim=-1)
+
+    def remove(self, outputs: Tensor) -> Tensor:
+        """[length, B, H] -> [T, B, H]."""
+        length, B, H = outputs.shape
+        return outputs.reshape(length * B, H).index_select(0, self.rows).view(-1, B, H)
+
+    @staticmethod
+    def widen(weight_ih: Tensor) -> Tensor:
+        """[4 H, D] -> [4 H, D + 2]: input weights that obey the flags."""
+        H = len(weight_ih) // 4
+        off = torch.full((H, 1), -60.0)
+        blank = torch.cat([off, off, torch.zeros(H, 1), off])
+        hold = torch.cat([off, -off, torch.zeros(H, 1), off])
+        return torch.cat([weight_ih, blank, hold], dim=1)
+
+
+def _fused_lstm(
+    arguments: Sequence[Tensor | None], first: Tensor | None, timetable: _Timetable | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [T, B, H], h and c [B, H]; the state of a sequence is cleared where `first` says so."""
-    x, h, c = arguments[:3]
-    assert x is not None and h is not None and c is not None
-    weights = [w for w in arguments[3:] if w is not None]
-    edges = sorted({0, *reset_steps, len(x)})
-    outputs = []
-    for start, end in itertools.pairwise(edges):
-        if start in reset_steps:
-            assert first is not None
-            h, c = (s.masked_fill(first[start].unsqueeze(-1), 0.0) for s in (h, c))
-        state = (h.unsqueeze(0), c.unsqueeze(0))
-        output, h, c = torch.lstm(x[start:end], state, weights, len(weights) == 4, 1, 0.0, True, False, False)
-        h, c = h.squeeze(0), c.squeeze(0)
-        outputs.append(output)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), h, c
+    x, h, c, weight_ih = arguments[:4]
+    assert x is not None and h is not None and c is not None and weight_ih is not None
+    weights = [w for w in arguments[4:] if w is not None]
+    if first is not None:
+        h, c = (s.masked_fill(first[0].unsqueeze(-1), 0.0) for s in (h, c))
+    if timetable is not None:
+        x, weight_ih = timetable.insert(x), timetable.widen(weight_ih)
+    state = (h.unsqueeze(0), c.unsqueeze(0))
+    outputs, _, c = torch.lstm(x, state, [weight_ih, *weights], len(weights) == 3, 1, 0.0, True, False, False)
+    if timetable is not None:
+        outputs = timetable.remove(outputs)
+    return outputs, outputs[-1].clone(), c.squeeze(0)
 
 
-def _steps_for_fused(
-    inputs: Tensor, state: State, first: Tensor | None, weights: Sequence[Tensor | None]
-) -> list[int] | None:
-    """Steps at which an episode starts in some sequence, if `_FusedLSTMLayer` can be used and pays; else None.
-
-    Only on the CPU: elsewhere, to ask where episodes start would wait for the device. The measure is that a call costs as much as
-    about a quarter of the window's steps.
-    """
-    tensors = [inputs, *state, *(w for w in weights if w is not None)]
-    if (
-        any(a.device.type != "cpu" or a.dtype != torch.float32 for a in tensors)
-        or not torch.backends.mkldnn.is_available()
-        or torch.is_autocast_enabled("cpu")
-        or inputs.numel() == 0
-    ):
-        return None
-    steps = [] if first is None else first.any(1).nonzero().flatten().tolist()
-    return steps if len(steps) <= len(inputs) // 4 else None
+def _fused_is_possible(inputs: Tensor, state: State, weights: Sequence[Tensor]) -> bool:
+    """Whether `_FusedLSTMLayer` can be used: on the CPU only, as elsewhere a timetable would have to wait for the device."""
+    return (
+        all(a.device.type == "cpu" and a.dtype == torch.float32 for a in (inputs, *state, *weights))
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and inputs.numel() > 0
+    )
 
 
 class _Recall:
@@ -246,7 +279,7 @@ class _Recall:
         self._inside: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def _versions(self) -> list[int]:
-        return [w._version for w in self.weights if w is not None]
+        return [a._version for a in (self.outputs, *self.weights) if a is not None]
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -255,8 +288,8 @@ class _Recall:
             return self._inside
         if self._versions() != self.versions:
             raise RuntimeError(
-                "LSTM.unroll: its parameters changed in place before the window's history was read; read it, or call backward, "
-                "before the optimiser's step"
+                "LSTM.unroll: its parameters or outputs changed in place before the window's history was read; read it, or call "
+                "backward, before the optimiser's step"
             )
         weight_ih, weight_hh, bias_ih, bias_hh = self.weights
         assert weight_ih is not None and weight_hh is not None
@@ -414,15 +447,17 @@ class LSTM(_Gated):
         self.check_unroll(inputs, state, first)
         x, next_state = inputs, []
         recorders = [_LayerRecorder() for _ in range(self.num_layers)]
-        steps = None
-        # In shorter windows, to compute the inside a second time costs more than the kernel saves.
-        if not self.expects_dense_targets or len(inputs) >= 32:
-            steps = _steps_for_fused(inputs, state, first, list(self.rnn.parameters()))
+        # In short windows, to compute their inside a second time costs more than the kernel saves.
+        fused = not self.expects_dense_targets or len(inputs) >= 32
+        fused = fused and _fused_is_possible(inputs, state, list(self.rnn.parameters()))
+        timetable = _Timetable(first) if fused and first is not None and bool(first[1:].any()) else None
+        if timetable is not None and timetable.length > len(inputs) * 9 // 8:
+            fused = False
         for layer, recorder in enumerate(recorders):
             w_ih, w_hh, b_ih, b_hh = self._parameters_of(layer)
             h, c = state[2 * layer : 2 * layer + 2]
-            if steps is not None:
-                x, h, c = _FusedLSTMLayer.apply(x, h, c, w_ih, w_hh, b_ih, b_hh, first, steps, recorder)
+            if fused:
+                x, h, c = _FusedLSTMLayer.apply(x, h, c, w_ih, w_hh, b_ih, b_hh, first, timetable, recorder)
             else:
                 bias = None if b_ih is None or b_hh is None else b_ih + b_hh
                 x_proj = F.linear(x, w_ih, bias).to(w_hh.dtype)  # [T, B, 4 H]; autocast may have lowered it

@@ -16,6 +16,7 @@ RESETS = {
     "none": [],
     "one at the start": [(0, 1)],
     "inside, at the end, two at once": [(7, 0), (7, 2), (8, 1), (T - 1, 0)],
+    "five in a row for one, none for another": [*((t, 0) for t in range(8, 13)), (5, 2), (6, 2)],
 }
 every_reset = pytest.mark.parametrize("resets", RESETS.values(), ids=RESETS)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -26,8 +27,8 @@ def calls(monkeypatch):
     """Counts calls of the fused kernel; skips where the build of torch has none."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
-    counted, real = [], gated._lstm_between_resets
-    monkeypatch.setattr(gated, "_lstm_between_resets", lambda *args: counted.append(1) or real(*args))
+    counted, real = [], gated._fused_lstm
+    monkeypatch.setattr(gated, "_fused_lstm", lambda *args: counted.append(1) or real(*args))
     return counted
 
 
@@ -107,11 +108,16 @@ def test_two_backward_passes_over_one_window(calls):
     assert len(calls) == 1
 
 
-def test_many_resets_or_short_windows_with_dense_targets_take_the_written_out_layer(calls):
+def test_many_resets_take_the_written_out_layer(calls):
     core, inputs, state, _ = case(None)
     first = torch.zeros(T, B, dtype=torch.bool)
     first[::3, 0] = True
     core.unroll(inputs, state, first)
+    assert not calls
+
+
+def test_short_windows_with_dense_targets_take_the_written_out_layer(calls):
+    core, inputs, state, _ = case(None)
     core.unroll(inputs[:8], state)
     assert not calls
     core.expects_dense_targets = False
@@ -141,11 +147,23 @@ def test_a_state_that_is_not_finite_is_forgotten_at_a_reset(calls):
         assert x.isfinite().all()
 
 
-def test_parameters_changed_before_the_history_is_read_are_noticed(calls):
-    core, inputs, state, first = case(None)
-    _, end = core.unroll(inputs, state, first)
+def test_writing_into_the_next_state_changes_nothing_else(calls):
+    core, inputs, state, first = case([(7, 0)])
     with torch.no_grad():
-        core.rnn.weight_hh_l0.add_(1.0)
+        outputs, end = core.unroll(inputs, state, first)
+        before = outputs.clone(), [s.clone() for s in end.history.states]
+        for s in end:
+            s.fill_(7.0)
+    torch.testing.assert_close((outputs, list(end.history.states)), before, rtol=0, atol=0)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("what", ["parameters", "outputs"])
+def test_what_changed_before_the_history_is_read_is_noticed(calls, what):
+    core, inputs, state, first = case(None)
+    outputs, end = core.unroll(inputs, state, first)
+    with torch.no_grad():
+        (core.rnn.weight_hh_l0 if what == "parameters" else outputs).add_(1.0)
     with pytest.raises(RuntimeError, match="changed in place before the window's history was read"):
         _ = end.history.states
     assert len(calls) == 1
@@ -185,8 +203,8 @@ def test_backward_gives_the_same_by_either_layer(calls, monkeypatch, critic):
         )
         nn.init.normal_(error_critic.net[0].weight)
     found = []
-    for steps in (gated._steps_for_fused, lambda *_: None):
-        monkeypatch.setattr(gated, "_steps_for_fused", steps)
+    for possible in (gated._fused_is_possible, lambda *_: False):
+        monkeypatch.setattr(gated, "_fused_is_possible", possible)
         module = nn.ModuleList([core] if error_critic is None else [core, error_critic])
         module.zero_grad()
         start = dni_rl.cut(state)
