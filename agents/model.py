@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dni_rl.cores import Core, State, clear_state
@@ -163,7 +164,7 @@ class ActorCritic(nn.Module):
         features = self.torso(observation)
         extras = []
         if self.previous_action:
-            extras.append(self.one_hot[action_tm1])
+            extras.append(F.embedding(action_tm1, self.one_hot))
         if self.previous_reward:
             extras.append(reward.clamp(-1.0, 1.0).unsqueeze(-1))
         if not extras:

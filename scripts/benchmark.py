@@ -100,7 +100,7 @@ def contenders(task: str) -> dict[str, Update]:
     if task == "tmaze":
         env = EnvConfig(id="PassiveTMaze", num_envs=64, kwargs={"corridor_length": 20, "num_distractors": 4})
         model = ModelConfig(hidden_size=32, torso_sizes=(64,))
-        a2c = AlgorithmConfig(rollout_length=32, bptt_horizon=8)
+        a2c = AlgorithmConfig(rollout_length=ROLLOUT, bptt_horizon=8)
         return {
             "A2C, window 8, no critic": ours(env, model, a2c, none),
             "A2C, window 8, synthetic gradients": ours(env, model, a2c, dni),

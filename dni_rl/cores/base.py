@@ -195,7 +195,8 @@ class Core(nn.Module, ABC):
 
 def clear_state(state: State, first: Tensor) -> State:
     """Zeroes the rows of `state` [B, ...] where `first` [B] says that an episode starts; no gradient flows through them."""
-    return tuple(s.masked_fill(first.view(-1, *[1] * (s.dim() - 1)), 0.0) for s in state)
+    rows = first.unsqueeze(-1)  # what most states need
+    return tuple(s.masked_fill(rows if s.dim() == 2 else first.view(-1, *[1] * (s.dim() - 1)), 0.0) for s in state)
 
 
 def unroll_stepwise(core: Core, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:

@@ -360,6 +360,8 @@ class _Gated(Core):
         self.input_size = module.input_size
         self.output_size = module.hidden_size
         self.num_layers = module.num_layers
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        self._names = [tuple(f"{kind}_l{layer}" for kind in kinds) for layer in range(module.num_layers)]
         self.state_sizes = (module.hidden_size,) * (self._states_per_layer * module.num_layers)
         if chrono_max is not None:
             self.chrono_init_(chrono_max)
@@ -394,10 +396,10 @@ class _Gated(Core):
                     bias_ih[:H] = -keep
 
     def _parameters_of(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        names = [f"weight_ih_l{layer}", f"weight_hh_l{layer}", f"bias_ih_l{layer}", f"bias_hh_l{layer}"]
-        w_ih, w_hh, b_ih, b_hh = (getattr(self.rnn, name, None) for name in names)
-        assert w_ih is not None and w_hh is not None
-        return w_ih, w_hh, b_ih, b_hh
+        rnn, (w_ih, w_hh, b_ih, b_hh) = self.rnn, self._names[layer]
+        if not rnn.bias:
+            return getattr(rnn, w_ih), getattr(rnn, w_hh), None, None
+        return getattr(rnn, w_ih), getattr(rnn, w_hh), getattr(rnn, b_ih), getattr(rnn, b_hh)
 
     def extra_repr(self) -> str:
         return f"state_sizes={self.state_sizes}"
