@@ -204,11 +204,22 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default runs/<name of the file>")
     parser.add_argument("--report", type=Path, help="writes <report>.md, .json and .png; default <runs>/report")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="runs these only; the report has all")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="runs these only; the report has all")
     parser.add_argument("--report-only", action="store_true", help="runs nothing")
     arguments = parser.parse_args()
     matrix = load_matrix(arguments.matrix)
     runs = arguments.runs or Path("runs") / arguments.matrix.stem
-    todo = [] if arguments.report_only else list(members(matrix))
+    for name in ("methods", "tasks"):
+        unknown = set(getattr(arguments, name) or ()) - set(matrix[name])
+        if unknown:
+            parser.error(f"--{name}: found {sorted(unknown)}; allowed {list(matrix[name])}")
+    todo = [
+        member
+        for member in ([] if arguments.report_only else members(matrix))
+        if member.method in (arguments.methods or matrix["methods"])
+        and member.task in (arguments.tasks or matrix["tasks"])
+    ]
     failures: dict[str, str] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for number, (member, problem) in enumerate(zip(todo, pool.map(lambda m: run(m, runs), todo), strict=True), 1):
