@@ -88,7 +88,7 @@ def run(member: Member, runs: Path) -> str | None:
         command += ["--config", str(ROOT / member.config), "--run.output_dir", str(runs), "--run.name", member.name]
         command += ["--run.seed", str(member.seed), "--run.progress", "false"]
         for key, value in member.settings.items():
-            command += [f"--{key}", str(value)]
+            command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode == 0:
