@@ -59,10 +59,9 @@ def _actions(**settings):
     env = _Recorder(num_envs=4, seed=0)
     model = make_model()
     logits = []
-    heads = model.heads
-    model.heads = lambda outputs: logits.append(heads(outputs)) or logits[-1]
+    model.policy_head.register_forward_hook(lambda _module, _inputs, output: logits.append(output))
     evaluate(model, env, 8, **settings)
-    return torch.stack(env.actions), torch.stack([step[0] for step in logits])
+    return torch.stack(env.actions), torch.stack(logits)
 
 
 def test_actions_are_drawn_unless_greedy():
