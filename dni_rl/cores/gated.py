@@ -279,7 +279,7 @@ class _Recall:
         self._inside: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def _versions(self) -> list[int]:
-        return [a._version for a in (self.outputs, *self.weights) if a is not None]
+        return [a._version for a in (self.outputs, *self.weights) if a is not None and not a.is_inference()]
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

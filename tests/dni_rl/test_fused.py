@@ -158,6 +158,16 @@ def test_writing_into_the_next_state_changes_nothing_else(calls):
     assert len(calls) == 1
 
 
+def test_inference_mode_gives_the_same(calls):
+    core, inputs, state, first = case([(7, 0)])
+    expected, expected_end = core.unroll(inputs, state, first)
+    with torch.inference_mode():
+        outputs, end = core.unroll(inputs, state, first)
+        torch.testing.assert_close(end.history.states, expected_end.history.states)
+    torch.testing.assert_close((outputs, tuple(end)), (expected, tuple(expected_end)))
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("what", ["parameters", "outputs"])
 def test_what_changed_before_the_history_is_read_is_noticed(calls, what):
     core, inputs, state, first = case(None)
