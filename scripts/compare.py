@@ -192,7 +192,9 @@ def figure(matrix: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> No
         panel.set(title=task, xlabel="million agent steps")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel(matrix["metric"])
-    panels[0][-1].legend(fontsize=7, loc="lower right")
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines() if line.get_label()[0] != "_"}
+    if lines:  # of all panels, as a method need not be in each
+        panels[0][-1].legend(lines.values(), lines, fontsize=7, loc="lower right")
     chart.tight_layout()
     chart.savefig(path, dpi=110)
 
