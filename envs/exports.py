@@ -9,6 +9,7 @@ Keyword arguments are those of the class in `envs.gridworlds`. The privileged co
 dm_env, in the attribute `context`. Importing this module registers nothing.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import dm_env
@@ -19,14 +20,12 @@ from dm_env import specs
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from envs.gridworlds import ActiveTMaze, BatchedGridworld, KeyToDoor, PassiveTMaze
+from envs import gridworlds
+from envs.gridworlds import BatchedGridworld
+from envs.registry import GRIDWORLDS as NAMES
 from envs.timestep import TimeStep
 
-GRIDWORLDS: dict[str, type[BatchedGridworld]] = {
-    "PassiveTMaze": PassiveTMaze,
-    "ActiveTMaze": ActiveTMaze,
-    "KeyToDoor": KeyToDoor,
-}
+GRIDWORLDS: dict[str, Callable[..., BatchedGridworld]] = {name: getattr(gridworlds, name) for name in NAMES}
 
 
 def register() -> list[str]:

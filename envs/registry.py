@@ -1,11 +1,11 @@
 """Environments by name: `make` turns an id into B environments behind one `TimeStep`.
 
-    "PassiveTMaze", "ActiveTMaze", "KeyToDoor"   this project's gridworlds
-    "ALE/Breakout-v5"                            Atari
-    "MiniGrid-MemoryS7-v0"                       MiniGrid (an optional extra)
-    "CartPole-v1"                                any other id that gymnasium knows
-    "module:Name"                                a class or function of an importable module, or a gymnasium id that
-                                                 importing it registers; nothing in this package has to be touched
+    "PassiveTMaze", "MemoryCorridor", ...   this project's gridworlds: GRIDWORLDS below
+    "ALE/Breakout-v5"                       Atari
+    "MiniGrid-MemoryS7-v0"                  MiniGrid (an optional extra)
+    "CartPole-v1"                           any other id that gymnasium knows
+    "module:Name"                           a class or function of an importable module, or a gymnasium id that
+                                            importing it registers; nothing in this package has to be touched
 
 Packages are imported when an id asks for them.
 """
@@ -23,7 +23,10 @@ import torch
 
 from envs.timestep import Environment
 
-GRIDWORLDS = ("PassiveTMaze", "ActiveTMaze", "KeyToDoor")
+GRIDWORLDS = (
+    *("PassiveTMaze", "ActiveTMaze", "KeyToDoor"),
+    *("RepeatFirst", "RepeatPrevious", "MatchToSample", "MemoryCorridor"),
+)
 
 _OUR_ARGUMENTS = {"self", "num_envs", "seed", "device"}
 # What `gymnasium_vector` understands, beside the arguments of the environment itself.

@@ -451,6 +451,32 @@ def by_cell(matrix: Sequence[Member], results: Mapping[str, dict[str, Any]]) -> 
     return table
 
 
+def reached(curve: Sequence[Mapping[str, float]], name: str, level: float, against: str) -> float | None:
+    """Where on an axis a curve first falls to `level`, on a straight line between its points; None if it never does.
+
+    Args:
+        curve: points in their order, each with `name` and the axis.
+        name: of what falls.
+        level: to fall to.
+        against: the axis, for example "step".
+    """
+    before: Mapping[str, float] | None = None
+    for point in curve:
+        if point[name] <= level:
+            if before is None:
+                return point[against]
+            share = (before[name] - level) / (before[name] - point[name])
+            return before[against] + share * (point[against] - before[against])
+        before = point
+    return None
+
+
+def final(curve: Sequence[Mapping[str, float]], name: str) -> float:
+    """Mean of `name` over the points in the last tenth of a curve's steps, of which the last one always is."""
+    last = curve[-1]["step"]
+    return statistics.fmean(point[name] for point in curve if point["step"] > 0.9 * last)
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table; None is shown as a dash, floats with three significant digits after the leading ones."""
 

@@ -19,6 +19,10 @@ DIALS = {
     "PassiveTMaze": {"corridor_length": 3, "num_distractors": 2, "min_corridor_length": 2},
     "ActiveTMaze": {"corridor_length": 2},
     "KeyToDoor": {"distractor_length": 3, "room_size": 3, "num_doors": 2},
+    "RepeatFirst": {"delay": 4},
+    "RepeatPrevious": {"delay": 2, "num_answers": 5},
+    "MatchToSample": {"delay": 3, "hidden_sample": True},
+    "MemoryCorridor": {"length": 4, "start_distance": 2},
 }
 every_name = pytest.mark.parametrize("name", DIALS)
 
@@ -65,7 +69,7 @@ def test_gymnasium_episode_matches_the_tensors(name):
     for _ in range(60):
         np.testing.assert_array_equal(observation, step.observation[0])
         np.testing.assert_array_equal(info["context"], step.context[0])
-        action = int(generator.integers(4))
+        action = int(generator.integers(env.action_space.n))
         observation, reward, terminated, truncated, info = env.step(action)
         step = tensors.step(torch.tensor([action]))
         assert reward == step.reward.item()
@@ -173,8 +177,9 @@ class _DmEnvContract(test_utils.EnvironmentTestMixin):
 
     def make_action_sequence(self):
         generator = np.random.default_rng(0)
+        num_actions = self.environment.action_spec().num_values
         for _ in range(100):  # several episodes
-            yield generator.integers(4, dtype=np.int32)
+            yield generator.integers(num_actions, dtype=np.int32)
 
 
 class PassiveTMazeDmEnvTest(_DmEnvContract, absltest.TestCase):
@@ -187,6 +192,22 @@ class ActiveTMazeDmEnvTest(_DmEnvContract, absltest.TestCase):
 
 class KeyToDoorDmEnvTest(_DmEnvContract, absltest.TestCase):
     name = "KeyToDoor"
+
+
+class RepeatFirstDmEnvTest(_DmEnvContract, absltest.TestCase):
+    name = "RepeatFirst"
+
+
+class RepeatPreviousDmEnvTest(_DmEnvContract, absltest.TestCase):
+    name = "RepeatPrevious"
+
+
+class MatchToSampleDmEnvTest(_DmEnvContract, absltest.TestCase):
+    name = "MatchToSample"
+
+
+class MemoryCorridorDmEnvTest(_DmEnvContract, absltest.TestCase):
+    name = "MemoryCorridor"
 
 
 def test_dm_env_tells_a_time_limit_from_an_end():
@@ -208,7 +229,7 @@ def test_dm_env_tells_a_time_limit_from_an_end():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"name": "TMaze"}, r"^name must be one of \['ActiveTMaze', 'KeyToDoor', 'PassiveTMaze'\], got 'TMaze'$"),
+        ({"name": "TMaze"}, r"^name must be one of \['ActiveTMaze', 'KeyToDoor', .*'PassiveTMaze', .*\], got 'TMaze'$"),
         ({"name": "PassiveTMaze", "corridor_length": 0}, r"^corridor_length must be an integer of at least 1, got 0"),
         ({"name": "PassiveTMaze", "render_mode": "human"}, r"^render_mode must be None .*, got 'human'$"),
     ],

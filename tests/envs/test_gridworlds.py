@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from envs.gridworlds import ActiveTMaze, KeyToDoor, PassiveTMaze
+from envs.gridworlds import (
+    ActiveTMaze,
+    KeyToDoor,
+    MatchToSample,
+    MemoryCorridor,
+    PassiveTMaze,
+    RepeatFirst,
+    RepeatPrevious,
+)
 from envs.gridworlds.key_to_door import APPLE_ROOM, DOOR_ROOM, KEY_ROOM
+from envs.registry import GRIDWORLDS
 from tests.envs.conformance import assert_same_steps, check_environment, rollout
 
 RIGHT, UP, LEFT, DOWN = range(4)
@@ -22,7 +31,21 @@ TASKS = {
     "key to door": (KeyToDoor, {"distractor_length": 5, "room_size": 3}),
     "key to door, two doors": (KeyToDoor, {"distractor_length": 4, "room_size": 4, "num_doors": 2}),
     "key to door, no apples": (KeyToDoor, {"distractor_length": 0, "room_size": 2, "num_apples": 0}),
+    "repeat first": (RepeatFirst, {"delay": 5, "num_answers": 3}),
+    "repeat first, POPGym": (RepeatFirst, {"delay": 1, "num_answers": 12, "num_distractors": 0}),
+    "repeat previous": (RepeatPrevious, {"delay": 2, "num_answers": 10}),
+    "repeat previous, POPGym": (RepeatPrevious, {"delay": 3, "max_gap": 1, "num_symbols": 2, "num_distractors": 0}),
+    "match to sample": (MatchToSample, {"delay": 5}),
+    "match to sample, hidden": (
+        MatchToSample,
+        {"delay": 3, "min_delay": 3, "hidden_sample": True, "num_choices": 3, "num_colours": 3, "num_distractors": 0},
+    ),
+    "match to sample, smallest": (MatchToSample, {"delay": 1, "room_size": 2, "sample_steps": 1, "choice_steps": 2}),
+    "memory corridor": (MemoryCorridor, {"length": 5, "penalty": 0.0}),
+    "memory corridor, shortest": (MemoryCorridor, {"length": 3, "num_distractors": 0}),
+    "memory corridor, cue to be fetched": (MemoryCorridor, {"length": 4, "start_distance": 3, "time_limit": 20}),
 }
+WITHOUT_TIME_LIMIT = {KeyToDoor, RepeatFirst, RepeatPrevious, MatchToSample}  # their clock belongs to the task
 every_task = pytest.mark.parametrize("task", TASKS)
 
 
@@ -57,7 +80,11 @@ def column(env, step, name: str) -> Tensor:
 def test_conforms(task):
     report = check_environment(lambda num_envs, seed: make(task, num_envs, seed), num_steps=120, num_envs=5)
     assert report.terminations
-    assert report.time_limits or TASKS[task][0] is KeyToDoor or task == "passive, shortest"
+    assert report.time_limits or TASKS[task][0] in WITHOUT_TIME_LIMIT or task == "passive, shortest"
+
+
+def test_every_gridworld_conforms():
+    assert {cls.__name__ for cls, _ in TASKS.values()} == set(GRIDWORLDS)
 
 
 @every_task
@@ -71,7 +98,7 @@ def test_observation_and_context_stay_in_range_and_have_names(task):
     env = make(task)
     assert len(env.observation_names) == env.spec.observation_shape[0]
     assert len(env.context_names) == env.spec.context_size
-    actions = torch.randint(4, (150, 64), generator=torch.Generator().manual_seed(0))
+    actions = torch.randint(env.spec.num_actions, (150, 64), generator=torch.Generator().manual_seed(0))
     for step in rollout(env, list(actions)):
         assert step.observation.abs().max() <= 1
         assert step.context.abs().max() <= 1 + 1e-6
@@ -382,6 +409,31 @@ def test_a_return_that_cannot_tell_success_is_not_offered():
         (KeyToDoor, {"num_apples": 25}, r"^num_apples must be an integer in \[0, 24\], got 25: room_size=5"),
         (KeyToDoor, {"apple_reward": -1}, r"^apple_reward must be a number"),
         (KeyToDoor, {"door_reward": 0}, r"^door_reward must be a number"),
+        (RepeatFirst, {"delay": 0}, r"^delay must be an integer of at least 1, got 0"),
+        (RepeatFirst, {"delay": 3, "min_delay": 4}, r"^min_delay must be an integer in \[1, 3\], got 4: 3 keeps"),
+        (RepeatFirst, {"num_answers": 0}, r"^num_answers must be an integer of at least 1, got 0"),
+        (RepeatPrevious, {"delay": 0}, r"^delay must be an integer of at least 1, got 0"),
+        (RepeatPrevious, {"max_gap": 0}, r"^max_gap must be an integer of at least 1, got 0"),
+        (RepeatPrevious, {"num_symbols": 1}, r"^num_symbols must be an integer of at least 2, got 1"),
+        (RepeatPrevious, {"num_distractors": -1}, r"^num_distractors must be an integer of at least 0, got -1"),
+        (MatchToSample, {"delay": 2, "min_delay": 0}, r"^min_delay must be an integer in \[1, 2\], got 0: 2 keeps"),
+        (MatchToSample, {"hidden_sample": 1}, r"^hidden_sample must be True or False, got 1"),
+        (MatchToSample, {"num_choices": 4}, r"^num_choices must be an integer in \[2, 3\], got 4: as many as"),
+        (
+            MatchToSample,
+            {"sample_steps": 3, "hidden_sample": True},
+            r"^sample_steps must be .* at least 4, got 3: with",
+        ),
+        (MatchToSample, {"choice_steps": 2}, r"^choice_steps must be .* at least 3, got 2: room_size=3 has a cell"),
+        (MemoryCorridor, {"length": 2}, r"^length must be an integer of at least 3, got 2: a shorter corridor"),
+        (MemoryCorridor, {"length": 5, "min_length": 6}, r"^min_length must be an integer in \[3, 5\], got 6: 5 keeps"),
+        (
+            MemoryCorridor,
+            {"length": 8, "start_distance": 5},
+            r"^start_distance must be .* \[0, 4\], got 5: it must lie",
+        ),
+        (MemoryCorridor, {"length": 5, "time_limit": 6}, r"^time_limit must be .* at least 7, got 6: the longest"),
+        (MemoryCorridor, {"length": 5, "penalty": 0.1}, r"^penalty must be below 0\.0769231 .* got 0\.1: lower it"),
     ],
 )
 def test_a_wrong_dial_is_named_with_what_is_allowed(cls, dials, message):

@@ -9,6 +9,7 @@ import envs
 from envs import Environment, make
 from envs.adapters import DmEnvs, GymnasiumEnvs, GymnasiumVector
 from envs.atari import Atari
+from envs.registry import GRIDWORLDS
 
 THEIRS = """
     import dm_env
@@ -119,7 +120,7 @@ def theirs(tmp_path, monkeypatch):
     gymnasium.registry.pop("Theirs-v0", None)
 
 
-@pytest.mark.parametrize("name", ["PassiveTMaze", "ActiveTMaze", "KeyToDoor"])
+@pytest.mark.parametrize("name", GRIDWORLDS)
 def test_makes_gridworlds(name):
     env = make(name, num_envs=3, seed=0)
     assert isinstance(env, Environment) and type(env).__name__ == name

@@ -87,3 +87,24 @@ def test_members_take_settings_of_all_then_of_the_arm_then_of_the_user():
     assert [member.name for member in found] == ["a-2-seed4", "b-3-seed4", "a-2-seed5", "b-3-seed5"]
     assert found[0].config == {"arm": "a", "window": 2, "seed": 4, "x": 1, "y": 1, "z": 3}
     assert found[3].config == {"arm": "b", "window": 3, "seed": 5, "x": 1, "y": 2, "z": 3}
+
+
+CURVE = [
+    {"step": 10, "seconds": 2.0, "error": 0.5},
+    {"step": 20, "seconds": 6.0, "error": 0.25},
+    {"step": 95, "seconds": 7.0, "error": 0.5},
+    {"step": 100, "seconds": 8.0, "error": 0.125},
+]
+
+
+def test_a_level_is_reached_between_the_points_of_a_curve():
+    assert common.reached(CURVE, "error", 0.75, "step") == 10
+    assert common.reached(CURVE, "error", 0.375, "step") == 15 and common.reached(CURVE, "error", 0.375, "seconds") == 4
+    assert common.reached(CURVE, "error", 0.25, "step") == 20
+    assert common.reached(CURVE, "error", 0.125, "seconds") == 8
+    assert common.reached(CURVE, "error", 0.1, "step") is None and common.reached([], "error", 0.1, "step") is None
+
+
+def test_what_is_final_is_the_mean_over_the_last_tenth_of_the_steps():
+    assert common.final(CURVE, "error") == 0.3125
+    assert common.final(CURVE[:2], "error") == 0.25 and common.final(CURVE[:1], "error") == 0.5
