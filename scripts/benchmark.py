@@ -20,7 +20,6 @@ task for seconds. In under eight minutes; without a CUDA device the same in a sm
 
 import argparse
 import datetime
-import gc
 import json
 import math
 import os
@@ -378,7 +377,6 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # what a garbage collection frees now must not be freed in between
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that blocks from before are freed meanwhile, which is left out as it should
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -604,15 +602,15 @@ def overhead_row(
 
 
 def overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown; ratios of time and memory, above 1 is more."""
     header = [
         "method",
         "ms per update",
-        "without it",
-        "time, times",
+        "baseline",
+        "time / baseline",
         "memory, MiB",
-        "memory, times",
-        "time and memory, times none",
+        "memory / baseline",
+        "time, memory / none",
     ]
     lines = []
     for row in rows:
@@ -798,7 +796,7 @@ def learn_shortly(kind: str, form: Form, seconds: float, device: str, threads: i
     )
     trainer = Trainer(config)
     started, looked, success = time.perf_counter(), 0, math.nan
-    while trainer.step < form.learning_steps and time.perf_counter() - started < seconds:
+    while trainer.step < form.learning_steps and (trainer.step == 0 or time.perf_counter() - started < seconds):
         metrics = trainer.update()
         if trainer.step - looked >= form.learning_steps // 4:
             success = float(trainer.actor.statistics.pop()["charts/success_rate"])
@@ -949,16 +947,16 @@ def _training_speed(
 
 
 def gpu_table(results: Mapping[str, Any]) -> str:
-    """One Markdown table of the whole battery. Ratios are of speed: above 1 is faster."""
+    """One Markdown table of the whole battery. Ratios of runs and learners are those of speed: above 1 is faster."""
     header = [
         "run",
         "environments",
         "steps/s",
         "goal",
-        "speed, of the same without",
-        "learner, of the same without",
-        "learner, of nn.LSTM alone",
-        "memory, MiB (times)",
+        "speed / baseline",
+        "learner / baseline",
+        "learner / nn.LSTM alone",
+        "memory, MiB (/ baseline)",
         "host reads per update",
         "short run: success (steps, s)",
     ]
@@ -1010,7 +1008,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = require_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (ValueError, RuntimeError) as error:
         print(
-            f"benchmark.py: {str(error).replace('run.device', '--device').replace('--run.device', '--device')}",
+            f"benchmark.py: {str(error).replace('--run.device', '--device').replace('run.device', '--device')}",
             file=sys.stderr,
         )
         return 2
