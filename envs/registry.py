@@ -25,7 +25,7 @@ from envs.timestep import Environment
 
 GRIDWORLDS = (
     *("PassiveTMaze", "ActiveTMaze", "KeyToDoor"),
-    *("RepeatFirst", "RepeatPrevious", "MatchToSample", "MemoryCorridor"),
+    *("RepeatFirst", "RepeatPrevious", "MatchToSample", "MemoryCorridor", "MultiRoomKeyDoor"),
 )
 
 _OUR_ARGUMENTS = {"self", "num_envs", "seed", "device"}

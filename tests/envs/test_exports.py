@@ -23,6 +23,7 @@ DIALS = {
     "RepeatPrevious": {"delay": 2, "num_answers": 5},
     "MatchToSample": {"delay": 3, "hidden_sample": True},
     "MemoryCorridor": {"length": 4, "start_distance": 2},
+    "MultiRoomKeyDoor": {"num_rooms": 2, "time_limit": 20},
 }
 every_name = pytest.mark.parametrize("name", DIALS)
 
@@ -208,6 +209,10 @@ class MatchToSampleDmEnvTest(_DmEnvContract, absltest.TestCase):
 
 class MemoryCorridorDmEnvTest(_DmEnvContract, absltest.TestCase):
     name = "MemoryCorridor"
+
+
+class MultiRoomKeyDoorDmEnvTest(_DmEnvContract, absltest.TestCase):
+    name = "MultiRoomKeyDoor"
 
 
 def test_dm_env_tells_a_time_limit_from_an_end():

@@ -9,6 +9,7 @@ from envs.gridworlds import (
     KeyToDoor,
     MatchToSample,
     MemoryCorridor,
+    MultiRoomKeyDoor,
     PassiveTMaze,
     RepeatFirst,
     RepeatPrevious,
@@ -44,6 +45,9 @@ TASKS = {
     "memory corridor": (MemoryCorridor, {"length": 5, "penalty": 0.0}),
     "memory corridor, shortest": (MemoryCorridor, {"length": 3, "num_distractors": 0}),
     "memory corridor, cue to be fetched": (MemoryCorridor, {"length": 4, "start_distance": 3, "time_limit": 20}),
+    "rooms": (MultiRoomKeyDoor, {"num_rooms": 3}),
+    "rooms, two": (MultiRoomKeyDoor, {"num_rooms": 2, "num_distractors": 0, "time_limit": 40}),
+    "rooms, large": (MultiRoomKeyDoor, {"num_rooms": 2, "room_size": 4, "time_limit": 60}),
 }
 WITHOUT_TIME_LIMIT = {KeyToDoor, RepeatFirst, RepeatPrevious, MatchToSample}  # their clock belongs to the task
 every_task = pytest.mark.parametrize("task", TASKS)
@@ -425,6 +429,18 @@ def test_a_return_that_cannot_tell_success_is_not_offered():
             r"^sample_steps must be .* at least 4, got 3: with",
         ),
         (MatchToSample, {"choice_steps": 2}, r"^choice_steps must be .* at least 3, got 2: room_size=3 has a cell"),
+        (MultiRoomKeyDoor, {"num_rooms": 1}, r"^num_rooms must be an integer of at least 2, got 1"),
+        (
+            MultiRoomKeyDoor,
+            {"num_rooms": 3, "min_rooms": 4},
+            r"^min_rooms must be an integer in \[2, 3\], got 4: 3 keeps",
+        ),
+        (MultiRoomKeyDoor, {"room_size": 2}, r"^room_size must be an integer of at least 3, got 2: the doors"),
+        (
+            MultiRoomKeyDoor,
+            {"num_rooms": 2, "time_limit": 14},
+            r"^time_limit must be .* at least 15, got 14: the longest",
+        ),
         (MemoryCorridor, {"length": 2}, r"^length must be an integer of at least 3, got 2: a shorter corridor"),
         (MemoryCorridor, {"length": 5, "min_length": 6}, r"^min_length must be an integer in \[3, 5\], got 6: 5 keeps"),
         (
