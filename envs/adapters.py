@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.minigrid import image_view, is_minigrid, minigrid_context, minigrid_symbols, minigrid_view
 from envs.timestep import Environment, EnvSpec, TimeStep
 
 if TYPE_CHECKING:
     import gymnasium
 
 Encoder = Callable[[np.ndarray], np.ndarray]  # [B, *original] -> [B, *encoded], always a new array
-
-MINIGRID_SIZES = (11, 6, 3)  # objects, colours and door states of MiniGrid's encoding of a cell
 
 
 def spread_seeds(seed: int, num_seeds: int) -> list[int]:
@@ -85,52 +84,6 @@ def checked_actions(actions: Tensor, num_actions: int, ignored: np.ndarray) -> n
         row = int(out_of_range.argmax())
         raise ValueError(f"actions must be in [0, {num_actions}), got {checked[row]} for environment {row}")
     return checked.astype(np.int64, copy=False)
-
-
-def minigrid_view(view: np.ndarray) -> np.ndarray:
-    """One-hot planes of MiniGrid's symbolic view.
-
-    MiniGrid encodes a cell as three small integers (object, colour, door state). They are categories, not brightness,
-    and a torso that divides bytes by 255 would all but erase them. One-hot planes of 0 and 255 come out of such a torso
-    as exactly 0 and 1. MiniGrid indexes cells by column and then row; the planes are [row, column] as other images.
-
-    Args:
-        view: [B, X, Y, 3] uint8.
-
-    Returns:
-        [B, 20, Y, X] uint8.
-    """
-    view = view.transpose(0, 3, 2, 1)  # [B, 3, Y, X]
-    planes = [
-        view[:, channel, None] == np.arange(size, dtype=np.uint8)[:, None, None]  # [B, size, Y, X]
-        for channel, size in enumerate(MINIGRID_SIZES)
-    ]
-    return np.concatenate(planes, axis=1).view(np.uint8) * np.uint8(255)
-
-
-def minigrid_symbols(view: np.ndarray) -> np.ndarray:
-    """MiniGrid's symbolic view [B, X, Y, 3] as it is, channels first: [B, 3, Y, X] uint8."""
-    return np.ascontiguousarray(view.transpose(0, 3, 2, 1))
-
-
-def minigrid_context(env: "gymnasium.Env") -> np.ndarray:
-    """Privileged state of a MiniGrid environment: the whole grid, the agent's place and direction and what it carries.
-
-    Args:
-        env: a MiniGrid environment, wrapped or not.
-
-    Returns:
-        [3 * W * H + 8] float32: object, colour and state of every cell scaled to [-1, 1], the agent's column and row in
-        [-1, 1], its direction as one-hot of 4, object and colour of the carried thing in [-1, 1] (-1 for nothing).
-    """
-    base: Any = env.unwrapped
-    largest = np.asarray(MINIGRID_SIZES, np.float32) - 1
-    cells = 2 * base.grid.encode() / largest - 1  # [W, H, 3]
-    place = 2 * np.asarray(base.agent_pos) / (np.asarray([base.width, base.height]) - 1) - 1
-    direction = np.arange(4) == base.agent_dir
-    carried = (0, 0) if base.carrying is None else base.carrying.encode()[:2]
-    carrying = 2 * np.asarray(carried) / largest[:2] - 1
-    return np.concatenate([cells.ravel(), place, direction, carrying], dtype=np.float32)
 
 
 class GymnasiumVector:
@@ -426,6 +379,7 @@ def gymnasium_vector(
     view_size: int | None = None,
     encoding: str | None = None,
     ignore_mission: bool = False,
+    fast_view: bool = True,
     **env_kwargs: Any,
 ) -> Environment:
     """Builds B copies of one gymnasium environment.
@@ -445,6 +399,7 @@ def gymnasium_vector(
         encoding: of MiniGrid's view: "one_hot" (the default) or "symbolic", the small integers themselves.
         ignore_mission: take a MiniGrid environment whose mission differs between episodes, though the policy cannot
             read it.
+        fast_view: whether MiniGrid's view is computed by `envs.minigrid.FastView`, which gives the same numbers, or by MiniGrid.
         **env_kwargs: go to `gymnasium.make` or to the constructor.
 
     Returns:
@@ -459,12 +414,12 @@ def gymnasium_vector(
         raise ValueError("context needs vectorization='sync': other processes' environments cannot be looked into")
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    constructor = _EnvConstructor(env, view_size, env_kwargs)
+    constructor = _EnvConstructor(env, view_size, fast_view, env_kwargs)
     probe = constructor.unwrapped_view()
     encoder = None
     try:
         spaces: Any = probe.observation_space
-        if _is_minigrid(probe):
+        if is_minigrid(probe):
             if encoding not in (None, "one_hot", "symbolic"):
                 raise ValueError(f"encoding must be 'one_hot' or 'symbolic', got {encoding!r}")
             encoder = minigrid_symbols if encoding == "symbolic" else minigrid_view
@@ -496,9 +451,15 @@ def gymnasium_vector(
 class _EnvConstructor:
     """Builds one environment; a class, so that it can be sent to another process."""
 
-    def __init__(self, env: "str | Callable[[], gymnasium.Env]", view_size: int | None, env_kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        env: "str | Callable[[], gymnasium.Env]",
+        view_size: int | None,
+        fast_view: bool,
+        env_kwargs: Mapping[str, Any],
+    ):
         self.env = env
-        self.view_size = view_size
+        self.view_size, self.fast_view = view_size, fast_view
         self.env_kwargs = dict(env_kwargs)
 
     def unwrapped_view(self) -> "gymnasium.Env":
@@ -514,19 +475,7 @@ class _EnvConstructor:
 
     def __call__(self) -> "gymnasium.Env":
         env = self.unwrapped_view()
-        if _is_minigrid(env):
-            from minigrid.wrappers import ImgObsWrapper, ViewSizeWrapper
-
-            if self.view_size is not None:
-                env = ViewSizeWrapper(env, agent_view_size=self.view_size)
-            env = ImgObsWrapper(env)
-        return env
-
-
-def _is_minigrid(env: "gymnasium.Env") -> bool:
-    """Whether the observations are MiniGrid's dictionaries."""
-    spaces = getattr(env.observation_space, "spaces", None)
-    return isinstance(spaces, dict) and {"image", "direction", "mission"} <= spaces.keys()
+        return image_view(env, self.view_size, self.fast_view) if is_minigrid(env) else env
 
 
 def _env_name(env: "gymnasium.Env") -> str:

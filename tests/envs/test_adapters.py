@@ -13,8 +13,6 @@ from envs.adapters import (
     GymnasiumVector,
     checked_actions,
     gymnasium_vector,
-    minigrid_context,
-    minigrid_view,
     spread_seeds,
 )
 from tests.envs.conformance import check_environment
@@ -367,26 +365,10 @@ def test_minigrid_views_are_one_hot_planes():
         assert planes.eq(255).sum(1).eq(1).all()
 
 
-def test_minigrid_planes_are_rows_and_columns():
-    view = np.zeros((1, 7, 7, 3), np.uint8)
-    view[0, 2, 5] = (4, 1, 2)  # column 2, row 5: a locked green door
-    planes = minigrid_view(view)
-    assert planes[0, :, 5, 2].nonzero()[0].tolist() == [4, 11 + 1, 17 + 2]
-    assert planes[0, :, 2, 5].nonzero()[0].tolist() == [0, 11, 17]
-
-
 def test_minigrid_symbols_and_view_size():
     env = gymnasium_vector("MiniGrid-MemoryS7-v0", 2, seed=0, view_size=3, encoding="symbolic")
     step = env.reset()
     assert step.observation.shape == (2, 3, 3, 3) and step.observation.max() <= 10
-
-
-def test_minigrid_constants_are_those_of_the_package():
-    from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
-
-    from envs.adapters import MINIGRID_SIZES
-
-    assert tuple(len(table) for table in (OBJECT_TO_IDX, COLOR_TO_IDX, STATE_TO_IDX)) == MINIGRID_SIZES
 
 
 def test_minigrid_episodes_end_and_start_again():
@@ -401,18 +383,6 @@ def test_minigrid_episodes_end_and_start_again():
         assert step.context.abs().max() <= 1
     assert not torch.equal(steps[0].context, steps[1].context)  # the direction
     assert torch.equal(steps[0].context[:, :-8], steps[1].context[:, :-8])  # the grid
-
-
-def test_minigrid_context_tells_where_the_agent_is_and_what_it_carries():
-    env = gymnasium.make("MiniGrid-DoorKey-5x5-v0").unwrapped
-    env.reset(seed=0)
-    before = minigrid_context(env)
-    env.agent_pos, env.agent_dir = (4, 0), 2
-    env.carrying = next(cell for cell in env.grid.grid if cell is not None and cell.type == "key")
-    after = minigrid_context(env)
-    assert np.array_equal(before[:75], after[:75])
-    assert before[-2:].tolist() == [-1, -1] and after[75:81].tolist() == [1, -1, 0, 0, 1, 0]
-    assert after[-2] == pytest.approx(2 * 5 / 10 - 1)  # a key is object 5 of 0 to 10
 
 
 def test_a_mission_the_policy_cannot_read_is_refused():
