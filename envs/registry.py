@@ -3,6 +3,8 @@
     "PassiveTMaze", "MemoryCorridor", ...   this project's gridworlds: GRIDWORLDS below
     "ALE/Breakout-v5"                       Atari
     "MiniGrid-MemoryS7-v0"                  MiniGrid (an optional extra)
+    "bsuite/memory_len/0"                   bsuite (an optional extra), by experiment and number of its setting
+    "popgym-RepeatFirstEasy-v0"             POPGym (an optional extra)
     "CartPole-v1"                           any other id that gymnasium knows
     "module:Name"                           a class or function of an importable module, or a gymnasium id that
                                             importing it registers; nothing in this package has to be touched
@@ -10,6 +12,7 @@
 Packages are imported when an id asks for them.
 """
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -28,9 +31,23 @@ GRIDWORLDS = (
     *("RepeatFirst", "RepeatPrevious", "MatchToSample", "MemoryCorridor", "MultiRoomKeyDoor"),
 )
 
+_MINIGRID = ("MiniGrid-", "BabyAI-")
+_MINIGRID_SUCCESS = (
+    0.05  # the mission is paid with 1 - 0.9 * (share of the time limit used), that is at least 0.1; failure with 0
+)
+
 _OUR_ARGUMENTS = {"self", "num_envs", "seed", "device"}
 # What `gymnasium_vector` understands, beside the arguments of the environment itself.
-_GYMNASIUM_OPTIONS = ("vectorization", "context", "view_size", "encoding", "ignore_mission", "max_episode_steps")
+_GYMNASIUM_OPTIONS = (
+    "vectorization",
+    "context",
+    "view_size",
+    "encoding",
+    "ignore_mission",
+    "fast_view",
+    "max_episode_steps",
+)
+_POPGYM_OPTIONS = ("vectorization", "context", "max_episode_steps")
 
 
 def make(env_id: str, *, num_envs: int, seed: int, device: str | torch.device = "cpu", **kwargs: Any) -> Environment:
@@ -58,6 +75,11 @@ def make(env_id: str, *, num_envs: int, seed: int, device: str | torch.device = 
         return cls(num_envs=num_envs, seed=seed, device=device, **kwargs)
     if env_id.startswith("ALE/"):
         return _make_atari(env_id, num_envs, seed, device, kwargs)
+    if env_id.startswith("bsuite/"):
+        from envs.third_party import make_bsuite
+
+        _check_arguments(env_id, kwargs, {"context"})
+        return make_bsuite(env_id, num_envs, seed=seed, device=device, **kwargs)
     if ":" in env_id:
         return _make_imported(env_id, num_envs, seed, device, kwargs)
     return _make_gymnasium(env_id, num_envs, seed, device, kwargs)
@@ -77,11 +99,15 @@ def _make_atari(
 def _make_gymnasium(
     env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
 ) -> Environment:
-    if env_id.startswith(("MiniGrid-", "BabyAI-")):
+    if env_id.startswith(_MINIGRID):
         try:
             importlib.import_module("minigrid")  # registers its ids
         except ImportError as error:
             raise ImportError(f"{env_id} needs the package minigrid: pip install -e '.[minigrid]'") from error
+    if env_id.startswith("popgym-"):
+        from envs.third_party import import_popgym
+
+        import_popgym(env_id)
     try:
         import gymnasium
         from gymnasium.envs.registration import load_env_creator
@@ -100,8 +126,16 @@ def _make_gymnasium(
     if creator is None:
         raise ValueError(f"{env_id} has no constructor of single environments; name its class as module:Name")
     names = _argument_names(creator)
+    if env_id.startswith("popgym-"):
+        from envs.third_party import make_popgym
+
+        _check_arguments(env_id, kwargs, None if names is None else names.union(_POPGYM_OPTIONS))
+        return make_popgym(env_id, num_envs, seed=seed, device=device, **kwargs)
     _check_arguments(env_id, kwargs, None if names is None else names.union(_GYMNASIUM_OPTIONS))
-    return gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
+    env = gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
+    if env_id.startswith(_MINIGRID):
+        env.spec = dataclasses.replace(env.spec, success_reward=_MINIGRID_SUCCESS)
+    return env
 
 
 def _make_imported(
@@ -213,7 +247,7 @@ def _check_arguments(env_id: str, kwargs: dict[str, Any], allowed: Iterable[str]
 
 def _known_ids() -> list[str]:
     """Ids that can be suggested, with those of the optional packages that are installed."""
-    for package in ("ale_py", "minigrid"):
+    for package in ("ale_py", "minigrid", "popgym"):
         if importlib.util.find_spec(package) is not None:
             importlib.import_module(package)
     gymnasium = importlib.import_module("gymnasium")

@@ -6,6 +6,9 @@
 Each agent acts in fresh environments; then, by lag, the true gradient of each loss with respect to earlier states (full BPTT over the
 batch) is held against what the run's method delivers: see `agents.credit.measure_credit` and `dni_rl.horizon.credit_horizon`. Several
 runs are also put side by side, success and effective horizon by method and task, with medians over what differs in the seed alone.
+
+A checkpoint shows the horizon as it is *after* learning. Once a task is solved its true gradients are small and mostly noise, and a horizon
+says little. What training logged on the way there (`run.credit_every_steps`) is what says whether a memory could be learned.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from dni_rl.horizon import CreditHorizon
 
 SUCCESS, RETURN = "charts/success_rate", "charts/episodic_return"
 LOGGED = ("credit/horizon", "credit/lag_90")  # by run.credit_every_steps
+SOLVED = 0.95  # success rate from which on there is nothing left to learn
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Measured:
         config: with run.credit_length, run.credit_num_envs and the seed as they were used.
         step: agent steps of the checkpoint.
         results: success rate and episodic return in the last rows of metrics up to there; those that exist.
-        logged: rows of metrics up to there in which training logged its horizons, before the first update included.
+        logged: rows of metrics up to there in which training logged its horizons, before the first update included; `solved` tells
+            whether the task had been solved by then.
         bare: whether truncated BPTT alone was measured, in place of the run's method.
         horizon: the measurement.
     """
@@ -59,9 +64,14 @@ class Measured:
         return f"{self.config.critic.kind}, K = {self.config.algorithm.bptt_horizon}{core}{bare}"
 
     @property
-    def peak(self) -> float | None:
-        """The largest effective horizon that training logged after the step 0; None if it logged none."""
-        return max((row[LOGGED[0]] for row in self.logged if row["step"]), default=None)
+    def while_learning(self) -> float | None:
+        """The median of the effective horizons that training logged while there was something to learn.
+
+        That is, after the first update and up to the first row with a success rate of `SOLVED`; to the end where there is none. None if
+        training logged nothing then.
+        """
+        horizons = [row[LOGGED[0]] for row in self.logged if row["step"] and not row["solved"]]
+        return median(horizons) if horizons else None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, with the curves, as plain values; null for what does not exist."""
@@ -88,6 +98,7 @@ class Measured:
                 name: [_finite(x) for x in getattr(horizon, name).tolist()]
                 for name in ("true_norm", "delivered_norm", "cosine")
             },
+            "horizon_while_learning": None if self.bare else self.while_learning,
             "logged": {
                 name.removeprefix("credit/"): [_finite(row[name]) for row in self.logged] for name in ("step", *LOGGED)
             },
@@ -155,7 +166,7 @@ def measure(
 def table(measured: Sequence[Measured]) -> str:
     """A row for each measurement."""
     lines = [
-        "| run | method | step | success | effective horizon (cosine above 0.5) | its peak in training | 90 % of the norm within | "
+        "| run | method | step | success | effective horizon (cosine above 0.5) | its median while learning | 90 % of the norm within | "
         "true gradient: 90 % within | norm delivered |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -163,7 +174,7 @@ def table(measured: Sequence[Measured]) -> str:
         horizon = m.horizon
         lines.append(
             f"| {m.name} | {m.method} | {m.step:,} | {_percent(m.results.get(SUCCESS))} | "
-            f"{int(horizon.effective_horizon)} steps | {'' if m.peak is None or m.bare else f'{m.peak:.0f} steps'} | "
+            f"{int(horizon.effective_horizon)} steps | {_steps(m)} | "
             f"{int(horizon.lag_90)} steps | {int(horizon.true_lag_90)} steps | "
             f"{_percent(_finite(float(horizon.delivered_share)))} |"
         )
@@ -176,8 +187,8 @@ def side_by_side(measured: Sequence[Measured]) -> str:
     tasks = _tasks(measured)
     columns, rows = list(dict.fromkeys(tasks)), list(dict.fromkeys(m.method for m in measured))
     lines = [
-        "Mean success; effective horizon and, after the slash, the lag within which 90 % of the norm delivered lies, in steps: medians",
-        "(every run).",
+        "Mean success; effective horizon while learning, median of the runs (every run); where training logged none, at the checkpoint, in",
+        "italics. In steps.",
         "",
         f"| method | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
@@ -187,10 +198,16 @@ def side_by_side(measured: Sequence[Measured]) -> str:
         for task in columns:
             chosen = [m for m, t in zip(measured, tasks, strict=True) if (m.method, t) == (method, task)]
             successes = [m.results[SUCCESS] for m in chosen if SUCCESS in m.results]
-            pairs = [(int(m.horizon.effective_horizon), int(m.horizon.lag_90)) for m in chosen]
             success = "" if not successes else f"{mean(successes):.0%}; "
-            middle = "/".join(f"{median(numbers):g}" for numbers in zip(*pairs, strict=True))
-            cells.append(f"{success}{middle} ({' '.join(f'{a}/{b}' for a, b in pairs)})" if chosen else "not measured")
+            learning = [m.while_learning for m in chosen]
+            known = [x for x in learning if x is not None]
+            mark, numbers = (
+                ("", known)
+                if len(known) == len(chosen)
+                else ("*", [float(m.horizon.effective_horizon) for m in chosen])
+            )
+            every = " ".join(f"{x:g}" for x in numbers)
+            cells.append(f"{success}{mark}{median(numbers):g}{mark} ({every})" if chosen else "not measured")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -215,7 +232,14 @@ def _metrics(folder: Path, step: int) -> tuple[dict[str, float], list[dict[str, 
     results: dict[str, float] = {}
     for row in rows:
         results |= {name: row[name] for name in (SUCCESS, RETURN) if math.isfinite(row.get(name, math.nan))}
-    return results, [row for row in rows if all(name in row for name in LOGGED)]
+    solved_at = next((row["step"] for row in rows if row.get(SUCCESS, 0.0) >= SOLVED), math.inf)
+    logged = [row | {"solved": row["step"] >= solved_at} for row in rows if all(name in row for name in LOGGED)]
+    return results, logged
+
+
+def _steps(measured: Measured) -> str:
+    found = None if measured.bare else measured.while_learning
+    return "" if found is None else f"{found:g} steps"
 
 
 def _percent(value: float | None) -> str:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from statistics import median
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from agents.config import from_dict
 from agents.metrics import read_metrics
 from agents.train import train
 from dni_rl.horizon import CreditHorizon
-from scripts.horizon import Measured, main, side_by_side
+from scripts.horizon import Measured, _metrics, main, side_by_side
 
 
 def _config(folder, kind="dni", corridor_length=3, seed=0, **run):
@@ -78,7 +79,9 @@ def test_repeats_what_training_logged_at_its_end(runs, capsys, tmp_path):
     assert table["run"] == "dni_3_0"
     assert table["effective horizon (cosine above 0.5)"] == f"{result['horizon']:.0f} steps"
     assert table["90 % of the norm within"] == f"{result['lag_90']:.0f} steps"
-    assert table["its peak in training"] == f"{max(row['credit/horizon'] for row in logged[1:]):.0f} steps"
+    learning = [row["credit/horizon"] for row in logged[1:] if row.get("charts/success_rate", 0.0) < 0.95]
+    assert table["its median while learning"] == f"{median(learning):g} steps"
+    assert result["horizon_while_learning"] == median(learning)
 
 
 def test_options_override_the_run(runs, capsys, tmp_path):
@@ -154,13 +157,14 @@ def test_bad_options_end_in_one_line(capsys, option, message):
     assert err == f"horizon.py: {message}; --help lists the options\n"
 
 
-def _measured(kind, corridor_length, seed, success, reach, bare=False):
+def _measured(kind, corridor_length, seed, success, reach, bare=False, logged=()):
     cosine = torch.where(torch.arange(1, 11) <= reach, 0.8, 0.1).double()
     norm = torch.zeros(10, dtype=torch.float64).index_fill(0, torch.tensor([reach - 1]), 1.0)
     horizon = CreditHorizon(true_norm=norm, delivered_norm=norm, cosine=cosine, num_pairs=torch.ones(10))
     results = {} if success is None else {"charts/success_rate": success}
     config = _config("runs", kind, corridor_length, seed)
-    return Measured(str(seed), config, 320, results, [], bare, horizon)
+    rows = [{"step": step, "credit/horizon": h, "solved": solved} for step, h, solved in logged]
+    return Measured(str(seed), config, 320, results, rows, bare, horizon)
 
 
 def test_methods_and_tasks_are_put_side_by_side():
@@ -175,6 +179,31 @@ def test_methods_and_tasks_are_put_side_by_side():
     assert side_by_side(measured).splitlines()[3:] == [
         "| method | PassiveTMaze corridor_length=10 | PassiveTMaze corridor_length=20 |",
         "|---|---|---|",
-        "| none, K = 4 | 60%; 4/4 (3/3 5/5 4/4) | not measured |",
-        "| dni, K = 4 | 100%; 9/9 (9/9) | 8/8 (8/8) |",
+        "| none, K = 4 | 60%; *4* (3 5 4) | not measured |",
+        "| dni, K = 4 | 100%; *9* (9) | *8* (8) |",
     ]
+
+
+def test_the_horizon_while_learning_leaves_out_what_came_before_and_after():
+    logged = [(0, 1.0, False), (10, 8.0, False), (20, 6.0, False), (30, 10.0, False), (40, 2.0, True), (50, 3.0, True)]
+    run = _measured("dni", 10, 0, 1.0, 4, logged=logged)
+    assert run.while_learning == 8.0
+    assert side_by_side([run]).splitlines()[-1] == "| dni, K = 4 | 100%; 8 (8) |"
+    solved_at_once = _measured("dni", 10, 0, 1.0, 4, logged=[(0, 1.0, False), (10, 8.0, True)])
+    assert solved_at_once.while_learning is None
+    # Of a run that logged none, the one at the checkpoint stands for all, so that like is compared with like.
+    assert side_by_side([run, solved_at_once]).splitlines()[-1] == "| dni, K = 4 | 100%; *4* (4 4) |"
+
+
+def test_a_task_is_solved_from_the_first_time_on(tmp_path):
+    rows = [
+        {"step": 0, "credit/horizon": 1.0, "credit/lag_90": 1.0},
+        {"step": 1, "charts/success_rate": 0.9, "credit/horizon": 2.0, "credit/lag_90": 1.0},
+        {"step": 2, "charts/success_rate": 0.95},
+        {"step": 3, "charts/success_rate": 0.5, "credit/horizon": 3.0, "credit/lag_90": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    results, logged = _metrics(tmp_path, 3)
+    assert results == {"charts/success_rate": 0.5}
+    assert [(row["step"], row["solved"]) for row in logged] == [(0, False), (1, False), (3, True)]
+    assert len(_metrics(tmp_path, 0)[1]) == 1
