@@ -114,7 +114,9 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         state_sizes=model.core.state_sizes,
         hidden_sizes=config.hidden_sizes,
         context_size=(spec.context_size if config.kind == "cdni" else 0)
+        + len(config.past_steps) * (model.observed_size + 1)  # an average and the age of the episode
         + config.future_steps * (model.core.input_size + 1),  # an input and a flag
+        normalize_context=bool(config.past_steps),  # averages over many steps are small
         normalize_targets=config.normalize_targets,
         dense_targets=config.dense_targets,
         gradient_discount=config.gradient_discount,
@@ -123,6 +125,8 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         warmup_updates=config.warmup_updates,
         slow_copy_rate=config.slow_copy_rate,
         target_lambda=config.target_lambda,
+        targets_per_window=config.targets_per_window,
+        yardstick_interval=config.yardstick_interval,
     )
 
 

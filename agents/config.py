@@ -44,6 +44,7 @@ MemorySteps: TypeAlias = Annotated[float, _Rule("above 2", lambda x: x > 2)]
 Count: TypeAlias = Annotated[int, _Rule("of at least 0", lambda x: x >= 0)]
 SequenceSteps: TypeAlias = Annotated[int, _Rule("of at least 4", lambda x: x >= 4)]
 PositiveCount: TypeAlias = Annotated[int, _Rule("of at least 1", lambda x: x >= 1)]
+Averaged: TypeAlias = Annotated[int, _Rule("of at least 2", lambda x: x >= 2)]
 Seed: TypeAlias = Annotated[int, _Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
 Device: TypeAlias = Annotated[
     str, _Rule("of the form cpu, cuda or cuda:<index>", lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x))
@@ -170,6 +171,11 @@ class CriticConfig(_Section):
     inside a window, without unit; null: no bound, as in the paper."""
     dense_targets: bool = True
     """Whether the critic learns from the gradient at every step of a window; false: at its start, as in the paper."""
+    targets_per_window: PositiveCount | None = None
+    """Of dense targets, at how many steps of a window, evenly spaced, the first its start; 2 or more. null: at every step. A fit
+    costs in proportion to it (docs/results/overhead.md)."""
+    yardstick_interval: PositiveCount = 8
+    """Updates from one look at the yardstick of max_norm_ratio to the next, after the first 16; each costs a second backward pass."""
     normalize_targets: bool = True
     """Whether each component of the critic's target is divided by its running RMS; false: as in the paper."""
     epochs: PositiveCount = 1
@@ -185,6 +191,10 @@ class CriticConfig(_Section):
     future_steps: Count = 0
     """Steps ahead whose core inputs the critic is also given as context, as far as the episode goes and the rollout is stored; the
     policy never sees them. 0: none."""
+    past_steps: tuple[Averaged, ...] = ()
+    """The critic is also given fading averages of the episode's past observations (of images, the torso's features of them), one over
+    about so many agent steps for each number, of at least 2. Nothing in them is privileged: they let it tell the core to keep what the
+    core has not yet learned to keep. With them, every component of the critic's context is divided by its running RMS."""
     trace_lambda: Fraction = 0.9
     """bp_lambda: decay of the traces beside gradient_discount; 0 learns from the next prediction alone, 1 from true gradients alone
     (Pemberton & Costa 2024)."""
@@ -386,6 +396,8 @@ class TrainConfig:
             "slow_copy_rate": None,
             "target_lambda": 1.0,
             "future_steps": 0,
+            "targets_per_window": None,
+            "past_steps": (),
         }
         for name, value in wanted.items():
             if getattr(critic, name) != value:

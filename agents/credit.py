@@ -18,7 +18,7 @@ from torch import Tensor
 from agents.build import build_environment, spread_seeds
 from agents.checkpoint import rng_state, set_rng_state
 from agents.config import TrainConfig
-from agents.learner import Learner, Windows, make_windows, with_future_inputs
+from agents.learner import Learner, Windows, make_windows, with_inputs
 from agents.losses import actor_critic_loss
 from agents.rollout import Actor, Rollout
 from dni_rl.horizon import CreditHorizon, credit_horizon
@@ -121,20 +121,20 @@ def _sequences(config: TrainConfig, learner: Learner, seed: int) -> Windows:
         try:
             check_credit(config, environment.spec)
             actor = Actor(environment, learner.model, rollout_length=length, bptt_horizon=length, seed=actor_seed)
-            actor.collect()
-            rollout = actor.collect()
+            before, rollout = actor.collect(), actor.collect()
         finally:
             environment.close()
     finally:
         set_rng_state(generators)
-    rollout = _with_future_inputs(rollout, learner)
+    _, averages = with_inputs(before, learner.model, learner.critic_config)
+    rollout = _with_inputs(rollout, learner, averages)
     return make_windows(rollout, length, algorithm.discount, algorithm.gae_lambda)
 
 
-def _with_future_inputs(rollout: Rollout, learner: Learner) -> Rollout:
-    """As the learner, which sees no further than to the end of one of its own rollouts."""
+def _with_inputs(rollout: Rollout, learner: Learner, averages: Tensor | None) -> Rollout:
+    """As the learner, which sees no further ahead than to the end of one of its own rollouts."""
     if not learner.critic_config.future_steps:
-        return rollout
+        return with_inputs(rollout, learner.model, learner.critic_config, averages)[0]
     contexts: list[Tensor] = []
     for start in range(0, len(rollout.action), learner.algorithm.rollout_length):
         rows = slice(start, start + learner.algorithm.rollout_length + 1)
@@ -146,11 +146,10 @@ def _with_future_inputs(rollout: Rollout, learner: Learner) -> Rollout:
             first=rollout.first[rows],
             context=None if rollout.context is None else rollout.context[rows],
         )
-        context = with_future_inputs(part, learner.model, learner.critic_config).context
-        if context is not None:
-            contexts.append(
-                context[1:] if start else context
-            )  # at a cut the critic is asked by the rollout that ends there
+        part, averages = with_inputs(part, learner.model, learner.critic_config, averages)
+        if part.context is not None:
+            # at a cut the critic is asked by the rollout that ends there
+            contexts.append(part.context[1:] if start else part.context)
     return replace(rollout, context=torch.cat(contexts)) if contexts else rollout
 
 

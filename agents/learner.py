@@ -106,21 +106,38 @@ def make_windows(rollout: Rollout, bptt_horizon: int, discount: float, gae_lambd
     )
 
 
-def with_future_inputs(rollout: Rollout, model: ActorCritic, config: CriticConfig) -> Rollout:
-    """The rollout with a context that also holds what the core will read in the next `future_steps` steps.
+def with_inputs(
+    rollout: Rollout, model: ActorCritic, config: CriticConfig, before: Tensor | None = None
+) -> tuple[Rollout, Tensor | None]:
+    """The rollout with a context that also tells of what the agent has seen and will see, where the configuration says so.
 
-    Behind the privileged context for the kind cdni, alone for others. Inputs are those of the torso as it is now; see
-    `dni_rl.future_inputs`.
+    Behind the privileged context for the kind cdni, alone for others: first the averages of past observations, then what the core will
+    read in the next `future_steps` steps. The torso is taken as it is now. See `dni_rl.past_inputs` and `dni_rl.future_inputs`.
+
+    Args:
+        rollout: T steps of B environments.
+        model: whose torso and core inputs they are.
+        config: of the critic.
+        before: [B, Z] averages that the rollout before ended with; None at the beginning.
+
+    Returns:
+        The rollout, and the averages that it ends with, or None where there are none.
     """
-    if not config.future_steps or config.kind in ("none", "rtrl"):
-        return rollout
+    if not (config.future_steps or config.past_steps) or config.kind in ("none", "rtrl"):
+        return rollout, None
+    contexts = [rollout.context] if config.kind == "cdni" and rollout.context is not None else []
+    # of the states before each of the T + 1 observations; the state behind the last one is not there
+    averages = None
     with torch.no_grad():
-        inputs = model.core_inputs(rollout.observation, rollout.action_tm1, rollout.reward, rollout.first)
-    # the state after the rollout's last observation, to which the last row belongs, is not there
-    context = dni_rl.future_inputs(inputs, rollout.first, config.future_steps)[:-1]  # [T + 1, B, Z]
-    if config.kind == "cdni" and rollout.context is not None:
-        context = torch.cat([rollout.context, context], dim=-1)
-    return replace(rollout, context=context)
+        if config.past_steps:
+            observed = model.observed(rollout.observation)
+            past = dni_rl.past_inputs(observed, rollout.first, config.past_steps, before=before)[:-1]
+            averages = past[-1]
+            contexts.append(past)
+        if config.future_steps:
+            inputs = model.core_inputs(rollout.observation, rollout.action_tm1, rollout.reward, rollout.first)
+            contexts.append(dni_rl.future_inputs(inputs, rollout.first, config.future_steps)[:-1])
+    return replace(rollout, context=torch.cat(contexts, dim=-1)), averages
 
 
 def select_sequences(windows: Windows, environments: Tensor, num_envs: int) -> Windows:
@@ -185,6 +202,7 @@ class Learner:
         window_length: agent steps of a window.
         trace: of BP(lambda), after the last window learned from; None for other kinds.
         sensitivity: of RTRL, likewise.
+        averages: [B, Z] of past inputs, where the critic is given them, after the last rollout learned from; None before.
 
     Raises:
         ValueError: if the traces of BP(lambda) would not fit, or a critic or core is not of the kind that was asked for.
@@ -207,8 +225,6 @@ class Learner:
         self.num_envs = num_envs
         self.generator = torch.Generator().manual_seed(seed)
         self.auxiliary = None if critic is None else build_auxiliary(critic_config, model)
-        if isinstance(model.core, dni_rl.LSTM):
-            model.core.expects_dense_targets = critic is not None and critic.dense_targets
         # The auxiliary head is a part of the model: one optimiser, one clipped norm. The actor has no use for it.
         self.learned = model if self.auxiliary is None else nn.ModuleList([model, self.auxiliary])
         self.optimizer = _adam(self.learned, algorithm)
@@ -219,6 +235,7 @@ class Learner:
         self.window_length = algorithm.bptt_horizon * (1 if self.levelled is None else self.levelled.periods[-1])
         self.trace: Tensor | None = None
         self.sensitivity: dni_rl.Sensitivity | None = None
+        self.averages: Tensor | None = None
         if critic_config.kind == "bp_lambda":
             self.trace = _initial_trace(critic, num_envs)
         elif critic_config.kind == "rtrl":
@@ -242,7 +259,7 @@ class Learner:
             Scalars by TensorBoard name, means over minibatches, still on the device.
         """
         algorithm = self.algorithm
-        rollout = with_future_inputs(rollout, self.model, self.critic_config)
+        rollout, self.averages = with_inputs(rollout, self.model, self.critic_config, self.averages)
         windows = make_windows(rollout, self.window_length, algorithm.discount, algorithm.gae_lambda)
         collected: dict[str, list[Tensor]] = {}
         for epoch, minibatch in self._minibatches(windows):
@@ -309,6 +326,8 @@ class Learner:
         state = dni_rl.cut(batch.state)
         inputs = model.core_inputs(batch.observation, batch.action_tm1, batch.reward, batch.first)
         context = batch.context if critic is not None and critic.context_size else None
+        if isinstance(model.core, dni_rl.LSTM):
+            model.core.expects_dense_targets = fit and critic is not None and critic.dense_targets
         outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
         logits, values = model.heads(outputs)
         loss = actor_critic_loss(
@@ -400,7 +419,7 @@ class Learner:
         return *core.unroll(inputs, state, batch.first), None
 
     def state_dict(self) -> dict[str, object]:
-        """Model, critic, optimisers and the minibatch stream; where there are any, auxiliary task, interfaces, trace, sensitivity."""
+        """Model, critic, optimisers and the minibatch stream; where there are any, the state of other parts."""
         extras: dict[str, object] = {} if self.auxiliary is None else {"auxiliary": self.auxiliary.state_dict()}
         if self.interfaces:
             extras["interfaces"] = [critic.state_dict() for critic in self.interfaces]
@@ -408,6 +427,8 @@ class Learner:
             extras["trace"] = self.trace
         if self.sensitivity is not None:
             extras["sensitivity"] = {"h": self.sensitivity.h, "c": self.sensitivity.c}
+        if self.averages is not None:
+            extras["averages"] = self.averages
         return extras | {
             "model": self.model.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
@@ -433,6 +454,8 @@ class Learner:
         if self.sensitivity is not None:
             device = self.sensitivity.h.device
             self.sensitivity = dni_rl.Sensitivity(**{name: s.to(device) for name, s in state["sensitivity"].items()})
+        averages = state.get("averages")
+        self.averages = None if averages is None else averages.to(next(self.model.parameters()).device)
         self.generator.set_state(state["generator"].cpu())
 
 

@@ -171,6 +171,15 @@ class ActorCritic(nn.Module):
             return features
         return torch.cat([features, torch.cat(extras, dim=-1).masked_fill(first.unsqueeze(-1), 0.0)], dim=-1)
 
+    def observed(self, observation: Tensor) -> Tensor:
+        """What a critic is told of observations, [..., observed_size]: vectors as they are, of others the torso's features."""
+        return observation if self.torso.flat else self.torso(observation)
+
+    @property
+    def observed_size(self) -> int:
+        """Width of `observed`."""
+        return self.torso.observation_shape[0] if self.torso.flat else self.torso.output_size
+
     def heads(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [..., A] and values [...] of core outputs [..., H]."""
         return self.policy_head(outputs), self.value_of(outputs)

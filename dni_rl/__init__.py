@@ -3,7 +3,7 @@
 from dni_rl.auxiliary import AuxiliaryTask, later_synthetic_gradients
 from dni_rl.backward import Report, backward, cut
 from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace
-from dni_rl.contexts import future_inputs
+from dni_rl.contexts import future_inputs, past_inputs
 from dni_rl.cores import (
     GRU,
     LSTM,
@@ -71,5 +71,6 @@ __all__ = [
     "interface_critics",
     "lambda_targets",
     "later_synthetic_gradients",
+    "past_inputs",
     "wrap",
 ]

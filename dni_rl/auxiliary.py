@@ -5,7 +5,7 @@ a later state will receive has carried over what decides it: the task asks for m
 loss does not reach.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,11 @@ class AuxiliaryTask(nn.Module):
         self.register_buffer("target_rms", torch.ones(()))
         self.register_buffer("_square", torch.zeros(()))
         self.register_buffer("_weight", torch.zeros(()))
+        self._mean: Callable[[Tensor], Tensor] | None = None
+
+    def share_statistics(self, mean: Callable[[Tensor], Tensor] | None) -> None:
+        """As `ErrorCritic.share_statistics`."""
+        self._mean = mean
 
     def forward(self, outputs: Tensor, target: State, valid: Tensor | None = None) -> Tensor:
         """The task's losses; updates the running RMS.
@@ -160,6 +165,9 @@ class AuxiliaryTask(nn.Module):
 
     @torch.no_grad()
     def _update_statistics(self, square: Tensor, count: Tensor) -> None:
+        if self._mean is not None:
+            total, count = self._mean(torch.stack([square * count, count]))
+            square = total / count.clamp_min(torch.finfo(count.dtype).tiny)
         # Zeros, before the critic predicts anything, are no targets to take a scale from; nor are overflows.
         step = (1.0 - self.statistics_decay) * (square.isfinite() & (square > 0) & (count > 0)).to(square.dtype)
         self._square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._square))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState
-from dni_rl.critics import ErrorCritic, Window
+from dni_rl.critics import HALF_PRECISION, ErrorCritic, Window
 
 
 def cut(state: State) -> State:
@@ -30,6 +30,8 @@ def cut(state: State) -> State:
     Raises:
         ValueError: if `state` is not a tuple or list of floating-point tensors.
     """
+    if torch.compiler.is_compiling():  # a compiled graph must not run through the start of a window
+        return torch.compiler.disable(cut)(state)
     if not isinstance(state, (tuple, list)) or not all(isinstance(s, Tensor) and s.is_floating_point() for s in state):
         found = type(state).__name__
         if isinstance(state, (tuple, list)):
@@ -77,6 +79,7 @@ def backward(
     context: Tensor | None = None,
     weight: float | Tensor | None = None,
     fit: bool = True,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Report:
     """Backpropagates a window, with the critic's prediction standing in for what lies beyond it, and trains the critic.
 
@@ -99,21 +102,45 @@ def backward(
         critic: the error critic, or None.
         alive: [B], 0 where the sequence ended exactly at the cut and nothing lies beyond it; None where none did.
         context: [T + 1, B, Z] context of the state before each step, the last row that of `end`. None without context.
-        weight: multiplies what enters the model's `.grad`; by default 1 / (T B), the mean over all losses. With a gradient scaler
-            multiply it by the scale: targets are taken before it, so the critic never sees it.
+        weight: multiplies what enters the model's `.grad`; by default 1 / (T B), the mean over all losses. The critic never sees it:
+            it is taken out of the targets.
         fit: False leaves the critic as it is, its `.grad` and its statistics too: it predicts, and does not learn from this
             window. For windows that are seen again, as in the later epochs of PPO.
+        scaler: of mixed precision with float16. Both sides' `.grad` are then multiplied by its scale, and both optimisers are
+            stepped through it; targets and predictions are not, whatever the scale was before.
+
+    Under `torch.autocast`, or behind it, the critic works in its own precision all the same, float32 as a rule, and results do not
+    depend on whether this call is inside the block. Under `torch.compile` it runs as written, between compiled parts.
 
     Returns:
         A report of the critic's fit; without one, NaN but for `synthetic_norm`.
 
     Raises:
-        ValueError: if shapes disagree, losses are reduced, or the weight is not one positive number.
+        ValueError: if shapes disagree, losses are reduced or in half precision, or the weight is not one positive number.
         RuntimeError: if `start` is not from `cut`, gradients are switched off, or `end` does not depend on the graph.
     """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(losses.device.type):
+        # A compiled graph would lose the hooks that targets come from, and gradients have a precision of their own.
+        plainly = torch.compiler.disable(backward) if torch.compiler.is_compiling() else backward
+        with torch.autocast(losses.device.type, enabled=False):
+            return plainly(
+                losses,
+                start=start,
+                end=end,
+                critic=critic,
+                alive=alive,
+                context=context,
+                weight=weight,
+                fit=fit,
+                scaler=scaler,
+            )
     T, B = _check(losses, start, end, critic, alive, context, weight)
     if weight is None:
         weight = 1.0 / (T * B)
+    scale: Tensor | None = None
+    if scaler is not None and scaler.is_enabled():
+        scale = scaler.scale(losses.new_ones(()))
+        weight = weight * scale
     history = end.history if isinstance(end, UnrolledState) else None
     if critic is None:
         with nullcontext() if history is None else history.unwatched():
@@ -126,22 +153,30 @@ def backward(
         # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
         with nullcontext() if history is None else history.unwatched():
             inside = torch.autograd.grad(
-                losses, start, torch.ones_like(losses), retain_graph=True, allow_unused=True, materialize_grads=True
+                losses,
+                start,
+                torch.ones_like(losses) * weight,  # the scale at which half precision does not lose it
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
-        critic.observe_window(inside, stands_for)
+        critic.observe_window(_per_sequence(inside, weight), stands_for)
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
     )
     mixed = None
     if fit and history is not None and critic.target_lambda < 1.0 and critic.learns_gradients:
-        mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history)
+        mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history, weight)
     dense = fit and history is not None and critic.dense_targets
     with _gradients_of(start) as at_start, nullcontext() if history is None or dense else history.unwatched():
         # As <losses, weight> + <end, weight b>, without building the surrogate. An end that is a part of the start (a core that
         # does not change it) is a leaf, and right to receive it.
         torch.autograd.backward(
             [losses, *end],
-            [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end, strict=True))],
+            [
+                torch.ones_like(losses) * weight,
+                *((b * weight).to(s.dtype) for b, s in zip(synthetic, end, strict=True)),
+            ],
         )
     with torch.no_grad():
         synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
@@ -149,26 +184,30 @@ def backward(
         nan = losses.new_full((), torch.nan)
         return Report(nan, nan, nan, nan, nan, synthetic_norm, nan)
     if history is not None and dense:
-        states, valid = history.states, history.valid
-        targets = tuple(g / weight for g in history.gradients) if mixed is None else mixed
+        states, targets, valid = history.states, history.gradients if mixed is None else mixed, history.valid
+        steps = critic.target_steps(T)
+        if len(steps) < T:
+            chosen = list(steps)
+            states, targets, valid = tuple(s[chosen] for s in states), tuple(g[chosen] for g in targets), valid[chosen]
         history.clear()
     else:
-        states, valid = tuple(s.detach().unsqueeze(0) for s in start), None
-        targets = tuple((g / weight).unsqueeze(0) for g in at_start)
+        states, targets = tuple(s.detach().unsqueeze(0) for s in start), tuple(g.unsqueeze(0) for g in at_start)
+        steps, valid = (0,), None
     fitted = critic.fit_window(
         Window(
             states=states,
-            gradients=targets,
+            gradients=_per_sequence(targets, weight),
             valid=valid,
             losses=losses.detach(),
             first=None if history is None else ~history.valid,
             end=tuple(s.detach() for s in end),
             alive=alive,
             context=context,
+            steps=steps,
         )
     )
     if fitted.loss.requires_grad:  # not if the critic is frozen
-        fitted.loss.backward()
+        (fitted.loss if scale is None else fitted.loss * scale).backward()
     with torch.no_grad():
         return Report(
             critic_loss=fitted.loss.detach(),
@@ -189,8 +228,9 @@ def _mixed_gradients(
     synthetic: State,
     context: Tensor | None,
     history: StateHistory,
+    weight: float | Tensor,
 ) -> State:
-    """Targets G_j, tuple of [T, B, ...], mixed with the synthetic gradients b_j of every state on the way.
+    """weight * G_j, tuple of [T, B, ...], mixed with the synthetic gradients b_j of every state on the way.
 
     One backward pass of the whole window cannot tell them: from its end, what b_j alone sends back from the middle cannot be had.
     The graph is kept, and no `.grad` is touched.
@@ -200,17 +240,25 @@ def _mixed_gradients(
     b = critic.synthetic_gradient(
         inside, None if context is None else context[:-1].flatten(0, 1), history.valid.flatten()
     )
-    with history.mixing(critic.target_lambda, tuple(g.unflatten(0, (T, B)) for g in b)):
+    with history.mixing(critic.target_lambda, tuple((g * weight).unflatten(0, (T, B)) for g in b)):
         torch.autograd.grad(
             [losses, *end],
             start,
-            [torch.ones_like(losses), *(g.to(s.dtype) for g, s in zip(synthetic, end, strict=True))],
+            [
+                torch.ones_like(losses) * weight,
+                *((g * weight).to(s.dtype) for g, s in zip(synthetic, end, strict=True)),
+            ],
             retain_graph=True,
             allow_unused=True,
         )
     gradients = history.gradients
     history.clear()
     return gradients
+
+
+def _per_sequence(gradients: State, weight: float | Tensor) -> State:
+    """Gradients in the units of one sequence's summed loss; out of half precision first, in which those may be too small."""
+    return tuple((g.float() if g.dtype in HALF_PRECISION else g) / weight for g in gradients)
 
 
 @contextmanager
@@ -250,6 +298,11 @@ def _check(
         raise ValueError(f"weight: expected one number, got {tuple(weight.shape)}; weigh single steps in losses")
     if isinstance(weight, (int, float)) and not weight > 0:
         raise ValueError(f"weight: found {weight}, allowed above 0; multiply losses by 0 where they must not count")
+    if losses.dtype in HALF_PRECISION:
+        raise ValueError(
+            f"losses: found {losses.dtype}, allowed torch.float32 or torch.float64, in which scaled gradients neither overflow nor "
+            "vanish; call .float() on what they are computed from"
+        )
     if not losses.requires_grad:
         raise RuntimeError("losses: no gradient flows from them; were they computed under torch.no_grad()?")
     if [s.shape for s in start] != [s.shape for s in end]:
@@ -266,6 +319,11 @@ def _check(
         return T, B
     if not all(s.requires_grad for s in end):
         raise RuntimeError("end: expected the state that `core.unroll` returned, with its graph; it was detached")
+    if critic.target_rms.dtype in HALF_PRECISION:
+        raise ValueError(
+            f"critic: found {critic.target_rms.dtype}, allowed torch.float32 or torch.float64, since running statistics stand still in "
+            "half precision; keep it in float32 and put the model under torch.autocast"
+        )
     if critic.target_lambda < 1.0 and T > 1 and not isinstance(end, UnrolledState):
         raise ValueError(
             f"end: target_lambda={critic.target_lambda} needs the states inside the window, which the state that `core.unroll` "

@@ -4,6 +4,8 @@ A critic is a training aid, so it may see labels, privileged state, and in a sto
 conditioned on more is closer to the gradient of the very sequence at hand, and on average over what it knows the same.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,7 @@ def future_inputs(inputs: Tensor, first: Tensor | None, steps: int) -> Tensor:
     Raises:
         ValueError: if shapes or types disagree, or there are no steps.
     """
-    if inputs.dim() < 2 or not inputs.is_floating_point():
-        raise ValueError(f"inputs: expected floating-point [T, B, ...], got {inputs.dtype} {tuple(inputs.shape)}")
-    if first is not None and (first.shape != inputs.shape[:2] or first.dtype != torch.bool):
-        raise ValueError(
-            f"first: expected bool [T, B] = {tuple(inputs.shape[:2])}, got {first.dtype} {tuple(first.shape)}"
-        )
+    _check(inputs, first)
     if steps < 1:
         raise ValueError(f"steps: found {steps}, allowed 1 or more; without future inputs leave the context out")
     T, B = inputs.shape[:2]
@@ -52,3 +49,59 @@ def future_inputs(inputs: Tensor, first: Tensor | None, steps: int) -> Tensor:
     # masked, not multiplied: what belongs to another episode may be anything, not finite included
     x = x.masked_fill(unknown.unsqueeze(2), 0.0).transpose(2, 3)  # [T + 1, B, n, D]
     return torch.cat([x.flatten(2), (~unknown).to(x.dtype)], dim=-1)
+
+
+def past_inputs(inputs: Tensor, first: Tensor | None, steps: Sequence[int], *, before: Tensor | None = None) -> Tensor:
+    """Fading averages of what the core has read, as a context for an error critic.
+
+        z_{t+1} = d z_t + [sqrt(1 - d) x_t, 1 - d],    d = 1 - 1 / n,    z_t = 0 where step t starts an episode
+
+    of the state before each step, for every n of `steps`. The critic learns what to make of an input that the core has not yet learned
+    to keep, and so can tell the core to keep it; and from the last component, which approaches 1, how long the episode has
+    lasted. Nothing in it is privileged: the agent has seen all of it. These are the traces of eligibility traces (Sutton 1988), of
+    inputs in place of gradients; inputs of variance 1 that are independent in time have averages of variance up to 1.
+
+        context = dni_rl.past_inputs(inputs, first, steps=(10, 50), before=context[-1])              # [T + 1, B, Z]
+
+    Args:
+        inputs: [T, B, ...] floating point, what the core reads at each step, or a part of it.
+        first: [T, B] bool, True where `inputs` starts an episode; None where none does.
+        steps: over about how many steps each average goes, integers of at least 2.
+        before: [B, Z] the averages before the first step, the last row of the window before; None for zero.
+
+    Returns:
+        [T + 1, B, len(steps) (D + 1)] with D numbers in an input, in its dtype and without gradient.
+
+    Raises:
+        ValueError: if shapes or types disagree, or an average goes over fewer than 2 steps.
+    """
+    _check(inputs, first)
+    if not steps or any(n < 2 for n in steps):
+        raise ValueError(f"steps: found {tuple(steps)}, allowed one or more numbers of at least 2")
+    T, B = inputs.shape[:2]
+    x = inputs.detach().reshape(T, B, -1)
+    size = x.shape[-1] + 1
+    if before is not None and before.shape != (B, len(steps) * size):
+        raise ValueError(f"before: expected [B, Z] = ({B}, {len(steps) * size}), got {tuple(before.shape)}")
+    share = x.new_tensor([1.0 / n for n in steps])
+    read = torch.cat(
+        [part for s in share for part in (x * s.sqrt(), s.expand(T, B, 1))], dim=-1
+    )  # [T, B, len(steps) * size]
+    decay = (1.0 - share).repeat_interleave(size)
+    z = x.new_zeros(B, len(steps) * size) if before is None else before.detach().to(x.dtype)
+    averages = []
+    for t in range(T):
+        if first is not None:
+            z = z.masked_fill(first[t].unsqueeze(-1), 0.0)
+        averages.append(z)
+        z = torch.addcmul(read[t], decay, z)
+    return torch.stack([*averages, z])
+
+
+def _check(inputs: Tensor, first: Tensor | None) -> None:
+    if inputs.dim() < 2 or not inputs.is_floating_point():
+        raise ValueError(f"inputs: expected floating-point [T, B, ...], got {inputs.dtype} {tuple(inputs.shape)}")
+    if first is not None and (first.shape != inputs.shape[:2] or first.dtype != torch.bool):
+        raise ValueError(
+            f"first: expected bool [T, B] = {tuple(inputs.shape[:2])}, got {first.dtype} {tuple(first.shape)}"
+        )

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from dni_rl.cores.base import State
 from dni_rl.targets import lambda_targets
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True, slots=True)
 class CriticFit:
@@ -55,10 +57,11 @@ class CriticFit:
 class Window:
     """What a window has to teach a critic, once its backward pass is done. Nothing in it carries gradient.
 
-    R is T where the core recorded the states inside the window and the critic wants dense targets, otherwise 1.
+    R is the number of steps to learn at: T where the core recorded the states inside the window and the critic wants dense targets,
+    fewer where it wants fewer (`targets_per_window`), otherwise 1.
 
     Attributes:
-        states: tuple of [R, B, ...], the states that the first R steps started from, episode resets applied.
+        states: tuple of [R, B, ...], the states that those steps started from, episode resets applied.
         gradients: tuple of [R, B, ...], target gradients there, in the units of one sequence's summed loss.
         valid: [R, B] bool, rows to learn from; None for all.
         losses: [T, B].
@@ -66,6 +69,7 @@ class Window:
         end: tuple of [B, ...], the state after the window.
         alive: [B], 0 where the sequence ended exactly at `end`; None where none did.
         context: [T + 1, B, Z] or None.
+        steps: R indices of the steps to learn at, in 0 .. T - 1; None for the first R.
     """
 
     states: State
@@ -76,14 +80,19 @@ class Window:
     end: State
     alive: Tensor | None
     context: Tensor | None
+    steps: tuple[int, ...] | None = None
+
+    def at_steps(self, values: Tensor) -> Tensor:
+        """[R, B, ...] of values [T or more, B, ...]."""
+        R = len(self.states[0])
+        return values[:R] if self.steps is None or self.steps == tuple(range(R)) else values[list(self.steps)]
 
     def rows(self) -> tuple[State, State, Tensor | None, Tensor | None]:
         """States and gradients as tuples of [R * B, ...], context [R * B, Z] or None, valid [R * B] or None."""
-        R = len(self.states[0])
         return (
             tuple(s.flatten(0, 1) for s in self.states),
             tuple(g.flatten(0, 1) for g in self.gradients),
-            None if self.context is None else self.context[:R].flatten(0, 1),
+            None if self.context is None else self.at_steps(self.context).flatten(0, 1),
             None if self.valid is None else self.valid.flatten(),
         )
 
@@ -92,6 +101,7 @@ class CriticSettings(TypedDict, total=False):
     """The settings that every critic has; see `ErrorCritic`."""
 
     context_size: int
+    normalize_context: bool
     normalize_targets: bool
     dense_targets: bool
     gradient_discount: float
@@ -101,6 +111,8 @@ class CriticSettings(TypedDict, total=False):
     statistics_decay: float
     slow_copy_rate: float | None
     target_lambda: float
+    targets_per_window: int | None
+    yardstick_interval: int
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -152,6 +164,31 @@ def dense_net(inputs: int, hidden_sizes: Sequence[int], outputs: int) -> nn.Modu
     return nn.Sequential(_zero_linear(inputs, outputs))
 
 
+class _Potential(nn.Module):
+    """A number for each state s and context z, [..., S + Z] -> [..., 1], whose gradient with respect to s has a linear path.
+
+        V(s, z) = w [s, z] + mlp([s, z]) + s W [s, z],    dV / ds = ... + W_s s + W_s^T s + W_z z
+
+    A function that is linear in s has one and the same gradient everywhere, and the linear path is what finds the gradient that
+    carries a memory (docs/results/critic_fit.md); so a network to be differentiated needs the quadratic form. Zero at the start.
+    """
+
+    def __init__(self, state_size: int, context_size: int, hidden_sizes: Sequence[int]):
+        super().__init__()
+        self.state_size = state_size
+        self.net = dense_net(state_size + context_size, hidden_sizes, 1)
+        self.form = nn.Linear(state_size + context_size, state_size, bias=False)
+        nn.init.zeros_(self.form.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + (x[..., : self.state_size] * self.form(x)).sum(-1, keepdim=True)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling the module runs what `torch.compile(module)` or `module.compile()` made of it."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
 def check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None:
     """Refuses widths that are not positive, in one line."""
     if not state_sizes or any(size < 1 for size in (*state_sizes, *hidden_sizes)):
@@ -169,6 +206,7 @@ class ErrorCritic(nn.Module, ABC):
     Args:
         state_sizes: width of each state tensor.
         context_size: Z, width of the context; 0 for none. With context this is cDNI.
+        normalize_context: divide each component of the context by a running RMS of it, for contexts of no common scale.
         normalize_targets: divide each component of the target by a running RMS of it, and multiply predictions by it.
         dense_targets: regress on the target at every step of the window where the core recorded it, not only at its start.
         gradient_discount: g in [0, 1], multiplies the bootstrapped gradient at every cut.
@@ -185,6 +223,11 @@ class ErrorCritic(nn.Module, ABC):
             been cut inside of it, each bootstrapped with the critic's own prediction (`dni_rl.targets.lambda_targets`). Needs dense
             targets. For target gradients this costs a second backward pass through the window; for future losses nothing. The
             model's gradient always comes from the full window.
+        targets_per_window: of dense targets, at how many steps of a window the critic learns, evenly spaced, the first of them its
+            start; None for every step. A fit at S numbers of state costs in proportion to this, and may cost more than the window
+            itself (docs/results/overhead.md).
+        yardstick_interval: windows from one look at the yardstick of the bound to the next, after the first 16; each costs a second
+            backward pass through the window.
 
     Attributes:
         learns_gradients: whether target gradients are what `fit_window` learns from.
@@ -195,6 +238,9 @@ class ErrorCritic(nn.Module, ABC):
     _target_square: Tensor
     _window_square: Tensor
     _window_weight: Tensor
+    context_rms: Tensor
+    _context_square: Tensor
+    _context_weight: Tensor
 
     learns_gradients = True
     net: nn.Module
@@ -205,6 +251,7 @@ class ErrorCritic(nn.Module, ABC):
         *,
         state_sizes: Sequence[int],
         context_size: int = 0,
+        normalize_context: bool = False,
         normalize_targets: bool = True,
         dense_targets: bool = True,
         gradient_discount: float = 1.0,
@@ -214,10 +261,16 @@ class ErrorCritic(nn.Module, ABC):
         statistics_decay: float = 0.99,
         slow_copy_rate: float | None = None,
         target_lambda: float = 1.0,
+        targets_per_window: int | None = None,
+        yardstick_interval: int = 8,
     ):
         super().__init__()
         if context_size < 0:
             raise ValueError(f"context_size: found {context_size}, allowed 0 (no context) or more")
+        if normalize_context and not context_size:
+            raise ValueError(
+                "normalize_context: found True with context_size=0, allowed False; there is nothing to normalise"
+            )
         if not 0.0 <= gradient_discount <= 1.0:
             raise ValueError(f"gradient_discount: found {gradient_discount}, allowed 0 to 1")
         if not scale >= 0.0:
@@ -237,8 +290,21 @@ class ErrorCritic(nn.Module, ABC):
                 f"target_lambda: found {target_lambda} with dense_targets=False, allowed 1; mixed targets come from the steps "
                 "inside the window, so use dense_targets=True"
             )
+        if targets_per_window is not None and targets_per_window < 2:
+            raise ValueError(
+                f"targets_per_window: found {targets_per_window}, allowed 2 or more, or None for every step; for one use "
+                "dense_targets=False"
+            )
+        if targets_per_window is not None and (not dense_targets or target_lambda < 1.0):
+            raise ValueError(
+                f"targets_per_window: found {targets_per_window} with dense_targets={dense_targets} and "
+                f"target_lambda={target_lambda}, allowed None; it thins out dense, unmixed targets"
+            )
+        if yardstick_interval < 1:
+            raise ValueError(f"yardstick_interval: found {yardstick_interval}, allowed 1 or more")
         self.state_sizes = tuple(state_sizes)
         self.context_size = context_size
+        self.normalize_context = normalize_context
         self.normalize_targets = normalize_targets
         self.dense_targets = dense_targets
         self.gradient_discount = gradient_discount
@@ -248,13 +314,20 @@ class ErrorCritic(nn.Module, ABC):
         self.statistics_decay = statistics_decay
         self.slow_copy_rate = slow_copy_rate
         self.target_lambda = target_lambda
+        self.targets_per_window = targets_per_window
+        self.yardstick_interval = yardstick_interval
 
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("target_rms", torch.ones(sum(self.state_sizes)))
         self.register_buffer("_target_square", torch.zeros(sum(self.state_sizes)))
         self.register_buffer("_window_square", torch.zeros(()))
         self.register_buffer("_window_weight", torch.zeros(()))
+        if normalize_context:
+            self.register_buffer("context_rms", torch.ones(context_size))
+            self.register_buffer("_context_square", torch.zeros(context_size))
+            self.register_buffer("_context_weight", torch.zeros(()))
         self._windows_seen = 0
+        self._mean: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
@@ -314,14 +387,20 @@ class ErrorCritic(nn.Module, ABC):
         """How many windows the next `observe_window` stands for; 0 where this one need not be observed.
 
         The yardstick of the bound costs a second backward pass through the window, and moves slowly: the first 16 windows are
-        observed, then every eighth. The count is kept on the host, so that asking is no synchronisation. 0 without a bound.
+        observed, then one in `yardstick_interval`. The count is kept on the host, so that asking is no synchronisation. 0 without
+        a bound.
         """
         if self.max_norm_ratio is None:
             return 0
         self._windows_seen += 1
         if self._windows_seen <= 16:
             return 1
-        return 8 if self._windows_seen % 8 == 0 else 0
+        return self.yardstick_interval if self._windows_seen % self.yardstick_interval == 0 else 0
+
+    def target_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The steps of a window of so many at which a critic with dense targets learns: floor(i T / n) for i = 0 .. n - 1."""
+        wanted = num_steps if self.targets_per_window is None else min(self.targets_per_window, num_steps)
+        return tuple(i * num_steps // wanted for i in range(wanted))
 
     def observe_window(self, gradient: State, stands_for: int = 1) -> None:
         """Updates the running norm that bounds predictions.
@@ -331,7 +410,11 @@ class ErrorCritic(nn.Module, ABC):
             stands_for: how many windows this one represents.
         """
         with torch.no_grad():
-            square = self._join_gradient(tuple(g.detach() for g in gradient)).square().sum(-1).mean()
+            squares = self._join_gradient(tuple(g.detach() for g in gradient)).square().sum(-1)
+            square = squares.mean()
+            if self._mean is not None:
+                total, count = self._mean(torch.stack([squares.sum(), square.new_tensor(len(squares))]))
+                square = total / count
             # One overflow, which a gradient scaler expects and skips, must not stay in the statistics.
             step = (1.0 - self.statistics_decay**stands_for) * square.isfinite().to(square.dtype)
             self._window_square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._window_square))
@@ -341,6 +424,14 @@ class ErrorCritic(nn.Module, ABC):
     def window_norm(self) -> Tensor:
         """Running RMS norm of the gradient that a window's own losses send to its start, a scalar."""
         return (self._window_square / self._window_weight.clamp_min(torch.finfo(self._window_weight.dtype).tiny)).sqrt()
+
+    def share_statistics(self, mean: Callable[[Tensor], Tensor] | None) -> None:
+        """Takes all running statistics over several processes; see `dni_rl.distributed.synchronize`.
+
+        Args:
+            mean: of a tensor over the processes, each of which calls it in the same order; None for this process alone.
+        """
+        self._mean = mean
 
     def get_extra_state(self) -> dict[str, int]:
         """Part of `state_dict`: the count of windows, which lives on the host."""
@@ -365,15 +456,30 @@ class ErrorCritic(nn.Module, ABC):
                 slow.lerp_(fast, self.slow_copy_rate)
 
     def _rows(self, state: State, target: State, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Joined states and targets [N, S], and weights [N, 1] that sum to 1. Updates the statistics of targets."""
+        """Joined states and targets [N, S], and weights [N, 1] that sum to 1. Updates the statistics of targets.
+
+        Where statistics are shared, weights sum to 1 in the mean over processes, so that the mean of their gradients is that of
+        all their rows.
+        """
         with torch.no_grad():
             joined = self._join(tuple(s.detach() for s in state))
             goal = self._join_gradient(tuple(t.detach() for t in target))
-            weight = goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)
-            weight = (weight / weight.sum().clamp_min(1.0)).unsqueeze(-1)  # [N, 1], sums to 1
-            # where: an invalid row may hold anything
-            goal = torch.where(weight > 0, goal, 0.0)
-            self._update_target_statistics((weight * goal.square()).sum(0))
+            if self._mean is None:
+                if valid is None:
+                    weight = (goal.new_ones(()) / len(goal)).expand(len(goal), 1)
+                else:
+                    keep = valid.to(goal.dtype)
+                    weight = (keep / keep.sum().clamp_min(1.0)).unsqueeze(-1)
+                    # where: an invalid row may hold anything
+                    goal = torch.where(weight > 0, goal, 0.0)
+                square = (weight * goal.square()).sum(0)
+            else:
+                keep = (goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)).unsqueeze(-1)
+                goal = torch.where(keep > 0, goal, 0.0)
+                means = self._mean(torch.cat([goal.square().sum(0), keep.sum(0)]))
+                count = means[-1].clamp_min(torch.finfo(goal.dtype).tiny)
+                weight, square = keep / count, means[:-1] / count
+            self._update_target_statistics(square)
             self._update_slow_copy()
         return joined, goal, weight
 
@@ -384,6 +490,9 @@ class ErrorCritic(nn.Module, ABC):
     @torch.no_grad()
     def _fit(self, loss: Tensor, error: Tensor, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
         """The report of a fit with this loss; `error` is the mean squared error of gradients, in units of the targets."""
+        if self._mean is not None:  # the report is that of this process's rows
+            total = weight.sum().clamp_min(torch.finfo(goal.dtype).tiny)
+            weight, error = weight / total, error / total
         normalized = goal / self._target_unit
         centred = normalized - (weight * normalized).sum(0)
         variance = (weight * centred.square()).sum() / goal.shape[-1]
@@ -412,6 +521,28 @@ class ErrorCritic(nn.Module, ABC):
         floor = 1e-3 * rms.square().mean().sqrt()
         self.target_rms.copy_(torch.where(floor > 0, rms.maximum(floor), torch.ones_like(rms)))
 
+    @torch.no_grad()
+    def _update_context_statistics(self, context: Tensor | None, weight: Tensor) -> None:
+        """Moves the RMS of the context; context [N, Z], weight [N, 1] as `_rows` returns it."""
+        if context is None or not self.normalize_context:
+            return
+        square = torch.where(weight > 0, weight * context.to(weight.dtype).square(), 0.0).sum(0)
+        if self._mean is not None:
+            square = self._mean(square)
+        step = (1.0 - self.statistics_decay) * square.isfinite().all()
+        self._context_square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._context_square))
+        self._context_weight.add_(step * (1.0 - self._context_weight))
+        rms = (self._context_square / self._context_weight.clamp_min(torch.finfo(square.dtype).tiny)).sqrt()
+        self.context_rms.copy_(torch.where(rms > 0, rms, torch.ones_like(rms)))  # one that is always 0 stays 0
+
+    def _join_context(self, joined: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context as the network reads it: checked against states [..., S], normalised, in their precision."""
+        self._check_context(joined, context)
+        if context is None:
+            return None
+        z = context.to(joined.dtype)
+        return z / self.context_rms if self.normalize_context else z
+
     def _check_context(self, joined: Tensor, context: Tensor | None) -> None:
         if (context is None) != (self.context_size == 0) or (
             context is not None and context.shape != (*joined.shape[:-1], self.context_size)
@@ -423,7 +554,11 @@ class ErrorCritic(nn.Module, ABC):
     def _join(self, state: State) -> Tensor:
         if tuple(s.shape[-1] for s in state) != self.state_sizes:
             raise ValueError(f"state: expected widths {self.state_sizes}, got shapes {[tuple(s.shape) for s in state]}")
-        return torch.cat(state, dim=-1)
+        return self._in_own_precision(torch.cat(state, dim=-1))
+
+    def _in_own_precision(self, joined: Tensor) -> Tensor:
+        """Out of half precision, which autocast leaves states and gradients in; other types must agree with the critic's."""
+        return joined.to(self.target_rms.dtype) if joined.dtype in HALF_PRECISION else joined
 
     def _join_gradient(self, gradient: State) -> Tensor:
         """As `_join`, of what the critic predicts and keeps statistics of."""
@@ -457,6 +592,7 @@ class GradientRegression(ErrorCritic):
             The fit; call `.loss.backward()` to fill the critic's gradients. No gradient reaches state or target.
         """
         joined, goal, weight = self._rows(state, target, valid)
+        self._update_context_statistics(context, weight)
         predicted = self._gradient(self.net, joined, None if context is None else context.detach())
         return self._regress(predicted, goal, weight)
 
@@ -481,7 +617,8 @@ class GradientCritic(GradientRegression):
         state_sizes: width of each state tensor, as in `core.state_sizes`.
         hidden_sizes: widths of the hidden layers (tanh) beside the linear path; () is linear alone.
         context_size: Z, width of the context; 0 for none. With context this is cDNI.
-        normalize_targets: as all that follow, see `ErrorCritic`.
+        normalize_context: as all that follow, see `ErrorCritic`.
+        normalize_targets: divide targets by a running RMS of them.
         dense_targets: learn at every step of a window.
         gradient_discount: g, per cut.
         scale: of the synthetic gradient.
@@ -490,6 +627,8 @@ class GradientCritic(GradientRegression):
         statistics_decay: decay per update of the running statistics.
         slow_copy_rate: of a slow copy for bootstrapping, or None.
         target_lambda: mixes targets over shorter windows.
+        targets_per_window: how many dense targets, or None for one at every step.
+        yardstick_interval: windows between two looks at the yardstick of the bound.
 
     Raises:
         ValueError: if a size, discount, scale, bound or count is out of range.
@@ -501,6 +640,7 @@ class GradientCritic(GradientRegression):
         state_sizes: Sequence[int],
         hidden_sizes: Sequence[int] = (),
         context_size: int = 0,
+        normalize_context: bool = False,
         normalize_targets: bool = True,
         dense_targets: bool = True,
         gradient_discount: float = 1.0,
@@ -510,11 +650,14 @@ class GradientCritic(GradientRegression):
         statistics_decay: float = 0.99,
         slow_copy_rate: float | None = None,
         target_lambda: float = 1.0,
+        targets_per_window: int | None = None,
+        yardstick_interval: int = 8,
     ):
         check_sizes(state_sizes, hidden_sizes)
         super().__init__(
             state_sizes=state_sizes,
             context_size=context_size,
+            normalize_context=normalize_context,
             normalize_targets=normalize_targets,
             dense_targets=dense_targets,
             gradient_discount=gradient_discount,
@@ -524,13 +667,15 @@ class GradientCritic(GradientRegression):
             statistics_decay=statistics_decay,
             slow_copy_rate=slow_copy_rate,
             target_lambda=target_lambda,
+            targets_per_window=targets_per_window,
+            yardstick_interval=yardstick_interval,
         )
         inputs, outputs = sum(self.state_sizes) + context_size, sum(self.state_sizes)
         self._set_net(dense_net(inputs, hidden_sizes, outputs))
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
-        self._check_context(joined, context)
-        prediction = net(joined if context is None else torch.cat([joined, context.to(joined.dtype)], dim=-1))
+        z = self._join_context(joined, context)
+        prediction = net(joined if z is None else torch.cat([joined, z], dim=-1))
         return prediction * self.target_rms if self.normalize_targets else prediction
 
 
@@ -580,13 +725,13 @@ class ConvGradientCritic(GradientRegression):
         )
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
-        self._check_context(joined, context)
+        context = self._join_context(joined, context)
         leading, area = joined.shape[:-1], self.state_shapes[0][1:]
         maps = joined.reshape(-1, joined.shape[-1]).unflatten(
             -1, (-1, *area)
         )  # [N, C, Y, X], those of all tensors together
         if context is not None:
-            z = context.to(joined.dtype).reshape(len(maps), -1, 1, 1)
+            z = context.reshape(len(maps), -1, 1, 1)
             maps = torch.cat([maps, z.expand(-1, -1, *area)], dim=1)
         prediction = net(maps).flatten(1).unflatten(0, leading)
         return prediction * self.target_rms if self.normalize_targets else prediction
@@ -600,7 +745,7 @@ class ConvGradientCritic(GradientRegression):
             raise ValueError(
                 f"state: expected shapes [..., C, Y, X] with {self.state_shapes}, got {[tuple(s.shape) for s in state]}"
             )
-        return torch.cat([s.flatten(-3) for s in state], dim=-1)
+        return self._in_own_precision(torch.cat([s.flatten(-3) for s in state], dim=-1))
 
     def _split(self, joined: Tensor) -> State:
         parts = joined.split(self.state_sizes, dim=-1)
@@ -632,7 +777,7 @@ class _ValueCritic(ErrorCritic):
         check_sizes(state_sizes, hidden_sizes)
         super().__init__(state_sizes=state_sizes, **settings)
         self._value_cost, self._gradient_cost = value_cost, gradient_cost
-        self._set_net(dense_net(sum(self.state_sizes) + self.context_size, hidden_sizes, 1))
+        self._set_net(_Potential(sum(self.state_sizes), self.context_size, hidden_sizes))
         self.register_buffer("loss_mean", torch.zeros(()))
         self.register_buffer("loss_std", torch.ones(()))
         self.register_buffer("_loss_moments", torch.zeros(2))
@@ -648,13 +793,17 @@ class _ValueCritic(ErrorCritic):
         return self._value(self.net, self._join(state), context)
 
     def _value(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
-        self._check_context(joined, context)
-        x = joined if context is None else torch.cat([joined, context.to(joined.dtype)], dim=-1)
+        z = self._join_context(joined, context)
+        x = joined if z is None else torch.cat([joined, z], dim=-1)
         value = net(x).squeeze(-1)
         return self.loss_mean + self._unit * value if self.normalize_targets else value
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
         keep_graph = torch.is_grad_enabled()
+        if keep_graph and is_compiled(net):
+            raise RuntimeError(
+                f"{type(self).__name__}: found a compiled net, which torch.compile cannot differentiate twice; leave critic.net as it is"
+            )
         with torch.enable_grad():
             if not (joined.requires_grad and keep_graph):
                 joined = joined.detach().requires_grad_()
@@ -670,6 +819,7 @@ class _ValueCritic(ErrorCritic):
             share = weight.squeeze(-1)
             loss_to_go = torch.where(share > 0, loss_to_go, 0.0)
             self._update_loss_statistics((share * loss_to_go).sum(), (share * loss_to_go.square()).sum(), share.sum())
+        self._update_context_statistics(context, weight)
         context = None if context is None else context.detach()
         value = self._value(self.net, joined, context)
         deviation = (value - loss_to_go) / (self.loss_std if self.normalize_targets else 1.0)
@@ -684,8 +834,7 @@ class _ValueCritic(ErrorCritic):
     @torch.no_grad()
     def _loss_to_go(self, window: Window) -> Tensor:
         """[R * B] targets of the value; see `LossCritic`."""
-        R, T = len(window.states[0]), len(window.losses)
-        losses, context = window.losses.detach(), window.context
+        T, losses, context = len(window.losses), window.losses.detach(), window.context
         last = self._bootstrap(window.end, None if context is None else context[-1], window.alive)
         bootstraps = torch.zeros_like(losses)
         bootstraps[-1] = last
@@ -693,7 +842,7 @@ class _ValueCritic(ErrorCritic):
             inner = tuple(s[1:].flatten(0, 1) for s in window.states)
             z = None if context is None else context[1:-1].flatten(0, 1)
             bootstraps[:-1] = self._bootstrap(inner, z, None).view(T - 1, -1)
-        return lambda_targets(losses, bootstraps, self.target_lambda, first=window.first)[:R].flatten()
+        return window.at_steps(lambda_targets(losses, bootstraps, self.target_lambda, first=window.first)).flatten()
 
     def _bootstrap(self, state: State, context: Tensor | None, alive: Tensor | None) -> Tensor:
         """[N] alive * g * scale * V(s, z): the future loss whose gradient is the synthetic one, the bound apart."""
@@ -705,6 +854,9 @@ class _ValueCritic(ErrorCritic):
 
     def _update_loss_statistics(self, mean: Tensor, square: Tensor, total: Tensor) -> None:
         moments = torch.stack([mean, square])
+        if self._mean is not None:
+            moments, total = self._mean(torch.cat([moments, total.view(1)])).split([2, 1])
+            total = total.squeeze(0)
         # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; nor a window without valid rows.
         step = (1.0 - self.statistics_decay) * (moments.isfinite().all() & (total > 0)).to(moments.dtype)
         self._loss_moments.add_(step * (moments.nan_to_num(0.0, 0.0, 0.0) - self._loss_moments))
@@ -736,7 +888,7 @@ class LossCritic(_ValueCritic):
 
     Args:
         state_sizes: width of each state tensor, as in `core.state_sizes`.
-        hidden_sizes: widths of the hidden layers (tanh) beside the linear path. With () the gradient is one and the same in all states.
+        hidden_sizes: widths of the hidden layers (tanh) beside the quadratic form, whose gradient is linear in the state.
         **settings: see `ErrorCritic`; a slow copy bootstraps V as well, and the bound applies to the gradient alone.
 
     Raises:
@@ -770,7 +922,7 @@ class SobolevCritic(_ValueCritic):
 
     Args:
         state_sizes: width of each state tensor, as in `core.state_sizes`.
-        hidden_sizes: widths of the hidden layers (tanh) beside the linear path. With () the gradient is one and the same in all states.
+        hidden_sizes: widths of the hidden layers (tanh) beside the quadratic form, whose gradient is linear in the state.
         value_cost: weight of the squared error of values, in units of their standard deviation.
         gradient_cost: weight of the squared error of gradients, in units of their RMS; above 0.
         **settings: see `ErrorCritic`.

@@ -80,6 +80,10 @@ class RecurrentGradientCritic(GradientRegression):
         check_sizes(state_sizes, hidden_sizes)
         if memory_size < 1:
             raise ValueError(f"memory_size: found {memory_size}, allowed 1 or more; without memory use GradientCritic")
+        if settings.get("targets_per_window") is not None:
+            raise ValueError(
+                f"targets_per_window: found {settings['targets_per_window']}, allowed None; the memory reads every step of the window"
+            )
         super().__init__(state_sizes=state_sizes, **settings)
         self.memory_size = memory_size
         self._widths = self.state_sizes  # of the core alone, which the statistics are of
@@ -114,7 +118,8 @@ class RecurrentGradientCritic(GradientRegression):
         """Regresses on the window's target gradients, and trains the recurrent net through the window."""
         states, gradients, context, valid = window.rows()
         joined, goal, weight = self._rows(states, gradients, valid)
-        self._check_context(joined, context)
+        self._update_context_statistics(context, weight)
+        z = self._join_context(joined, None if context is None else context.detach())
         net, memory = self.net, window.states[-1]  # [R, B, memory_size]
         assert isinstance(net, _Reader)
         features = joined[:, : -self.memory_size]
@@ -122,16 +127,16 @@ class RecurrentGradientCritic(GradientRegression):
         if window.first is not None:  # the memory stored for step 0 is the one to read with, cleared or not
             first = torch.cat([torch.zeros_like(window.first[:1]), window.first[1 : len(memory)]])
         memories = net.read(features.unflatten(0, memory.shape[:2]), memory[0].detach(), first)
-        predicted = self._scaled(net(features, None if context is None else context.detach(), memories.flatten(0, 1)))
+        predicted = self._scaled(net(features, z, memories.flatten(0, 1)))
         return self._regress(predicted, goal, weight)
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
-        self._check_context(joined, context)
+        z = self._join_context(joined, context)
         assert isinstance(net, _Reader)
         features, memory = joined.split([sum(self._widths), self.memory_size], dim=-1)
         rows = (x.reshape(1, -1, x.shape[-1]) for x in (features, memory))
         memories = net.read(next(rows), next(rows)[0])
-        return self._scaled(net(features, context, memories.reshape(memory.shape)))
+        return self._scaled(net(features, z, memories.reshape(memory.shape)))
 
     def _scaled(self, prediction: Tensor) -> Tensor:
         return prediction * self.target_rms if self.normalize_targets else prediction

@@ -32,9 +32,8 @@ GRIDWORLDS = (
 )
 
 _MINIGRID = ("MiniGrid-", "BabyAI-")
-_MINIGRID_SUCCESS = (
-    0.05  # the mission is paid with 1 - 0.9 * (share of the time limit used), that is at least 0.1; failure with 0
-)
+# What is achieved is paid with 1 - 0.9 * (share of the time limit used), that is with at least 0.1, and failure with 0 or less.
+_MINIGRID_SUCCESS = 0.05
 
 _OUR_ARGUMENTS = {"self", "num_envs", "seed", "device"}
 # What `gymnasium_vector` understands, beside the arguments of the environment itself.

@@ -29,7 +29,7 @@ class _TMaze(BatchedGridworld):
     action, or one of the ways to start an episode; what follows from each entry stands in the tables.
     """
 
-    state_names = ("_state", "_time")
+    state_names: tuple[str, ...] = ("_state", "_time")
     context_names = ("cue", "position", "distance", "at_start", "at_junction", "cue_seen", "time_left")
 
     def __init__(
@@ -44,11 +44,15 @@ class _TMaze(BatchedGridworld):
         min_corridor_length: int | None,
         penalty: float | None,
         time_limit: int | None,
+        max_cue_delay: int = 0,
     ):
         check_integer("corridor_length", corridor_length, 1)
         check_integer("num_distractors", num_distractors, 0)
         shortest = corridor_length if min_corridor_length is None else min_corridor_length
         check_integer("min_corridor_length", shortest, 1, corridor_length, "None keeps corridor_length fixed")
+        check_integer(
+            "max_cue_delay", max_cue_delay, 0, shortest - 1, "the cue must come before the junction can be reached"
+        )
         steps_needed = corridor_length + 2 * oracle_distance + 1
         limit = 2 * steps_needed if time_limit is None else time_limit
         check_integer(
@@ -70,9 +74,12 @@ class _TMaze(BatchedGridworld):
             "penalty": cost,
             "time_limit": limit,
         }
+        if max_cue_delay:  # without it, the task and its random stream are those from before there was this dial
+            dials["max_cue_delay"] = max_cue_delay
+            self.state_names = (*self.state_names, "_cue_time")
         super().__init__(num_envs=num_envs, seed=seed, device=device, dials=dials)
         self.time_limit = limit
-        self.num_distractors = num_distractors
+        self.num_distractors, self.max_cue_delay = num_distractors, max_cue_delay
         self.observation_names = (
             *("cue", "at_junction", "at_start"),
             *(f"distractor_{i}" for i in range(num_distractors)),
@@ -87,6 +94,7 @@ class _TMaze(BatchedGridworld):
         self._build_tables(shortest, corridor_length, oracle_distance, cost)
         self._state = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self._time = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # steps since the episode's first
+        self._cue_time = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # when the cue is shown
 
     def reference_policy(self) -> Tensor:
         """Fetches the cue, walks to the junction, turns to the cue's side: [B] actions."""
@@ -104,10 +112,13 @@ class _TMaze(BatchedGridworld):
         distractors = torch.randint(
             2, (*shape, self.num_distractors), generator=self._generator, device=self.device, dtype=torch.float32
         )
-        return starts, distractors.mul_(2.0).sub_(1.0)
+        if not self.max_cue_delay:
+            return starts, distractors.mul_(2.0).sub_(1.0)
+        cue_times = torch.randint(self.max_cue_delay + 1, shape, generator=self._generator, device=self.device)
+        return starts, distractors.mul_(2.0).sub_(1.0), cue_times
 
     def _advance(self, actions: Tensor, *draws: Tensor) -> TimeStep:
-        start, distractors = draws
+        start, distractors, *cue_time = draws
         first = self._last
         entry = torch.where(first, start, torch.add(actions, self._state, alpha=4))  # 4 actions
         state = self._next_state.index_select(0, entry)
@@ -115,6 +126,9 @@ class _TMaze(BatchedGridworld):
         discount = self._discount.index_select(0, entry)
         time = (self._time + 1).masked_fill_(first, 0)
         last = (time == self.time_limit).logical_or_(discount == 0)
+        if cue_time:
+            self._cue_time = torch.where(first, cue_time[0], self._cue_time)
+            state = state + (time == self._cue_time)  # from "not seen yet" to "seen now"
 
         observation = self._visible.index_select(0, state)
         if self.num_distractors:
@@ -142,16 +156,17 @@ class _TMaze(BatchedGridworld):
         sideways = (action == UP) | (action == DOWN)
         next_cell = (cell[:, None] + move).clamp(min=0).minimum(junction[:, None])
         seen = (view > 0)[:, None]
-        next_view = torch.where(seen, 2, (next_cell == 0).long())
+        fetches = ~seen & (next_cell == 0) & (not self.max_cue_delay)  # a cue that comes by the clock is not fetched
+        next_view = torch.where(seen, 2, fetches.long())
         turns = at_junction[:, None] & sideways
         succeeds = turns & ((action == UP) == (cue > 0)[:, None])
-        is_free = turns | (next_cell > cell[:, None]) | (~seen & (next_cell == 0))
+        is_free = turns | (next_cell > cell[:, None]) | fetches
         reward = succeeds.float() - cost * (~is_free).float()
         next_state = state_index(length[:, None], next_cell, cue[:, None], next_view)
 
-        # An episode starts with any length and cue, at the start; where that is the oracle the cue is seen.
+        # An episode starts with any length and cue, at the start; where that is the oracle the cue is seen, unless it comes later.
         start_length, start_cue = (x.flatten() for x in torch.meshgrid(lengths, torch.tensor([-1, 1]), indexing="ij"))
-        start_view = torch.full_like(start_cue, int(oracle == 0))
+        start_view = torch.full_like(start_cue, int(oracle == 0 and not self.max_cue_delay))
         starts = state_index(start_length, torch.full_like(start_cue, oracle), start_cue, start_view)
         self._num_starts = len(starts)
         self._num_entries = next_state.numel() + len(starts)
@@ -160,7 +175,7 @@ class _TMaze(BatchedGridworld):
         self._discount = torch.cat((1.0 - turns.flatten().float(), torch.ones(len(starts)))).to(self.device)  # [E]
 
         forward = torch.where(at_junction, torch.where(cue > 0, UP, DOWN), RIGHT)
-        self._reference_actions = torch.where(view > 0, forward, LEFT).to(self.device)  # [S]
+        self._reference_actions = torch.where((view > 0) | (oracle == 0), forward, LEFT).to(self.device)  # [S]
         visible = (cue * (view == 1), at_junction, at_start)
         self._visible = torch.stack([x.float() for x in visible], dim=1).to(self.device)  # [S, 3]
         position, distance = (cell - oracle) / longest, (junction - cell) / (longest + oracle)
@@ -172,12 +187,13 @@ class _TMaze(BatchedGridworld):
 
 
 class PassiveTMaze(_TMaze):
-    """The cue is seen in the first step only; N steps forward it decides the turn.
+    """The cue is seen in the first step only, or in a random one soon after; N steps from the start it decides the turn.
 
     Memory length N, credit assignment length 1 in the terms of Ni et al. (2023): the turn is paid at once, but must be
-    chosen by what was seen N steps before.
+    chosen by what was seen N steps before. With `max_cue_delay` the cue comes up to so many steps later, by the clock and
+    wherever the agent is, but never at the junction; with a random length as well, no fixed timing leads back to it.
 
-    Observation, float32 [3 + num_distractors]: the cue (+1: up, -1: down) in an episode's first step and 0 after it;
+    Observation, float32 [3 + num_distractors]: the cue (+1: up, -1: down) in the step in which it is shown, otherwise 0;
     whether this is the junction; whether this is the start; and `num_distractors` values of +-1 drawn anew at every
     step, independent of everything. All cells between start and junction look the same.
 
@@ -192,8 +208,8 @@ class PassiveTMaze(_TMaze):
     discount 1.
 
     Context, in [-1, 1]: cue, position / N, distance to the junction / N, at start, at junction, cue seen (always 1
-    here), share of the time limit left. An episode is a success (return >= spec.success_reward) exactly if it took the
-    right turn; guessing succeeds in half of them.
+    without max_cue_delay), share of the time limit left. An episode is a success (return >= spec.success_reward)
+    exactly if it took the right turn; guessing succeeds in half of them.
     """
 
     def __init__(
@@ -207,6 +223,7 @@ class PassiveTMaze(_TMaze):
         min_corridor_length: int | None = None,
         penalty: float | None = None,
         time_limit: int | None = None,
+        max_cue_delay: int = 0,
     ):
         """Builds the mazes; episodes start with `reset`.
 
@@ -220,6 +237,8 @@ class PassiveTMaze(_TMaze):
                 The tables grow with the number of lengths times N: 7 MB for 1 to 100, 700 MB for 1 to 1000.
             penalty: cost of a step that does not lead forward; None: 1 / (time_limit - 1); 0 turns it off.
             time_limit: steps after which an episode is cut; None: 2 (N + 1).
+            max_cue_delay: the cue is shown in a step uniform in [0, this], the first step being 0; less than the shortest
+                corridor.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -234,6 +253,7 @@ class PassiveTMaze(_TMaze):
             min_corridor_length=min_corridor_length,
             penalty=penalty,
             time_limit=time_limit,
+            max_cue_delay=max_cue_delay,
         )
 
 

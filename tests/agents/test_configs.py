@@ -47,8 +47,15 @@ def shrunk(config):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_every_file_trains(path):
     config = load_config(path)
+    for prefix, package in (
+        ("ALE/", "ale_py"),
+        ("MiniGrid-", "minigrid"),
+        ("bsuite/", "bsuite"),
+        ("popgym-", "popgym"),
+    ):
+        if config.env.id.startswith(prefix):
+            pytest.importorskip(package, reason=f"{package} is an optional package, and not installed")
     if config.env.id.startswith("ALE/"):
-        pytest.importorskip("ale_py")
         config = replace(config, algorithm=replace(config.algorithm, rollout_length=16, epochs=1))
     trainer = Trainer(shrunk(config))
     before = [p.detach().clone() for p in trainer.learner.model.core.parameters()]

@@ -16,7 +16,7 @@ from agents import train as train_module
 from agents.checkpoint import load_checkpoint, rng_state
 from agents.config import CriticConfig, from_dict
 from agents.credit import _losses, _sequences, check_credit, credit_figure, measure_credit
-from agents.learner import make_windows, with_future_inputs
+from agents.learner import make_windows, with_inputs
 from agents.metrics import BOARD, read_metrics
 from agents.rollout import Rollout
 from agents.train import Trainer, run_directory, train
@@ -35,6 +35,7 @@ ARMS["bp_lambda"] = {"critic": {"kind": "bp_lambda", **BP_LAMBDA}, "algorithm": 
 LEVELS = {"model": {"core": "multi_timescale", "periods": [1, 2]}, "algorithm": A2C | {"bptt_horizon": 2}}
 ARMS["levels"] = {"critic": {"kind": "dni", "interfaces": True}, **LEVELS}
 ARMS["future inputs"] = {"critic": {"kind": "cdni", "future_steps": 3}}
+ARMS["past inputs"] = {"critic": {"kind": "dni", "past_steps": [3, 20]}}
 every_arm = pytest.mark.parametrize("arm", ARMS)
 
 
@@ -260,24 +261,30 @@ def test_settings_out_of_range_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dni", "cdni"])
-def test_future_inputs_end_where_a_rollout_of_the_learner_ends(tmp_path, monkeypatch, kind):
-    """At every cut the critic gets the context that it would get from the learner, rollout by rollout."""
-    trainer = trained(tmp_path, critic={"kind": kind, "future_steps": 3})
+@pytest.mark.parametrize(
+    "inputs", [{"future_steps": 3}, {"past_steps": [3, 20]}, {"future_steps": 3, "past_steps": [5]}]
+)
+def test_critics_know_at_every_cut_what_the_learner_would_tell_them(tmp_path, monkeypatch, kind, inputs):
+    """Future inputs end where a rollout of the learner ends; averages of past ones go on from rollout to rollout."""
+    trainer = trained(tmp_path, critic={"kind": kind, **inputs})
     learner, T, L = trainer.learner, 32, 8
     whole = _sequences(trainer.config, learner, 0)
-    monkeypatch.setattr(credit_module, "_with_future_inputs", lambda rollout, learner: rollout)
+    given = []
+    monkeypatch.setattr(credit_module, "_with_inputs", lambda rollout, _, averages: given.append(averages) or rollout)
     monkeypatch.setattr(credit_module, "make_windows", lambda rollout, *rest: rollout)
     rollout = _sequences(trainer.config, learner, 0)
+    (averages,) = given
+    assert (averages is not None and averages.any()) == ("past_steps" in inputs)
     for start in range(0, T, L):
         rows = slice(start, start + L + 1)
         names = ("observation", "action_tm1", "reward", "discount", "first", "last", "context", "value", "final_value")
         parts = {name: getattr(rollout, name)[rows] for name in names}
         parts |= {name: getattr(rollout, name)[start : start + L] for name in ("action", "logits")}
         states = tuple(s.expand(L // 4, -1, -1) for s in rollout.states)  # not looked at
-        part = with_future_inputs(Rollout(**parts, states=states), learner.model, learner.critic_config)
+        part, averages = with_inputs(Rollout(**parts, states=states), learner.model, learner.critic_config, averages)
         windows = make_windows(part, 4, 0.99, 0.95)
         for number, end in enumerate(windows.context[-1].split(3)):  # by window, then environment
-            assert torch.equal(whole.context[start + 4 * (number + 1)], end)
+            torch.testing.assert_close(whole.context[start + 4 * (number + 1)], end)
 
 
 # When, and where to

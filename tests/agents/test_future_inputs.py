@@ -7,7 +7,7 @@ import torch
 
 from agents.config import CriticConfig, from_dict
 from agents.credit import measure_credit
-from agents.learner import make_windows, with_future_inputs
+from agents.learner import make_windows, with_inputs
 from agents.rollout import Actor
 from agents.train import Trainer
 from tests.agents.scripted_env import ScriptedEnv, make_model
@@ -49,7 +49,7 @@ def test_the_context_holds_the_inputs_that_the_core_will_read_in_this_episode(sa
     model = make_model()
     environment = ScriptedEnv(num_envs=B, seed=0, same_step=same_step)
     rollout = Actor(environment, model, rollout_length=T, bptt_horizon=4, seed=1).collect()
-    ahead = with_future_inputs(rollout, model, CriticConfig(kind=kind, future_steps=N))
+    ahead = with_inputs(rollout, model, CriticConfig(kind=kind, future_steps=N))[0]
     privileged = 2 if kind == "cdni" else 0
     assert ahead.context.shape == (T + 1, B, privileged + N * (model.core.input_size + 1))
     assert torch.equal(ahead.context[..., :privileged], rollout.context[..., :privileged])
@@ -78,7 +78,7 @@ def test_without_future_steps_or_critic_the_rollout_is_left_alone():
     model = make_model()
     rollout = Actor(ScriptedEnv(num_envs=B, seed=0), model, rollout_length=T, bptt_horizon=4, seed=1).collect()
     for config in (CriticConfig(kind="cdni"), CriticConfig(kind="none", future_steps=2)):
-        assert with_future_inputs(rollout, model, config) is rollout
+        assert with_inputs(rollout, model, config)[0] is rollout
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=["a2c", "ppo"])
@@ -91,7 +91,8 @@ def test_every_kind_that_takes_context_trains_with_it(kind, algorithm):
     assert metrics[-1]["sg/synthetic_norm"] > 0.0
     assert all(not torch.equal(a, b) for a, b in zip(before, parameters(trainer.learner.critic), strict=True))
     width = trainer.learner.model.core.input_size
-    first_layer = trainer.learner.critic.net.linear.weight
+    net = trainer.learner.critic.net
+    first_layer = (net.net if kind in ("loss_critic", "sobolev") else net).linear.weight
     assert first_layer[:, -N * (width + 1) :].any(), "the critic makes use of what lies ahead"
 
 

@@ -40,6 +40,9 @@ feed-forward interface; that they do, and that all of them exist, is checked at 
         dni_rl/test_feedforward.py::test_activation_checkpointing_goes_between_interfaces
      9  test_a_gradient_scaler_whose_scale_changes_changes_nothing [critics]
         dni_rl/test_critics.py::test_an_overflow_shows_in_the_loss_and_stays_out_of_the_statistics [critics]
+        dni_rl/test_mixed_precision.py::test_a_changing_scale_changes_nothing_in_float16
+        dni_rl/test_mixed_precision.py::test_an_overflow_is_skipped_on_the_side_that_it_happened_on_and_training_goes_on
+        dni_rl/test_mixed_precision.py::test_inside_or_outside_of_the_block_is_the_same
         dni_rl/test_feedforward.py::test_a_gradient_scalers_scale_goes_into_the_weight
     10  test_saved_and_loaded_it_continues_as_if_never_stopped [critics]
         dni_rl/test_critics.py::test_state_dict_keys_are_stable [critics]

@@ -101,3 +101,81 @@ def test_a_critic_that_looks_ahead_predicts_what_the_state_cannot_tell():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         dni_rl.future_inputs(*arguments)
+
+
+# Past inputs
+
+
+def naive_past(inputs, first, steps, before):
+    rows = []
+    for b in range(B):
+        averages = before[b].clone()
+        for t in range(T + 1):
+            if t < T and first[t, b]:
+                averages = torch.zeros_like(averages)
+            rows.append(averages)
+            if t < T:
+                parts = []
+                for n, part in zip(steps, averages.chunk(len(steps)), strict=True):
+                    share = 1.0 / n
+                    x = torch.cat([inputs[t, b].flatten() * share**0.5, torch.tensor([share], dtype=DOUBLE)])
+                    parts.append((1.0 - share) * part + x)
+                averages = torch.cat(parts)
+    return torch.stack(rows).view(B, T + 1, -1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("steps", [(2,), (3, 10)])
+@pytest.mark.parametrize("shape", [(D,), (2, 2), ()], ids=str)
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("carried", [True, False])
+def test_past_inputs_match_their_definition(steps, shape, starts, carried):
+    inputs = torch.randn(T, B, *shape, dtype=DOUBLE)
+    first = FIRST if starts else torch.zeros_like(FIRST)
+    size = len(steps) * (math.prod(shape) + 1)
+    before = torch.randn(B, size, dtype=DOUBLE) if carried else torch.zeros(B, size, dtype=DOUBLE)
+    context = dni_rl.past_inputs(inputs, first if starts else None, steps, before=before if carried else None)
+    torch.testing.assert_close(context, naive_past(inputs, first, steps, before), rtol=1e-12, atol=1e-12)
+    assert context.shape == (T + 1, B, size)
+
+
+def test_past_inputs_go_on_from_window_to_window():
+    inputs = torch.randn(T, B, D)
+    whole = dni_rl.past_inputs(inputs, FIRST, (4,))
+    head = dni_rl.past_inputs(inputs[:2], FIRST[:2], (4,))
+    tail = dni_rl.past_inputs(inputs[2:], FIRST[2:], (4,), before=head[-1])
+    torch.testing.assert_close(torch.cat([head[:-1], tail]), whole)
+
+
+def test_past_inputs_are_a_constant_and_do_not_cross_episodes():
+    inputs = torch.randn(T, B, D)
+    inputs[1, 0] = math.nan  # of an episode that ends before step 2 of sequence 0
+    first = torch.zeros(T, B, dtype=torch.bool)
+    first[2] = True
+    context = dni_rl.past_inputs(inputs.requires_grad_(), first, (3,))
+    assert not context.requires_grad and not context[2].any() and context[2:].isfinite().all()
+
+
+def test_past_inputs_remember_what_the_state_has_lost():
+    """The last component tells the age of the episode, and the sum over many steps still holds the first input."""
+    inputs = torch.zeros(30, 2, 1)
+    inputs[0, :, 0] = torch.tensor([1.0, -1.0])
+    context = dni_rl.past_inputs(inputs, None, (20,))
+    assert context[-1, 0, 0] == -context[-1, 1, 0] and context[-1, 0, 0] > 0.04
+    ages = context[:, 0, 1]
+    assert (ages.diff() > 0).all() and ages[-1] == pytest.approx(1.0 - 0.95**30, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": ()}, r"steps: found \(\), allowed one or more numbers of at least 2"),
+        ({"steps": (1, 5)}, r"steps: found \(1, 5\), allowed"),
+        ({"before": torch.zeros(B, 3)}, r"before: expected \[B, Z\] = \(3, 8\), got \(3, 3\)"),
+        ({"inputs": torch.zeros(T, B, D, dtype=torch.int64)}, "inputs: expected floating-point"),
+        ({"first": FIRST.float()}, r"first: expected bool"),
+    ],
+)
+def test_bad_past_inputs_are_named(arguments, message):
+    arguments = {"inputs": torch.zeros(T, B, 3), "first": FIRST, "steps": (2, 5)} | arguments
+    with pytest.raises(ValueError, match=message):
+        dni_rl.past_inputs(arguments.pop("inputs"), arguments.pop("first"), **arguments)

@@ -448,6 +448,20 @@ def test_the_slow_copy_follows_and_is_what_bootstraps(name):
     assert not torch.equal(join(critic.synthetic_gradient(state)), join(plain.synthetic_gradient(state)))
 
 
+@pytest.mark.parametrize("kind", [dni_rl.LossCritic, dni_rl.SobolevCritic])
+def test_without_hidden_layers_the_gradient_of_a_predicted_loss_is_linear_in_state_and_context(kind):
+    critic = kind(state_sizes=(3, 2), context_size=4, normalize_targets=False).double()
+    with torch.no_grad():
+        for p in critic.net.parameters():
+            p.normal_()
+    linear, form = critic.net.net[0].weight[0], critic.net.form.weight
+    state, z = (torch.randn(6, 3).double(), torch.randn(6, 2).double()), torch.randn(6, 4).double()
+    quadratic, mixed = form[:, :5], form[:, 5:]
+    expected = linear[:5] + join(state) @ (quadratic + quadratic.T) + z @ mixed.T
+    with torch.no_grad():
+        assert_same(join(critic(state, z)), expected)
+
+
 @pytest.mark.parametrize("name", VALUES)
 @contexts
 def test_the_prediction_is_the_gradient_of_the_predicted_loss(name, context_size):
@@ -618,6 +632,7 @@ def test_the_numbers_of_a_gradient_critic_stay():
 # Files ----------------------------------------------------------------------------------------------------------------
 
 STATISTICS = ["num_updates", "target_rms", "_target_square", "_window_square", "_window_weight", "_extra_state"]
+OF_CONTEXTS = ["context_rms", "_context_square", "_context_weight"]
 KEYS = {
     "linear": [*STATISTICS, "net.0.weight", "net.0.bias"],
     "MLP": [
@@ -635,7 +650,13 @@ KEYS["recurrent"] = [
     *(f"net.cell.{key}" for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
     *(key.replace("net.", "net.readout.") for key in KEYS["convolutional"][len(STATISTICS) :]),
 ]
-KEYS["loss"] = [*STATISTICS[:-1], *OF_LOSSES, "_extra_state", *KEYS["MLP"][len(STATISTICS) :]]
+KEYS["loss"] = [
+    *STATISTICS[:-1],
+    *OF_LOSSES,
+    "_extra_state",
+    *(f"net.{key}" for key in KEYS["MLP"][len(STATISTICS) :]),
+    "net.form.weight",
+]
 KEYS["Sobolev"] = [key for key in KEYS["loss"] if ".4." not in key]
 
 
@@ -741,3 +762,51 @@ def test_states_and_contexts_of_other_sizes_are_refused(name):
     refuses("context: expected (7, 4) (context_size=4), got None", critic, state)
     refuses("context: expected (7, 4) (context_size=4), got (7, 3)", critic, state, z[:, 1:])
     refuses("context: expected (7, 4) (context_size=4), got (6, 4)", critic, state, z[1:])
+
+
+# Normalised contexts --------------------------------------------------------------------------------------------------
+
+
+@every_critic
+def test_normalised_contexts_are_divided_by_their_rms(name):
+    """A critic of a context in other units predicts and learns the same."""
+    units = torch.tensor([1e-3, 50.0, 2.0, 0.1], dtype=DOUBLE)
+    critics = [make_critic(name, trained=False, context_size=Z, normalize_context=True) for _ in range(2)]
+    for critic in critics:
+        torch.manual_seed(3)
+        for p in critic.net.parameters():
+            nn.init.normal_(p)
+    for seed in range(4):
+        state, target, z = rows_of(name, seed=seed)
+        fits = [fit(critic, state, target, z * u) for critic, u in zip(critics, (1.0, units), strict=True)]
+        assert_same(fits[0].loss, fits[1].loss)
+        for found in fits:
+            found.loss.backward()
+        for a, b in zip(critics[0].net.parameters(), critics[1].net.parameters(), strict=True):
+            assert_same(a.grad, b.grad)
+        assert_same(
+            *(join(critic.synthetic_gradient(state, z * u)) for critic, u in zip(critics, (1.0, units), strict=True))
+        )
+    assert_same(critics[1].context_rms, critics[0].context_rms * units)
+
+
+def test_the_rms_of_a_context_is_that_of_its_valid_rows():
+    critic = make_critic("MLP", trained=False, context_size=Z, normalize_context=True, statistics_decay=0.5)
+    state, target, z = rows()
+    z[:, 2] = 0.0
+    valid = torch.arange(len(z)) % 2 == 0
+    z[~valid] = math.nan
+    assert_same(critic.context_rms, torch.ones(Z, dtype=DOUBLE))
+    critic.fit(state, target, z.nan_to_num(5.0), valid)
+    expected = z[valid].square().mean(0).sqrt()
+    assert_same(critic.context_rms[:2], expected[:2])
+    assert critic.context_rms[2] == 1.0, "what is always 0 is left alone"
+    critic.fit(state, target, torch.full_like(z, 7.0), valid)
+    assert_same(critic.context_rms[0], ((0.25 * expected[0] ** 2 + 0.5 * 49.0) / 0.75).sqrt())
+
+
+def test_normalised_contexts_are_in_the_state_dict_and_need_a_context():
+    keys = list(make_critic("MLP", context_size=Z, normalize_context=True).state_dict())
+    assert [key for key in keys if key not in KEYS["MLP"]] == OF_CONTEXTS
+    with pytest.raises(ValueError, match="normalize_context: found True with context_size=0, allowed False"):
+        make_critic("MLP", normalize_context=True)
