@@ -6,6 +6,7 @@ one command are the members of a matrix, cells times seeds; a cell is an arm and
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,7 +17,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -513,16 +514,8 @@ def main(
         table: the summary as Markdown.
         more_options: of `summarize`, by name, with their settings for `ArgumentParser.add_argument`.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m dni_rl.experiments.{name}", description=description.splitlines()[0]
-    )
-    parser.add_argument("--preset", choices=presets, default="smoke")
+    parser = matrix_parser(name, description, presets)
     parser.add_argument("--cells", nargs="*", metavar="ARM@WINDOW", help="arms and windows; by default the preset's")
-    parser.add_argument("--seeds", type=int, nargs="*", help="by default the preset's")
-    parser.add_argument("--jobs", type=int, help="runs at a time, of one thread each; by default the preset's, or 1")
-    parser.add_argument("--run-folder", type=Path, default=Path("runs") / name)
-    parser.add_argument("--resume", action="store_true", help="continue what was cut off, skip what is done")
-    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
     for option, settings in (more_options or {}).items():
         parser.add_argument(f"--{option.replace('_', '-')}", **settings)
     add_settings(parser, config_class, leave_out=("arm", "window", "seed"))
@@ -535,14 +528,35 @@ def main(
     of_arms = settings.pop("arms", {})
     of_preset = {key: settings.pop(key, 1) for key in of_matrix}
     cells, seeds, jobs = (of_preset[key] if value is None else value for key, value in of_matrix.items())
-    try:
+    with one_line_errors(parser, name):
         matrix = members(config_class, cells, seeds, settings, of_arms, as_settings(given))
         results = run_members(run, matrix, folder, jobs=jobs, resume=resume, tensorboard=tensorboard)
         summary = {"preset": preset, **summarize(matrix, results, **more)}
         summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in matrix}
         write_json(folder / SUMMARY_FILE, summary)
+    print(table(summary))
+
+
+def matrix_parser(name: str, description: str, presets: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of every program that runs a matrix; `seeds` and `jobs` are None where the preset's are wanted."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m dni_rl.experiments.{name}", description=description.splitlines()[0]
+    )
+    parser.add_argument("--preset", choices=list(presets), default="smoke")
+    parser.add_argument("--seeds", type=int, nargs="*", help="by default the preset's")
+    parser.add_argument("--jobs", type=int, help="runs at a time, of one thread each; by default the preset's, or 1")
+    parser.add_argument("--run-folder", type=Path, default=Path("runs") / name)
+    parser.add_argument("--resume", action="store_true", help="continue what was cut off, skip what is done")
+    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
+    return parser
+
+
+@contextlib.contextmanager
+def one_line_errors(parser: argparse.ArgumentParser, name: str) -> Iterator[None]:
+    """Ends the program `name` with one line where settings are wrong, data are missing, or the user stops it."""
+    try:
+        yield
     except (ValueError, data.DataError) as problem:
         parser.exit(2, f"{name}: {problem}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{name}: stopped; continue with --resume\n")
-    print(table(summary))

@@ -3,19 +3,29 @@
 python -m dni_rl.experiments.images --preset laptop --arm cdni --run-folder runs/images/cdni
 python -m dni_rl.experiments.images --preset laptop --arm dni --update-probability 0.2 --run-folder runs/images/dni-0.2
 python -m dni_rl.experiments.images --preset laptop --arm cdni --unlocked --run-folder runs/images/unlocked
+python -m dni_rl.experiments.images --preset laptop --model greedy_cnn --arms --run-folder runs/greedy
 
 A fully connected net learns by backpropagation, by its last layer alone ("none"), or with a synthetic gradient above every layer,
 plain ("dni") or conditioned on the label ("cdni"); decoupled layers may also learn now and then, in random order, or on synthetic inputs.
-A run's folder holds config.json, metrics.jsonl, TensorBoard events and a checkpoint, from which `--resume` continues as if the run had
-never stopped.
+A run's folder holds config.json, metrics.jsonl, result.json, TensorBoard events and a checkpoint, from which `--resume` continues as if the
+run had never stopped. With --arms there is one run for each arm and seed, in folders below, and a summary.json with the table of all.
+
+`--model greedy_cnn` is a published negative result, run again: Belilovsky et al., "Decoupled greedy learning of CNNs" (2020),
+report that on CIFAR-10 a net of three convolutions reaches 84.7 % by backpropagation, 82.2 % with cDNI and 62.3 % with DNI. In the
+code that they published the critic's last layer starts with zero weights, but with a random bias, and predicts the gradient of
+the mean over the batch, beside which that bias is enormous. Net, critic, batch and learning rate are theirs; the arms "dni" and
+"cdni" start at zero, and have normalised targets. With a suffix they are
+
+    dni-random_bias    normalised targets, and the random bias, which is then small beside them
+    dni-batch_unit     the zero start, and targets as gradients of the batch's mean
+    dni-published      both as published
 """
 
-import argparse
 import dataclasses
 import itertools
-import sys
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +35,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rl import data
-from dni_rl.critics import CriticFit, GradientCritic
+from dni_rl.critics import ConvGradientCritic, CriticFit, GradientCritic
 from dni_rl.experiments import common
 from dni_rl.feedforward import DecoupledSequential
 
 ARMS = ("backprop", "none", "dni", "cdni")
-DATASETS = ("mnist", "fashion_mnist", "cifar10", "synthetic")
+DATASETS = ("mnist", "fashion_mnist", "cifar10", "synthetic", "synthetic_rgb")
+MODELS = ("dense", "greedy_cnn")
 NUM_CLASSES = 10
+# Settings that the suffix of an arm stands for; see above.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "random_bias": {"critic_start": "random_bias"},
+    "batch_unit": {"target_unit": "batch_mean"},
+    "published": {"critic_start": "random_bias", "target_unit": "batch_mean"},
+}
+# Test errors by data set, arm and number of layers: Jaderberg et al. (2017), as secondary sources quote them.
+PUBLISHED = {
+    ("mnist", "none"): {3: 0.093, 4: 0.126, 5: 0.162, 6: 0.214},
+    ("mnist", "backprop"): {3: 0.020, 4: 0.018, 5: 0.018, 6: 0.018},
+    ("mnist", "dni"): {3: 0.019, 4: 0.022, 5: 0.034, 6: 0.043},
+    ("mnist", "cdni"): {3: 0.022, 4: 0.019, 5: 0.017, 6: 0.016},
+    ("cifar10", "none"): {3: 0.549, 4: 0.572, 5: 0.596, 6: 0.619},
+    ("cifar10", "backprop"): {3: 0.435, 4: 0.430, 5: 0.417, 6: 0.420},
+    ("cifar10", "dni"): {3: 0.425, 4: 0.450, 5: 0.469, 6: 0.497},
+    ("cifar10", "cdni"): {3: 0.485, 4: 0.451, 5: 0.435, 6: 0.468},
+}
+# Test errors of greedy_cnn on CIFAR-10: Belilovsky et al. (2020).
+PUBLISHED_GREEDY = {"backprop": 0.153, "dni-published": 0.377, "cdni-published": 0.178}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +70,23 @@ class ImagesConfig:
     """One run. Defaults are the paper's for MNIST, as far as it states them."""
 
     arm: str = "cdni"
-    dataset: str = "mnist"  # "synthetic" needs no files: ten noisy patterns
-    num_layers: int = 4  # with weights, the output layer among them; the paper: 3 to 6
-    hidden_size: int = 256  # the paper: 256 on MNIST, 1000 on CIFAR-10
+    model: str = "dense"  # or "greedy_cnn"
+    dataset: str = (
+        "mnist"  # "synthetic" and "synthetic_rgb" need no files: ten noisy patterns, 8 x 8 grey and 32 x 32 in colour
+    )
+    num_layers: int = 4  # with weights, the output layer among them; the paper: 3 to 6; greedy_cnn: always 4
+    hidden_size: int = 256  # the paper: 256 on MNIST, 1000 on CIFAR-10; greedy_cnn: channels, 128 as published
     critic_hidden_sizes: tuple[int, ...] = ()  # the paper, MNIST: 1024 1024 for DNI, none (linear) for cDNI
+    critic_start: str = "zero"  # greedy_cnn: or "random_bias", of the critic's last layer
+    target_unit: str = "rms"  # greedy_cnn: normalised targets, or "batch_mean", gradients of the mean over the batch
+    augment: bool = False  # whether training images are shifted by up to 4 pixels and mirrored
     update_probability: float = 1.0  # of each layer at each step
     unlocked: bool = False  # whether layers compute on synthetic inputs
     batch_size: int = 256
     num_steps: int = 500_000
-    learning_rate: float = 3e-5  # Adam, for layers, critics and input models
-    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # divided by 10 at each
+    learning_rate: float = 3e-5  # Adam, for layers and input models
+    critic_learning_rate: float | None = None  # Adam, for critics; None for the same
+    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # both are divided by 10 at each
     log_every_steps: int = 100
     eval_every_steps: int = 5_000
     checkpoint_every_steps: int = 5_000
@@ -56,16 +94,37 @@ class ImagesConfig:
     device: str = "cpu"
 
     def __post_init__(self):
-        common.check_allowed(self, arm=ARMS, dataset=DATASETS)
+        common.check_allowed(self, arm=ARMS, dataset=DATASETS, model=MODELS)
+        common.check_allowed(self, critic_start=("zero", "random_bias"), target_unit=("rms", "batch_mean"))
         common.check_at_least(self, 2, "num_layers")
+        self._check_model()
         counts = ("hidden_size", "num_steps", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
         common.check_at_least(self, 1, *counts)
         if self.batch_size < 2:
             raise ValueError(f"batch_size: found {self.batch_size}, allowed 2 or more, for batch normalisation")
         if not self.learning_rate > 0.0:
             raise ValueError(f"learning_rate: found {self.learning_rate}, allowed above 0")
+        if self.critic_learning_rate is not None and not self.critic_learning_rate > 0.0:
+            raise ValueError(
+                f"critic_learning_rate: found {self.critic_learning_rate}, allowed above 0, or none for that of the layers"
+            )
         if self.arm == "backprop" and (self.unlocked or self.update_probability != 1.0):
             raise ValueError("arm: 'backprop' is locked; leave out --unlocked and --update-probability")
+
+    def _check_model(self) -> None:
+        if self.model == "dense":
+            if (self.critic_start, self.target_unit) != ("zero", "rms"):
+                raise ValueError(
+                    f"critic_start, target_unit: found {self.critic_start}, {self.target_unit}, allowed zero, rms with model dense; "
+                    "use --model greedy_cnn"
+                )
+        elif self.num_layers != 4 or self.unlocked or self.critic_hidden_sizes:
+            raise ValueError(
+                "model: greedy_cnn has 4 layers, a critic of its own and no synthetic inputs; leave out --num-layers, "
+                "--critic-hidden-sizes and --unlocked"
+            )
+        elif self.dataset == "synthetic":
+            raise ValueError("dataset: found 'synthetic', too small for model greedy_cnn; use --dataset synthetic_rgb")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -93,10 +152,62 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+GREEDY_PRESETS: dict[str, dict[str, Any]] = {
+    # seconds, needs no files: shows that the program runs
+    "smoke": {
+        "arms": ("backprop", "dni", "cdni", "dni-published"),
+        "seeds": (0,),
+        "dataset": "synthetic_rgb",
+        "hidden_size": 4,
+        "batch_size": 16,
+        "num_steps": 32,
+        "learning_rate": 1e-2,
+        "learning_rate_drop_steps": (),
+        "log_every_steps": 8,
+        "eval_every_steps": 16,
+        "checkpoint_every_steps": 16,
+    },
+    # Under half an hour on two cores. What to look at are cdni and its variant: in so few steps a critic that does not see the label
+    # explains next to nothing of the topmost gradient, however it starts.
+    "laptop": {
+        "arms": ("backprop", "none", "dni", "cdni", "dni-published", "cdni-published"),
+        "seeds": (0, 1, 2),
+        "jobs": 2,
+        "dataset": "cifar10",
+        "hidden_size": 16,
+        "batch_size": 128,
+        "num_steps": 2_000,
+        "learning_rate": 1e-3,
+        "learning_rate_drop_steps": (),
+        "eval_every_steps": 250,
+        "checkpoint_every_steps": 500,
+    },
+    # 2,000 epochs, which is how long the published runs are logged
+    "paper": {
+        "arms": ("backprop", "none", *(f"{arm}-{v}".rstrip("-") for arm in ("dni", "cdni") for v in VARIANTS)),
+        "seeds": (0, 1, 2),
+        "dataset": "cifar10",
+        "hidden_size": 128,
+        "augment": True,
+        "num_steps": 390_000,
+        "learning_rate_drop_steps": (),
+    },
+}
+
+
+def settings_of(preset: str, model: str) -> dict[str, Any]:
+    """A preset's settings for a model, with the arms, seeds and jobs of its matrix."""
+    if model == "greedy_cnn":
+        return {"model": model, "jobs": 1, **GREEDY_PRESETS[preset]}
+    return {"arms": ARMS, "seeds": (0,) if preset == "smoke" else (0, 1, 2), "jobs": 1, **PRESETS[preset]}
+
+
 def make_config(preset: str, **overrides: Any) -> ImagesConfig:
     """A preset with settings replaced; the paper's critic for plain DNI where neither says otherwise."""
-    settings = {**PRESETS[preset], **overrides}
-    if preset != "smoke" and settings.get("arm") == "dni":
+    settings = {**settings_of(preset, overrides.get("model", "dense")), **overrides}
+    for name in ("arms", "seeds", "jobs"):
+        settings.pop(name)
+    if preset != "smoke" and settings.get("arm") == "dni" and settings.get("model") != "greedy_cnn":
         settings.setdefault("critic_hidden_sizes", (1024, 1024))
     return ImagesConfig(**settings)
 
@@ -105,7 +216,10 @@ def make_config(preset: str, **overrides: Any) -> ImagesConfig:
 
 
 def load(dataset: str, split: data.Split) -> data.Images:
-    """Images and labels of a data set by its name; "synthetic" is drawn, the same every time."""
+    """Images and labels of a data set by its name; synthetic ones are drawn, the same every time."""
+    if dataset == "synthetic_rgb":
+        small = load("synthetic", split)
+        return data.Images(small.images.repeat(1, 3, 4, 4)[:256], small.labels[:256])
     if dataset != "synthetic":
         return {"mnist": data.mnist, "fashion_mnist": data.fashion_mnist, "cifar10": data.cifar10}[dataset](split)
     generator = torch.Generator().manual_seed(0)
@@ -117,15 +231,23 @@ def load(dataset: str, split: data.Split) -> data.Images:
 
 
 class Batches:
-    """Pixels in [-0.5, 0.5] as vectors, in an order that depends on seed and step alone, so that a resumed run sees the same."""
+    """Pixels in [-0.5, 0.5] as vectors, in an order that depends on seed and step alone, so that a resumed run sees the same.
 
-    def __init__(self, images: data.Images, batch_size: int, seed: int, device: str):
+    Args:
+        images: to draw from.
+        batch_size: B.
+        seed: of the order.
+        device: of what is drawn.
+        augment: whether images are shifted and mirrored at random, `augmented`.
+    """
+
+    def __init__(self, images: data.Images, batch_size: int, seed: int, device: str, augment: bool = False):
         if len(images.labels) < batch_size:
             raise ValueError(
                 f"batch_size: found {batch_size}, allowed at most {len(images.labels)}, the number of images"
             )
         self.images, self.labels = images.images.to(device), images.labels.to(device)
-        self.batch_size, self.seed, self.epoch = batch_size, seed, -1
+        self.batch_size, self.seed, self.epoch, self.augment = batch_size, seed, -1, augment
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, i = divmod(step, len(self.labels) // self.batch_size)
@@ -134,7 +256,24 @@ class Batches:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
             self.order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
         rows = self.order[i * self.batch_size : (i + 1) * self.batch_size]
-        return pixels(self.images[rows]), self.labels[rows]
+        chosen = self.images[rows]
+        if self.augment:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
+            chosen = augmented(chosen, generator)
+        return pixels(chosen), self.labels[rows]
+
+
+def augmented(images: Tensor, generator: torch.Generator, margin: int = 4) -> Tensor:
+    """Images [N, C, Y, X] shifted by up to `margin` pixels each way, with black moved in, and half of them mirrored."""
+    N, _, Y, X = images.shape
+    device = images.device
+    shift = torch.randint(2 * margin + 1, (2, N, 1), generator=generator).to(device)
+    mirrored = (torch.rand(N, 1, generator=generator) < 0.5).to(device)
+    rows, columns = shift[0] + torch.arange(Y, device=device), torch.arange(X, device=device).expand(N, -1)
+    columns = shift[1] + torch.where(mirrored, X - 1 - columns, columns)  # [N, X], as rows [N, Y] of the padded image
+    padded = F.pad(images, (margin,) * 4).permute(0, 2, 3, 1)  # [N, Y + 2 margin, X + 2 margin, C]
+    which = torch.arange(N, device=device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -145,40 +284,129 @@ def pixels(images: Tensor) -> Tensor:
 # Net
 
 
+def dense_layers(config: ImagesConfig, num_inputs: int) -> list[nn.Module]:
+    """A fully connected net: `num_layers - 1` hidden layers with batch normalisation and ReLU, and an output layer."""
+    widths = [num_inputs, *[config.hidden_size] * (config.num_layers - 1)]
+    hidden = [
+        nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU())
+        for inputs, outputs in itertools.pairwise(widths)
+    ]
+    return [*hidden, nn.Linear(config.hidden_size, NUM_CLASSES)]
+
+
+def greedy_layers(channels: int, shape: tuple[int, int, int]) -> tuple[list[nn.Module], list[tuple[int, int, int]]]:
+    """The net of Belilovsky et al. (2020), which is the CIFAR-10 net of Jaderberg et al. (2017) with all layers kept apart.
+
+    Three blocks, each a padded 5 x 5 convolution, batch normalisation, ReLU and pooling of 3 x 3 pixels to one, max in the first and mean
+    in the others; then a linear layer.
+
+    Args:
+        channels: of each block.
+        shape: (C, Y, X) of an image, which comes as a vector.
+
+    Returns:
+        The layers, and (C, Y, X) of what each block puts out.
+    """
+    layers: list[nn.Module] = []
+    shapes = [shape]
+    for pool in (nn.MaxPool2d(3), nn.AvgPool2d(3), nn.AvgPool2d(3)):
+        inputs, Y, X = shapes[-1]
+        block = (nn.Conv2d(inputs, channels, 5, padding=2), nn.BatchNorm2d(channels), nn.ReLU(), pool)
+        layers.append(nn.Sequential(*([] if layers else [nn.Unflatten(1, shape)]), *block))
+        shapes.append((channels, Y // 3, X // 3))
+    C, Y, X = shapes[-1]
+    return [*layers, nn.Sequential(nn.Flatten(), nn.Linear(C * Y * X, NUM_CLASSES))], shapes[1:]
+
+
+class _Synthesizer(nn.Module):
+    """Three padded 5 x 5 convolutions with batch normalisation and ReLU between; the label is added, through a linear map, to the first."""
+
+    def __init__(self, channels: int, context_size: int, zero_bias: bool):
+        super().__init__()
+        self.channels = channels
+        self.first, self.second, self.last = (nn.Conv2d(channels, channels, 5, padding=2) for _ in range(3))
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels) for _ in range(2)])
+        self.context = nn.Linear(context_size, channels) if context_size else None
+        nn.init.zeros_(self.last.weight)
+        if zero_bias:
+            assert self.last.bias is not None
+            nn.init.zeros_(self.last.bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        x = self.first(maps[:, : self.channels])
+        if self.context is not None:
+            x = x + self.context(maps[:, self.channels :, 0, 0])[:, :, None, None]  # constant over the map
+        x = self.second(self.norms[0](x).relu())
+        return self.last(self.norms[1](x).relu())
+
+
+class GreedyCritic(ConvGradientCritic):
+    """The critic of Belilovsky et al. (2020), after Jaderberg et al. (2017), between the layers of `greedy_layers`.
+
+    With `target_unit` "batch_mean" the unit of its targets, and of its predictions, is not their running RMS but the batch size: then
+    its net predicts the gradient of the mean loss over the batch, and regresses on that.
+
+    Args:
+        shape: (C, Y, X) of the activation.
+        context_size: Z.
+        config: of the run.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], context_size: int, config: ImagesConfig):
+        super().__init__(state_shapes=(shape,), context_size=context_size)
+        self._set_net(_Synthesizer(shape[0], context_size, zero_bias=config.critic_start == "zero"))
+        self._has_fixed_unit = config.target_unit == "batch_mean"
+        if self._has_fixed_unit:
+            self.target_rms.fill_(config.batch_size)
+
+    def _update_target_statistics(self, square: Tensor) -> None:
+        if self._has_fixed_unit:
+            self.num_updates += 1
+        else:
+            super()._update_target_statistics(square)
+
+
+def _critics(config: ImagesConfig, shapes: Sequence[tuple[int, int, int]]) -> list[nn.Module | None]:
+    """One for each hidden layer; `shapes` are those of greedy_cnn's."""
+    if config.arm not in ("dni", "cdni"):
+        return [None] * (config.num_layers - 1)
+    context_size = NUM_CLASSES if config.arm == "cdni" else 0
+    if config.model == "greedy_cnn":
+        return [GreedyCritic(shape, context_size, config) for shape in shapes]
+    return [
+        GradientCritic(
+            state_sizes=(config.hidden_size,), hidden_sizes=config.critic_hidden_sizes, context_size=context_size
+        )
+        for _ in range(config.num_layers - 1)
+    ]
+
+
 class Experiment:
     """The net of a run with its critics and optimisers."""
 
     def __init__(self, config: ImagesConfig, num_inputs: int):
         torch.manual_seed(config.seed)
-        widths = [num_inputs, *[config.hidden_size] * (config.num_layers - 1)]
-        layers: list[nn.Module] = [
-            nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU())
-            for inputs, outputs in itertools.pairwise(widths)
-        ]
-        layers.append(nn.Linear(config.hidden_size, NUM_CLASSES))
-        critics: list[nn.Module | None] = [
-            GradientCritic(
-                state_sizes=(config.hidden_size,),
-                hidden_sizes=config.critic_hidden_sizes,
-                context_size=NUM_CLASSES if config.arm == "cdni" else 0,
-            )
-            if config.arm in ("dni", "cdni")
-            else None
-            for _ in widths[1:]
-        ]
+        shapes: list[tuple[int, int, int]] = []
+        if config.model == "greedy_cnn":
+            layers, shapes = greedy_layers(config.hidden_size, _shape(num_inputs))
+        else:
+            layers = dense_layers(config, num_inputs)
+        critics = _critics(config, shapes)
         input_models = [
             nn.Sequential(nn.Linear(num_inputs, width), nn.ReLU(), nn.Linear(width, width))
-            for width in widths[1:]
+            for width in [config.hidden_size] * (config.num_layers - 1)
             if config.unlocked
         ]
         for module in (*layers, *critics, *input_models):
             if module is not None:
                 module.to(config.device)
         of_layers = [torch.optim.Adam(layer.parameters(), config.learning_rate) for layer in layers]
-        of_critics = [None if c is None else torch.optim.Adam(c.parameters(), config.learning_rate) for c in critics]
+        critic_rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
+        of_critics = [None if c is None else torch.optim.Adam(c.parameters(), critic_rate) for c in critics]
         of_inputs = [torch.optim.Adam(model.parameters(), config.learning_rate) for model in input_models]
         self.config = config
         self.optimizers = [o for o in (*of_layers, *of_critics, *of_inputs) if o is not None]
+        self.learning_rates = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.net = DecoupledSequential(
             layers,
             critics,
@@ -194,9 +422,9 @@ class Experiment:
     def update(self, step: int, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One step; returns metrics, still on the device."""
         drops = sum(step >= drop for drop in self.config.learning_rate_drop_steps)
-        for optimizer in self.optimizers:
+        for optimizer, rate in zip(self.optimizers, self.learning_rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * 0.1**drops
+                group["lr"] = rate * 0.1**drops
         report = self.net.update(
             x,
             lambda logits: F.cross_entropy(logits, labels, reduction="none"),
@@ -228,14 +456,89 @@ class Experiment:
         return float(wrong) / len(images.labels)
 
 
+def _shape(num_pixels: int) -> tuple[int, int, int]:
+    """(C, Y, X) of square images with so many pixels, those of colour channels together."""
+    for channels in (1, 3):
+        side = math.isqrt(num_pixels // channels)
+        if channels * side**2 == num_pixels:
+            return channels, side, side
+    raise ValueError(f"images: found {num_pixels} numbers each, allowed square images, grey or of three colours")
+
+
 def _scalars(fit: CriticFit) -> dict[str, Tensor]:
     return {f.name: getattr(fit, f.name).detach() for f in dataclasses.fields(fit)}
 
 
 # Run
 
+# What a resumed run may change.
+FREE_FIELDS = ("num_steps", "device", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
 
-def run(config: ImagesConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True) -> float:
+
+class Training:
+    """A run in the making: the net, its images, and how far it has come."""
+
+    def __init__(self, config: ImagesConfig):
+        self.config = config
+        train, test = load(config.dataset, "train"), load(config.dataset, "test")
+        self.batches = Batches(train, config.batch_size, config.seed, config.device, config.augment)
+        self.test = data.Images(test.images.to(config.device), test.labels.to(config.device))
+        self.experiment = Experiment(config, train.images[0].numel())
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []  # step, seconds and error, of every test
+
+    def update(self) -> dict[str, Tensor]:
+        """Learns from the next batch; returns metrics, still on the device."""
+        started = time.monotonic()
+        metrics = self.experiment.update(self.step, *self.batches[self.step])
+        self.step += 1
+        self.seconds += time.monotonic() - started
+        return metrics
+
+    def evaluate_when_due(self) -> dict[str, float]:
+        """Tests, and appends to the curve."""
+        if not common.due(self.step - 1, self.step, self.config.eval_every_steps, self.config.num_steps):
+            return {}
+        error = self.experiment.test_error(self.test)
+        self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "error": error})
+        return {"test/error": error}
+
+    def figures(self) -> dict[str, float]:
+        """Nothing beyond the metrics."""
+        return {}
+
+    def note(self) -> str:
+        """The last test."""
+        return f"test error {self.curve[-1]['error']:.1%}" if self.curve else ""
+
+    def result(self) -> dict[str, Any]:
+        """The test error at the end, with its curve."""
+        return {
+            "error": self.curve[-1]["error"],
+            "steps": self.step,
+            "seconds": round(self.seconds, 3),
+            "curve": self.curve,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "config": dataclasses.asdict(self.config),
+            "net": self.experiment.net.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
+        self.experiment.net.load_state_dict(state["net"])
+
+
+def run(
+    config: ImagesConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True, progress: bool = True
+) -> dict[str, Any]:
     """Trains, logs, evaluates and keeps a checkpoint.
 
     Args:
@@ -243,74 +546,134 @@ def run(config: ImagesConfig, folder: Path, *, resume: bool = False, tensorboard
         folder: for its files, made if missing.
         resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
         tensorboard: whether to write TensorBoard events as well.
+        progress: whether to show a line of progress, on a terminal.
 
     Returns:
-        The test error at the end, 0 to 1.
+        The result, as in result.json; "error" is the test error at the end, 0 to 1.
 
     Raises:
         ValueError: if the folder holds another run.
         dni_rl.data.DataError: if the data set cannot be had.
     """
-    train, test = load(config.dataset, "train"), load(config.dataset, "test")
-    batches = Batches(train, config.batch_size, config.seed, config.device)
-    test = data.Images(test.images.to(config.device), test.labels.to(config.device))
-    experiment = Experiment(config, train.images[0].numel())
-    checkpoint_file = folder / "checkpoint.pt"
-    first_step = _restore(experiment, checkpoint_file, resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    common.write_json(folder / "config.json", dataclasses.asdict(config))
-    error = experiment.test_error(test)
-    start_sec = time.monotonic()
-    with common.Log(folder, first_step, tensorboard) as log:
-        for step in range(first_step, config.num_steps):
-            metrics = experiment.update(step, *batches[step])
-            done = step + 1
-            last = done == config.num_steps
-            if done % config.log_every_steps == 0 or last:
-                log.write(done, {name: value.item() for name, value in metrics.items()})
-            if done % config.eval_every_steps == 0 or last:
-                error = experiment.test_error(test)
-                log.write(done, {"test/error": error})
-                print(f"step {done}: test error {error:.2%}, {time.monotonic() - start_sec:.0f} s", file=sys.stderr)
-            if done % config.checkpoint_every_steps == 0 or last:
-                _save(experiment, checkpoint_file, done)
-    return error
+    return common.carry_out(
+        lambda: Training(config),
+        config,
+        folder,
+        free=FREE_FIELDS,
+        resume=resume,
+        tensorboard=tensorboard,
+        progress=progress,
+    )
 
 
-def _save(experiment: Experiment, path: Path, step: int) -> None:
-    state = {"step": step, "config": dataclasses.asdict(experiment.config), "net": experiment.net.state_dict()}
-    common.save_checkpoint(path, state)
+# Matrices
 
 
-def _restore(experiment: Experiment, path: Path, resume: bool) -> int:
-    """Loads the checkpoint if there is one and it is wanted; returns the step to continue from."""
-    free = ("num_steps", "device", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
-    state = common.load_checkpoint(path, experiment.config, resume=resume, free=free)
-    if state is None:
-        return 0
-    experiment.net.load_state_dict(state["net"])
-    return state["step"]
+def members(preset: str, arms: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> list[common.Member]:
+    """One run for each seed and arm, seeds outermost.
+
+    Args:
+        preset: of the settings.
+        arms: of `ARMS`, those with critics optionally with a suffix of `VARIANTS`, as in "dni-published".
+        seeds: of each arm.
+        given: settings of the user.
+
+    Raises:
+        ValueError: if arms or seeds are missing, repeated or unknown, or a setting is out of range.
+    """
+    for name, found in (("arms", arms), ("seeds", seeds)):
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
+    matrix = []
+    for seed in seeds:
+        for name in arms:
+            arm, _, variant = name.partition("-")
+            if variant not in VARIANTS or (variant and arm not in ("dni", "cdni")):
+                raise ValueError(
+                    f"arms: found {name!r}, allowed {', '.join(ARMS)}, and dni and cdni with a suffix "
+                    f"{', '.join(f'-{v}' for v in VARIANTS if v)}"
+                )
+            config = make_config(preset, **{**given, **VARIANTS[variant], "arm": arm, "seed": seed})
+            matrix.append(common.Member(f"{name}-seed{seed}", common.Cell(name, config.num_layers), config))
+    return matrix
+
+
+def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The table of a matrix: every arm's test errors by seed, beside the published one."""
+    config = matrix[0].config
+    rows = []
+    for cell, by_seed in common.by_cell(matrix, results).items():
+        errors = [result["error"] for result in by_seed.values()]
+        if config.model == "greedy_cnn":
+            published = PUBLISHED_GREEDY.get(cell.arm) if config.dataset == "cifar10" else None
+        else:
+            published = PUBLISHED.get((config.dataset, cell.arm), {}).get(cell.window)
+        rows.append(
+            {
+                "arm": cell.arm,
+                "num_layers": cell.window,
+                "per_seed": {str(seed): result["error"] for seed, result in by_seed.items()},
+                **common.spread(errors),
+                "published": published,
+                "seconds": common.spread([result["seconds"] for result in by_seed.values()])["mean"],
+            }
+        )
+    return {"experiment": "images", "model": config.model, "dataset": config.dataset, "rows": rows}
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary as Markdown; errors in per cent."""
+
+    def percent(error: float | None) -> str | None:
+        return None if error is None else f"{100.0 * error:.2f}"
+
+    rows = [
+        (
+            row["arm"],
+            row["num_layers"],
+            " ".join(f"{100.0 * error:.2f}" for error in row["per_seed"].values()),
+            percent(row["mean"]),
+            percent(row["std"]),
+            percent(row["published"]),
+            round(row["seconds"]),
+        )
+        for row in summary["rows"]
+    ]
+    header = ("arm", "layers", "test error by seed, %", "mean", "std", "published", "seconds")
+    return f"{summary['model']} on {summary['dataset']}\n\n{common.markdown(header, rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a preset, and every field of `ImagesConfig` to override it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="smoke")
-    parser.add_argument("--run-folder", type=Path, default=Path("runs/images"))
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
-    common.add_settings(parser, ImagesConfig)
-    settings = vars(parser.parse_args(arguments))
-    preset, folder = settings.pop("preset"), settings.pop("run_folder")
-    resume, tensorboard = settings.pop("resume"), settings.pop("tensorboard")
-    try:
-        config = make_config(preset, **common.as_settings(settings))
-        error = run(config, folder, resume=resume, tensorboard=tensorboard)
-    except (ValueError, data.DataError) as problem:
-        parser.exit(2, f"images: {problem}\n")
-    print(
-        f"{config.arm} on {config.dataset}, {config.num_layers} layers, {config.num_steps} steps: test error {error:.2%}"
+    """The command line: a preset, every field of `ImagesConfig` to override it, and one run or with --arms a matrix."""
+    parser = common.matrix_parser("images", __doc__ or "", PRESETS)
+    parser.add_argument(
+        "--arms", nargs="*", help="one run for each of these, and each of --seeds; by default the preset's"
     )
+    common.add_settings(parser, ImagesConfig)
+    given = vars(parser.parse_args(arguments))
+    own = ("preset", "seeds", "jobs", "run_folder", "resume", "tensorboard", "arms")
+    option = {name: given.pop(name) for name in own}
+    settings, folder, preset = common.as_settings(given), option["run_folder"], option["preset"]
+    how = {"resume": option["resume"], "tensorboard": option["tensorboard"]}
+    with common.one_line_errors(parser, "images"):
+        if option["arms"] is None and (option["seeds"] is not None or option["jobs"] is not None):
+            raise ValueError("seeds, jobs: they belong to a matrix of runs; add --arms, or use --seed")
+        if option["arms"] is None:
+            config = make_config(preset, **settings)
+            error = run(config, folder, **how)["error"]
+            shown = f"{config.arm} on {config.dataset}, {config.num_layers} layers, {config.num_steps} steps: test error {error:.2%}"
+        else:
+            if "arm" in settings or "seed" in settings:
+                raise ValueError("arm, seed: they belong to one run; leave out --arms, or use --arms and --seeds alone")
+            of_preset = settings_of(preset, settings.get("model", "dense"))
+            jobs = of_preset["jobs"] if option["jobs"] is None else option["jobs"]
+            seeds = of_preset["seeds"] if option["seeds"] is None else option["seeds"]
+            matrix = members(preset, option["arms"] or of_preset["arms"], seeds, settings)
+            summary = {"preset": preset, **summarize(matrix, common.run_members(run, matrix, folder, jobs=jobs, **how))}
+            summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in matrix}
+            common.write_json(folder / common.SUMMARY_FILE, summary)
+            shown = table(summary)
+    print(shown)
 
 
 if __name__ == "__main__":

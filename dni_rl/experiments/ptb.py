@@ -314,24 +314,6 @@ def run(
     )
 
 
-def reached(curve: Sequence[Mapping[str, float]], bits: float, against: str) -> float | None:
-    """Where on an axis a curve first falls to `bits`, on a straight line between evaluations; None if it never does.
-
-    Args:
-        curve: evaluations in their order, with "bits" and the axis.
-        bits: the threshold.
-        against: the axis, "tokens" or "seconds".
-    """
-    for i, point in enumerate(curve):
-        if point["bits"] <= bits:
-            if i == 0:
-                return point[against]
-            before = curve[i - 1]
-            share = (before["bits"] - bits) / (before["bits"] - point["bits"])
-            return before[against] + share * (point[against] - before[against])
-    return None
-
-
 def summarize(
     matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]], threshold_bits: float | None = None
 ) -> dict[str, Any]:
@@ -385,7 +367,7 @@ def _ratios(
     found: dict[str, float | None] = {"threshold_bits": threshold_bits}
     for name, against in (("data_ratio", "tokens"), ("time_ratio", "seconds")):
         took, plain_took = (
-            common.spread([reached(result["curve"], threshold_bits, against) for result in runs])["mean"]
+            common.spread([common.reached(result["curve"], "bits", threshold_bits, against) for result in runs])["mean"]
             for runs in (results, baseline)
         )
         found[name] = took / plain_took if took is not None and plain_took else None

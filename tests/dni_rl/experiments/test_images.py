@@ -11,6 +11,7 @@ import torch
 from dni_rl import data
 from dni_rl.experiments import images
 
+GREEDY = {"model": "greedy_cnn", "num_layers": 4}
 SMALL = {"num_steps": 8, "log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4, "num_layers": 3}
 RUNS = {
     "backprop": {"arm": "backprop"},
@@ -19,7 +20,14 @@ RUNS = {
     "cdni": {"arm": "cdni"},
     "asynchronous": {"arm": "cdni", "update_probability": 0.5},
     "unlocked": {"arm": "cdni", "unlocked": True},
+    "augmented": {"arm": "none", "augment": True},
+    "greedy": {**GREEDY, "arm": "cdni"},
+    "greedy as published": {**GREEDY, "arm": "dni", "critic_start": "random_bias", "target_unit": "batch_mean"},
 }
+
+
+def without_seconds(result):
+    return {**result, "seconds": 0.0, "curve": [{**point, "seconds": 0.0} for point in result["curve"]]}
 
 
 def rows(folder):
@@ -30,12 +38,15 @@ def rows(folder):
 def test_a_resumed_run_equals_one_that_never_stopped(name, tmp_path):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     settings = {**SMALL, **RUNS[name]}
-    error = images.run(images.make_config("smoke", **settings), whole, tensorboard=False)
+    result = images.run(images.make_config("smoke", **settings), whole, tensorboard=False)
     images.run(images.make_config("smoke", **{**settings, "num_steps": 4}), pieces, tensorboard=False)
     with open(pieces / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "train/loss": 9.0}\n{"st')  # what a run that is cut off leaves
     resumed = images.run(images.make_config("smoke", **settings), pieces, resume=True, tensorboard=False)
-    assert resumed == error and rows(pieces) == rows(whole)
+    assert without_seconds(resumed) == without_seconds(result) and rows(pieces) == rows(whole)
+    assert result["error"] == result["curve"][-1]["error"] and [p["step"] for p in result["curve"]] == [4, 8]
+    done = images.run(images.make_config("smoke", **settings), pieces, resume=True, tensorboard=False)
+    assert done == resumed  # and is not run again
     saved = [torch.load(folder / "checkpoint.pt", weights_only=True)["net"] for folder in (whole, pieces)]
     tensors = [key for key, value in saved[0].items() if isinstance(value, torch.Tensor)]
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in tensors)
@@ -73,6 +84,19 @@ def test_learning_rates_drop_by_ten():
     assert found == [set()] * 5
 
 
+def test_critics_may_have_a_learning_rate_of_their_own():
+    config = images.make_config("smoke", learning_rate=1.0, critic_learning_rate=0.5, learning_rate_drop_steps=(1,))
+    experiment = images.Experiment(config, 64)
+    of_critics = {id(p) for critic in experiment.net.critics for p in critic.parameters()}
+    batch = images.Batches(images.load("synthetic", "train"), 32, 0, "cpu")[0]
+    for step, factor in ((0, 1.0), (1, 0.1)):
+        experiment.update(step, *batch)
+        for optimizer in experiment.optimizers:
+            (group,) = optimizer.param_groups
+            rate = 0.5 if id(group["params"][0]) in of_critics else 1.0
+            assert group["lr"] == pytest.approx(rate * factor)
+
+
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     labels = torch.arange(10)
     batches = images.Batches(data.Images(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), labels), 5, 0, "cpu")
@@ -81,6 +105,121 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     assert first.sort().values.tolist() == second.sort().values.tolist() == labels.tolist()
     assert not torch.equal(first, second)
     assert torch.equal(batches[1][1], first[5:])  # the order depends on the step alone
+
+
+def test_augmented_images_are_shifted_and_mirrored_views():
+    picture = torch.arange(1, 2 * 5 * 6 + 1, dtype=torch.uint8).view(1, 2, 5, 6)
+    generator = torch.Generator().manual_seed(0)
+    found = images.augmented(picture.expand(400, -1, -1, -1), generator, margin=1)
+    padded = torch.nn.functional.pad(picture[0], (1, 1, 1, 1))
+    views = {}
+    for y in range(3):
+        for x in range(3):
+            view = padded[:, y : y + 5, x : x + 6]
+            views[y, x, False], views[y, x, True] = view, view.flip(-1)
+    seen = {key for one in found for key, view in views.items() if torch.equal(one, view)}
+    assert seen == set(views) and all(any(torch.equal(one, view) for view in views.values()) for one in found)
+
+
+def test_a_batch_is_augmented_by_seed_and_step_alone():
+    train = images.load("synthetic", "train")
+    batches = images.Batches(train, 32, 0, "cpu", augment=True)
+    first, labels = batches[3]
+    again, plain = batches[3][0], images.Batches(train, 32, 0, "cpu")[3]
+    assert torch.equal(first, again) and torch.equal(labels, plain[1]) and not torch.equal(first, plain[0])
+    assert not torch.equal(first, images.Batches(train, 32, 1, "cpu", augment=True)[3][0])
+
+
+def greedy(arm="dni", **settings):
+    config = images.make_config("smoke", **GREEDY, arm=arm, **settings)
+    return images.Experiment(config, 3 * 32 * 32), config
+
+
+def batch(config, step=0):
+    return images.Batches(images.load(config.dataset, "train"), config.batch_size, 0, "cpu")[step]
+
+
+def test_the_greedy_net_is_the_published_one():
+    config = images.make_config("paper", **GREEDY, arm="cdni")
+    layers, shapes = images.greedy_layers(config.hidden_size, (3, 32, 32))
+    assert shapes == [(128, 10, 10), (128, 3, 3), (128, 1, 1)]
+    convolutions = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size, c.padding) for c in convolutions] == [
+        (3, 128, (5, 5), (2, 2)), (128, 128, (5, 5), (2, 2)), (128, 128, (5, 5), (2, 2)),
+    ]  # fmt: skip
+    pools = [type(m).__name__ for layer in layers for m in layer.modules() if "Pool" in type(m).__name__]
+    assert pools == ["MaxPool2d", "AvgPool2d", "AvgPool2d"] and layers[-1][1].in_features == 128
+    x = torch.randn(2, 3 * 32 * 32)
+    h = layers[0](x)
+    assert h.shape == (2, 128, 10, 10)
+    first = torch.nn.functional.max_pool2d(layers[0][2](layers[0][1](x.view(2, 3, 32, 32))).relu(), 3)
+    torch.testing.assert_close(h, first, rtol=1e-3, atol=1e-4)
+    assert (config.batch_size, config.learning_rate, config.augment) == (256, 3e-5, True)
+
+
+@pytest.mark.parametrize("arm", ["dni", "cdni"])
+def test_greedy_critics_start_at_zero_or_where_the_published_ones_did(arm):
+    for start, unit in (("zero", "rms"), ("zero", "batch_mean"), ("random_bias", "rms"), ("random_bias", "batch_mean")):
+        experiment, config = greedy(arm, critic_start=start, target_unit=unit)
+        critic = experiment.net.critics[0]
+        state = torch.randn(16, 4, 10, 10)
+        context = torch.eye(10)[torch.arange(16) % 10] if arm == "cdni" else None
+        (said,) = critic.synthetic_gradient((state,), context)
+        if start == "zero":
+            assert (said == 0).all()
+            continue
+        bias = critic.net.last.bias.detach()
+        # With the unit of the batch, what reaches a parameter after the mean over the batch is the bias itself.
+        scale = config.batch_size if unit == "batch_mean" else 1.0
+        torch.testing.assert_close(said, scale * bias[:, None, None].expand_as(state))
+        assert 0 < bias.abs().max() <= (4 * 25) ** -0.5
+
+
+def test_with_the_unit_of_the_batch_a_critic_regresses_on_gradients_of_the_mean():
+    experiment, config = greedy(critic_start="random_bias", target_unit="batch_mean")
+    critic = experiment.net.critics[1]
+    states, targets = torch.randn(16, 4, 3, 3), torch.randn(16, 4, 3, 3)
+    raw = critic.net(states)  # what the published critic predicts
+    published = (raw - targets / config.batch_size).square().mean()
+    fit = critic.fit((states,), (targets,))
+    torch.testing.assert_close(fit.loss, published)
+    assert (critic.target_rms == config.batch_size).all()
+
+
+def test_greedy_critics_learn_and_use_the_label():
+    experiment, config = greedy("cdni", learning_rate=3e-3)
+    for step in range(30):
+        metrics = experiment.update(step, *batch(config, step))
+    assert metrics["critic_1/explained_variance"] > 0.1
+    critic = experiment.net.critics[0]
+    state = torch.randn(1, 4, 10, 10).expand(2, -1, -1, -1)
+    said = critic.synthetic_gradient((state,), torch.eye(10)[:2])[0]
+    assert not torch.allclose(said[0], said[1])
+
+
+def test_a_matrix_has_a_table_with_the_published_errors(tmp_path, capsys):
+    arguments = ["--model", "greedy_cnn", "--arms", "--num-steps", "4", "--run-folder", str(tmp_path / "greedy")]
+    images.main([*arguments, "--no-tensorboard"])
+    shown = capsys.readouterr().out
+    assert "greedy_cnn on synthetic_rgb" in shown and "dni-published" in shown
+    summary = json.loads((tmp_path / "greedy/summary.json").read_text())
+    assert [row["arm"] for row in summary["rows"]] == ["backprop", "dni", "cdni", "dni-published"]
+    assert summary["configs"]["dni-published-seed0"]["critic_start"] == "random_bias"
+    assert all(row["published"] is None for row in summary["rows"])  # another data set
+    for row in summary["rows"]:
+        result = json.loads((tmp_path / f"greedy/{row['arm']}-seed0/result.json").read_text())
+        assert row["per_seed"] == {"0": result["error"]} and row["mean"] == result["error"]
+    images.main([*arguments, "--resume", "--no-tensorboard"])
+    assert capsys.readouterr().out == shown
+    for model, dataset, arm, published in (
+        ("greedy_cnn", "cifar10", "dni-published", 0.377), ("greedy_cnn", "cifar10", "backprop", 0.153),
+        ("dense", "mnist", "cdni", 0.019), ("dense", "cifar10", "dni", 0.45),
+    ):  # fmt: skip
+        matrix = images.members("paper", (arm,), (0, 1), {"model": model, "dataset": dataset})
+        results = {m.name: {"error": 0.1 * m.config.seed, "seconds": 1.0} for m in matrix}
+        row = images.summarize(matrix, results)["rows"][0]
+        assert row["published"] == published and row["mean"] == pytest.approx(0.05)
+        assert (matrix[0].config.critic_hidden_sizes == (1024, 1024)) == ((model, arm) == ("dense", "dni"))
 
 
 def test_presets_state_the_papers_settings():
@@ -97,6 +236,16 @@ def test_presets_state_the_papers_settings():
         (["--arm", "backprop", "--unlocked"], "'backprop' is locked"),
         (["--num-layers", "1"], "num_layers: found 1"),
         (["--update-probability", "0"], "update_probability: found 0.0"),
+        (["--critic-learning-rate", "0"], "critic_learning_rate: found 0.0, allowed above 0, or none"),
+        (["--model", "huge"], "model: found 'huge', allowed dense, greedy_cnn"),
+        (["--critic-start", "random_bias"], "critic_start, target_unit: found random_bias, rms, allowed zero, rms"),
+        (["--model", "greedy_cnn", "--unlocked"], "model: greedy_cnn has 4 layers"),
+        (["--model", "greedy_cnn", "--dataset", "synthetic"], "dataset: found 'synthetic', too small"),
+        (["--seeds", "0"], "seeds, jobs: they belong to a matrix of runs; add --arms"),
+        (["--arms", "dni", "--seed", "1"], "arm, seed: they belong to one run"),
+        (["--arms", "backprop-published"], "arms: found 'backprop-published', allowed backprop, none"),
+        (["--arms", "dni-published"], "use --model greedy_cnn"),
+        (["--arms", "dni", "dni"], "arms: found dni dni, allowed one or more, each once"),
     ],
 )
 def test_wrong_settings_are_one_line(arguments, message, tmp_path, capsys):

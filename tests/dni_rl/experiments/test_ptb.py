@@ -143,14 +143,6 @@ CURVE = [
 ]
 
 
-def test_a_threshold_is_reached_between_evaluations():
-    assert ptb.reached(CURVE, 3.5, "tokens") == 100.0
-    assert ptb.reached(CURVE, 2.5, "tokens") == 150.0 and ptb.reached(CURVE, 2.5, "seconds") == 2.0
-    assert ptb.reached(CURVE, 2.0, "tokens") == 200.0
-    assert ptb.reached(CURVE, 1.75, "seconds") == pytest.approx(6.5)
-    assert ptb.reached(CURVE, 1.4, "tokens") is None
-
-
 def results_of(curves):
     return {
         name: {
