@@ -241,6 +241,9 @@ class AlgorithmConfig(_Section):
     """Adam's step size for the model at the first update (prototypes)."""
     anneal_learning_rate: bool = True
     """Whether both learning rates fall linearly to 0 at the last step of the run."""
+    anneal_entropy: bool = False
+    """Whether the entropy cost falls linearly to zero over the run. A solved task has little else to learn from, and a constant cost
+    goes on pulling the policy away from it."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of Adam's two moments per update; the usual 0.999 lets one late large gradient undo a solved task."""
     adam_eps: Positive = 1e-8

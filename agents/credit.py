@@ -171,7 +171,7 @@ def _losses(learner: Learner, windows: Windows) -> Callable[[Tensor], Tensor]:
             advantage,
             windows.value_target,
             windows.valid,
-            entropy_cost=algorithm.entropy_cost,
+            entropy_cost=learner.entropy_cost,
             baseline_cost=algorithm.baseline_cost,
         ).total
 

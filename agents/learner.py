@@ -200,6 +200,7 @@ class Learner:
 
     Attributes:
         window_length: agent steps of a window.
+        entropy_cost: as it is now, see `set_progress`.
         trace: of BP(lambda), after the last window learned from; None for other kinds.
         sensitivity: of RTRL, likewise.
         averages: [B, Z] of past inputs, where the critic is given them, after the last rollout learned from; None before.
@@ -223,6 +224,7 @@ class Learner:
         self.interfaces = list(interfaces)
         self.algorithm, self.critic_config = algorithm, critic_config
         self.num_envs = num_envs
+        self.entropy_cost = algorithm.entropy_cost
         self.generator = torch.Generator().manual_seed(seed)
         self.auxiliary = None if critic is None else build_auxiliary(critic_config, model)
         # The auxiliary head is a part of the model: one optimiser, one clipped norm. The actor has no use for it.
@@ -244,7 +246,8 @@ class Learner:
             self.sensitivity = core.initial_sensitivity(num_envs)
 
     def set_progress(self, fraction: float) -> None:
-        """Anneals the learning rates of both sides linearly to zero; `fraction` of the run is done."""
+        """Anneals what is to be annealed linearly to zero: learning rates of both sides, entropy cost; `fraction` of the run is done."""
+        self.entropy_cost = self.algorithm.entropy_cost * (1.0 - fraction if self.algorithm.anneal_entropy else 1.0)
         remaining = 1.0 - fraction if self.algorithm.anneal_learning_rate else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.algorithm.learning_rate * remaining
@@ -337,7 +340,7 @@ class Learner:
             batch.advantage,
             batch.value_target,
             batch.valid,
-            entropy_cost=algorithm.entropy_cost,
+            entropy_cost=self.entropy_cost,
             baseline_cost=algorithm.baseline_cost,
             behaviour_log_probs=batch.behaviour_log_prob if algorithm.name == "ppo" else None,
             clip_ratio=algorithm.clip_ratio,

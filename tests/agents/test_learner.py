@@ -415,6 +415,22 @@ def test_learning_rates_fall_linearly_on_both_sides(anneals, expected):
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == expected
 
 
+@pytest.mark.parametrize(("anneals", "expected"), [(True, 0.05), (False, 0.2)])
+def test_the_entropy_cost_falls_linearly(anneals, expected):
+    """At a quarter of the run left, a learner takes the step that one with a quarter of the cost takes at its start."""
+    rollout = act(make_model(), rollouts=1)[0]
+    learners = [
+        make_learner(make_model(), None, entropy_cost=cost, anneal_entropy=anneals, anneal_learning_rate=False)
+        for cost in (0.2, expected)
+    ]
+    learners[0].set_progress(0.75)
+    for learner in learners:
+        learner.update(rollout)
+    assert learners[0].entropy_cost == pytest.approx(expected)
+    for one, two in zip(*(learner.model.parameters() for learner in learners), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 @pytest.mark.parametrize("name", ["a2c", "ppo"])
 def test_a_learner_continues_exactly_from_its_saved_state(name):
     rollouts = act(make_model(), rollouts=4)
