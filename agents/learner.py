@@ -227,6 +227,8 @@ class Learner:
         self.entropy_cost = algorithm.entropy_cost
         self.generator = torch.Generator().manual_seed(seed)
         self.auxiliary = None if critic is None else build_auxiliary(critic_config, model)
+        if isinstance(model.core, dni_rl.LSTM):
+            model.core.expects_dense_targets = critic is not None and critic.dense_targets
         # The auxiliary head is a part of the model: one optimiser, one clipped norm. The actor has no use for it.
         self.learned = model if self.auxiliary is None else nn.ModuleList([model, self.auxiliary])
         self.optimizer = _adam(self.learned, algorithm)
@@ -329,8 +331,8 @@ class Learner:
         state = dni_rl.cut(batch.state)
         inputs = model.core_inputs(batch.observation, batch.action_tm1, batch.reward, batch.first)
         context = batch.context if critic is not None and critic.context_size else None
-        if isinstance(model.core, dni_rl.LSTM):
-            model.core.expects_dense_targets = fit and critic is not None and critic.dense_targets
+        if isinstance(model.core, dni_rl.LSTM) and critic is not None:
+            model.core.expects_dense_targets = fit and critic.dense_targets
         outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
         logits, values = model.heads(outputs)
         loss = actor_critic_loss(

@@ -125,7 +125,7 @@ def recurrent_ppo(task: str) -> Update:
 def contenders(task: str) -> dict[str, Update]:
     """Contenders of one task, by name."""
     none, dni = CriticConfig(kind="none"), CriticConfig(kind="dni", max_norm_ratio=1.0)
-    cdni = CriticConfig(kind="cdni", max_norm_ratio=1.0)
+    cdni, few = replace(dni, kind="cdni"), replace(dni, targets_per_window=4)
     if task == "tmaze":
         env = EnvConfig(id="PassiveTMaze", num_envs=64, kwargs={"corridor_length": 20, "num_distractors": 4})
         model = ModelConfig(hidden_size=32, torso_sizes=(64,))
@@ -152,9 +152,11 @@ def contenders(task: str) -> dict[str, Update]:
         "PPO, 4 epochs, window 128": ours(env, model, algorithm("ppo", 128), none),
         "PPO, 4 epochs, window 16": ours(env, model, algorithm("ppo", 16), none),
         "PPO, 4 epochs, window 16, synthetic gradients": ours(env, model, algorithm("ppo", 16), dni),
+        "PPO, 4 epochs, window 16, synthetic gradients, 4 targets": ours(env, model, algorithm("ppo", 16), few),
         "A2C, one pass, window 128": ours(env, model, algorithm("a2c", 128), none),
         "A2C, one pass, window 16": ours(env, model, algorithm("a2c", 16), none),
         "A2C, one pass, window 16, synthetic gradients": ours(env, model, algorithm("a2c", 16), dni),
+        "A2C, one pass, window 16, synthetic gradients, 4 targets": ours(env, model, algorithm("a2c", 16), few),
     }
     if task == "minigrid":  # what of it is the agent and what the environment
         env = replace(env, kwargs={**env.kwargs, "fast_view": False})
@@ -242,7 +244,7 @@ UNFUSED = (
     "none, without the fused kernel"  # on the CPU: which part of a critic's time is that of the kernel it cannot use
 )
 KINDS = Path(__file__).resolve().parent.parent / "configs" / "kinds"
-DUE_EVERY = 8  # windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
+DUE_EVERY = 32  # a multiple of all windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
 MIB = 2**20
 
 Result = TypeVar("Result")
@@ -298,6 +300,10 @@ def methods(
         PLAIN: Method(run("none"), kind="none"),
         "dni": Method(run("dni"), kind="dni"),
         "dni, linear, one target per window": Method(run("dni", hidden_sizes=(), dense_targets=False)),
+        "dni, linear, one target, rare yardstick": Method(
+            run("dni", hidden_sizes=(), dense_targets=False, yardstick_interval=32)
+        ),
+        "dni, two targets, rare yardstick": Method(run("dni", targets_per_window=2, yardstick_interval=32)),
         "cdni": Method(run("cdni"), kind="cdni"),
         "dni_aux": Method(run("dni_aux"), kind="dni_aux"),
         "loss_critic": Method(run("loss_critic"), kind="loss_critic"),
@@ -471,7 +477,7 @@ class StoredRollout:
         if isinstance(core, dni_rl.LSTM) and not fused:
             core.expects_dense_targets = True
         self.rollout = self.trainer.actor.collect()
-        self._count_windows(2 * DUE_EVERY)  # as later in a run: the yardstick is looked at once in DUE_EVERY windows
+        self._count_windows(2 * DUE_EVERY)  # as later in a run: the yardstick is looked at as often as it will be
 
     def seconds_per_update(self) -> float:
         """Mean over as many updates as there are from one look at the yardstick to the next."""

@@ -11,6 +11,7 @@ import dni_rl
 from agents.train import Trainer
 from scripts.benchmark import (
     CPU_FORM,
+    DUE_EVERY,
     PLAIN,
     REFERENCE,
     UNFUSED,
@@ -133,17 +134,22 @@ def test_baselines_differ_in_the_method_alone_and_every_kind_of_configuration_is
     assert not comparable(MATRIX["bp_lambda"], replace(MATRIX[PLAIN], config=MATRIX["rtrl"].config))
 
 
-def test_every_turn_of_the_overhead_benchmark_looks_at_the_yardstick_once(monkeypatch):
-    stored, observed = StoredRollout(MATRIX["dni"].config), []
+@pytest.mark.parametrize(
+    ("name", "interval"),
+    [("dni", 8), ("dni, two targets, rare yardstick", 32), ("dni, linear, one target, rare yardstick", 32)],
+)
+def test_every_turn_of_the_overhead_benchmark_looks_at_the_yardstick_as_often_as_training(monkeypatch, name, interval):
+    stored, observed = StoredRollout(MATRIX[name].config), []
     monkeypatch.setattr(
         dni_rl.GradientCritic, "observe_window", lambda self, gradient, stands_for=1: observed.append(stands_for)
     )
+    turn = [interval] * (DUE_EVERY // interval)
     stored.seconds_per_update()
-    assert observed == [8]
+    assert observed == turn
     stored.seconds_per_update()
-    assert observed == [8, 8]
+    assert observed == [*turn, *turn]
     stored.peak_bytes()  # the most that an update takes, so it is one with the yardstick
-    assert observed == [8, 8, 8]
+    assert observed == [*turn, *turn, interval]
 
 
 def test_memory_of_windows_does_not_depend_on_the_length_of_the_sequence_and_that_of_full_bptt_does():
