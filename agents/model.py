@@ -169,7 +169,9 @@ class ActorCritic(nn.Module):
             extras.append(reward.clamp(-1.0, 1.0).unsqueeze(-1))
         if not extras:
             return features
-        return torch.cat([features, torch.cat(extras, dim=-1).masked_fill(first.unsqueeze(-1), 0.0)], dim=-1)
+        inputs = torch.cat([features, *extras], dim=-1)
+        inputs[..., features.shape[-1] :].masked_fill_(first.unsqueeze(-1), 0.0)
+        return inputs
 
     def observed(self, observation: Tensor) -> Tensor:
         """What a critic is told of observations, [..., observed_size]: vectors as they are, of others the torso's features."""

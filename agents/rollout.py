@@ -144,17 +144,16 @@ class Actor:
         # argmax(logits + Gumbel noise) is a draw from softmax(logits); the noise of a whole rollout comes in one call
         noise = (
             torch.empty(T, B, A, device=self.environment.device).exponential_(generator=self.generator).log_().neg_()
-        )
+        ).unbind()
         timesteps, actions, logits, outputs, states = [timestep], [self.action_tm1], [], [], []
         final_values: list[Tensor | None] = [None]
         for t in range(T):
             if t % self.bptt_horizon == 0:
                 states.append(self.state)
-            with torch.inference_mode():  # cheaper than no_grad; what is stacked below are ordinary tensors again
-                step_logits, output, self.state = self.model.act(
-                    timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
-                )
-                self.action_tm1 = (step_logits + noise[t]).argmax(-1)
+            step_logits, output, self.state = self.model.act(
+                timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
+            )
+            self.action_tm1 = (step_logits + noise[t]).argmax(-1)
             timestep = self.environment.step(self.action_tm1)
             timesteps.append(timestep)
             actions.append(self.action_tm1)
