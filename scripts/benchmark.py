@@ -125,7 +125,7 @@ def recurrent_ppo(task: str) -> Update:
 def contenders(task: str) -> dict[str, Update]:
     """Contenders of one task, by name."""
     none, dni = CriticConfig(kind="none"), CriticConfig(kind="dni", max_norm_ratio=1.0)
-    cdni, few = replace(dni, kind="cdni"), replace(dni, hidden_sizes=(), targets_per_window=4)
+    cdni = replace(dni, kind="cdni")
     if task == "tmaze":
         env = EnvConfig(id="PassiveTMaze", num_envs=64, kwargs={"corridor_length": 20, "num_distractors": 4})
         model = ModelConfig(hidden_size=32, torso_sizes=(64,))
@@ -152,15 +152,9 @@ def contenders(task: str) -> dict[str, Update]:
         "PPO, 4 epochs, window 128": ours(env, model, algorithm("ppo", 128), none),
         "PPO, 4 epochs, window 16": ours(env, model, algorithm("ppo", 16), none),
         "PPO, 4 epochs, window 16, synthetic gradients": ours(env, model, algorithm("ppo", 16), dni),
-        "PPO, 4 epochs, window 16, synthetic gradients, linear critic, 4 targets": ours(
-            env, model, algorithm("ppo", 16), few
-        ),
         "A2C, one pass, window 128": ours(env, model, algorithm("a2c", 128), none),
         "A2C, one pass, window 16": ours(env, model, algorithm("a2c", 16), none),
         "A2C, one pass, window 16, synthetic gradients": ours(env, model, algorithm("a2c", 16), dni),
-        "A2C, one pass, window 16, synthetic gradients, linear critic, 4 targets": ours(
-            env, model, algorithm("a2c", 16), few
-        ),
     }
     if task == "minigrid":  # what of it is the agent and what the environment
         env = replace(env, kwargs={**env.kwargs, "fast_view": False})
