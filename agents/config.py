@@ -87,7 +87,7 @@ class EnvConfig(_Section):
     id: Text = "PassiveTMaze"
     """Name of the environment, as `envs` registers it."""
     num_envs: PositiveCount = 64
-    """Environments stepped side by side: the batch size B."""
+    """Environments stepped side by side: the batch size B. Under torchrun those of each process."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment. A file replaces them as a whole; --env.kwargs.NAME VALUE overrides one of them."""
 
@@ -286,9 +286,9 @@ class RunConfig(_Section):
     seed: Seed = 0
     """Seed of every random generator of the run."""
     total_steps: PositiveCount = 2_000_000
-    """Length of the run in agent steps, summed over environments."""
+    """Length of the run in agent steps, summed over environments, under torchrun over those of all processes."""
     device: Device = "cpu"
-    """Where the model lives: cpu, cuda or cuda:<index>."""
+    """Where the model lives: cpu, cuda or cuda:<index>. Under torchrun cuda is a GPU for each process, as far as there are as many."""
     threads: PositiveCount = 1
     """CPU threads of PyTorch; small recurrent nets gain nothing from more."""
     output_dir: Text = "runs"

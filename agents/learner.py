@@ -7,6 +7,8 @@ the one before. With `critic=None` the same code is plain truncated BPTT, and wi
 BP(lambda) and RTRL carry derivatives forward instead, from each window to the next and from rollout to rollout: there the windows
 are learned from one after the other, all with the parameters that acted, and one step of the optimisers ends the rollout. With a
 multi-timescale core, K counts ticks of each level, and a window has K * periods[-1] steps (`MultiTimescaleCore.unroll_in_ticks`).
+
+With other processes (`agents.parallel`), each has B environments, and gradients, statistics and decisions are those of all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from agents.build import build_auxiliary
 from agents.config import AlgorithmConfig, CriticConfig
 from agents.losses import actor_critic_loss, generalized_advantages
 from agents.model import ActorCritic
+from agents.parallel import ALONE, Workers
 from agents.rollout import Rollout
 from dni_rl.cores import State
 from dni_rl.cores.base import UnrolledState
@@ -197,6 +200,7 @@ class Learner:
         num_envs: B.
         seed: of the stream that shuffles minibatches.
         interfaces: critics of the messages upwards in a multi-timescale core, or none.
+        workers: the processes that learn together.
 
     Attributes:
         window_length: agent steps of a window.
@@ -219,11 +223,13 @@ class Learner:
         num_envs: int,
         seed: int,
         interfaces: Sequence[dni_rl.GradientCritic] = (),
+        workers: Workers = ALONE,
     ):
         self.model, self.critic = model, critic
         self.interfaces = list(interfaces)
         self.algorithm, self.critic_config = algorithm, critic_config
         self.num_envs = num_envs
+        self.workers = workers
         self.entropy_cost = algorithm.entropy_cost
         self.generator = torch.Generator().manual_seed(seed)
         self.auxiliary = None if critic is None else build_auxiliary(critic_config, model)
@@ -246,6 +252,7 @@ class Learner:
             if not isinstance(core, dni_rl.ElementwiseLSTM):
                 raise ValueError(f"model: expected an ElementwiseLSTM core for RTRL, got {type(core).__name__}")
             self.sensitivity = core.initial_sensitivity(num_envs)
+        workers.synchronize(self.learned, self.critics)
 
     def set_progress(self, fraction: float) -> None:
         """Anneals what is to be annealed linearly to zero: learning rates of both sides, entropy cost; `fraction` of the run is done."""
@@ -273,8 +280,10 @@ class Learner:
                 collected.setdefault(name, []).append(value)
             # The one decision that needs the host: read only if it was asked for.
             target_kl = algorithm.target_kl if algorithm.name == "ppo" else None
-            if target_kl is not None and metrics["losses/approx_kl"].item() > target_kl:
-                break
+            if target_kl is not None:
+                divergence = self.workers.mean(metrics["losses/approx_kl"], minibatch.valid)
+                if divergence.item() > target_kl:
+                    break
         return {
             name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in collected.items()
         }
@@ -297,10 +306,10 @@ class Learner:
     def _update_minibatch(self, batch: Windows, fit: bool) -> dict[str, Tensor]:
         if self.algorithm.normalize_advantages:
             advantage = batch.advantage
-            weight = batch.valid.to(advantage.dtype)
-            count = weight.sum().clamp_min(2.0)
-            mean = (weight * advantage).sum() / count
-            std = ((weight * (advantage - mean).square()).sum() / count).sqrt()
+            weight, total = batch.valid.to(advantage.dtype), self.workers.total
+            count = total(weight.sum()).clamp_min(2.0)
+            mean = total((weight * advantage).sum()) / count
+            std = (total((weight * (advantage - mean).square()).sum()) / count).sqrt()
             batch = replace(batch, advantage=(advantage - mean) / (std + 1e-8))
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -312,6 +321,7 @@ class Learner:
             parts = list(windows_in_order(batch, self.num_envs))
             metrics = _means([self._backward(part, weight=1.0 / batch.action.numel()) for part in parts])
             _divide_gradients(self.critics, len(parts))
+        self.workers.average_gradients(self.learned, *([self.critics] if fit else []))
         metrics["losses/gradient_norm"] = _clip(self.learned, self.algorithm.max_grad_norm)
         self.optimizer.step()
         if self.critic_optimizer is not None and fit:
@@ -441,6 +451,11 @@ class Learner:
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
+
+    def own_state_dict(self) -> dict[str, object]:
+        """The part of `state_dict` that other processes do not have."""
+        own = ("generator", "trace", "sensitivity", "averages")
+        return {name: value for name, value in self.state_dict().items() if name in own}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores `state_dict`."""

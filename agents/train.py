@@ -4,9 +4,10 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents.build import build_critic, build_environment, build_interfaces, build_model, spread_seeds
+from agents.build import build_critic, build_environment, build_interfaces, build_model
 from agents.checkpoint import CHECKPOINT_FILE, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
 from agents.credit import credit_figure, measure_credit
 from agents.learner import Learner
 from agents.metrics import MetricsWriter
+from agents.parallel import ALONE, SilentWriter, Workers
 from agents.rollout import Actor
 
 _log = logging.getLogger(__name__)
@@ -36,16 +38,18 @@ class Trainer:
 
     Args:
         config: the resolved configuration.
+        workers: the processes that train together, each with environments of its own.
 
     Raises:
         ValueError: if environment, device or a combination of settings does not exist.
     """
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        self.device = require_device(config.run.device)
+    def __init__(self, config: TrainConfig, workers: Workers = ALONE):
+        self.config, self.workers = config, workers
+        self.device = workers.device(require_device(config.run.device))
         torch.set_num_threads(config.run.threads)
-        env_seed, model_seed, actor_seed, learner_seed = spread_seeds(config.run.seed, 4)
+        # Of models, and of the global random generators behind them; a model then becomes that of the first process.
+        env_seed, model_seed, actor_seed, learner_seed = workers.spread_seeds(config.run.seed, 4)
         torch.manual_seed(model_seed)
         self.environment = build_environment(config.env, env_seed, self.device)
         spec, algorithm = self.environment.spec, config.algorithm
@@ -59,6 +63,7 @@ class Trainer:
             num_envs=config.env.num_envs,
             seed=learner_seed,
             interfaces=[critic.to(self.device) for critic in build_interfaces(config.critic, model)],
+            workers=workers,
         )
         self.actor = Actor(
             self.environment,
@@ -67,9 +72,9 @@ class Trainer:
             bptt_horizon=config.window_length,
             seed=actor_seed,
         )
-        self.steps_per_update = config.env.num_envs * algorithm.rollout_length
+        self.steps_per_update = workers.count * config.env.num_envs * algorithm.rollout_length
         self.means = _RunningMeans()  # of the learner's scalars, since the last line of metrics
-        self.step = 0  # agent steps so far, all environments together
+        self.step = 0  # agent steps so far, all environments of all processes together
 
     def update(self) -> dict[str, Tensor]:
         """Collects a rollout and learns from it. Returns scalars, still on the device."""
@@ -112,21 +117,26 @@ class Trainer:
         return None if are_finite else "metrics"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue exactly, the configuration included."""
-        return {
-            "config": to_dict(self.config),
-            "learner": self.learner.state_dict(),
-            "actor": self.actor.state_dict(),
-            "means": self.means.state_dict(),
-            "rng": rng_state(),
-        }
+        """Everything needed to continue exactly, the configuration included; in the first process that of all, by rank.
+
+        The others wait for it, and have to call this too.
+        """
+        own = {"actor": self.actor.state_dict(), "means": self.means.state_dict(), "rng": rng_state()}
+        others = self.workers.others(own | {"learner": self.learner.own_state_dict()})
+        state = {"config": to_dict(self.config), "learner": self.learner.state_dict(), **own}
+        if others:
+            state["others"] = others
+        if self.workers.launch is not None:
+            state["launch"] = self.workers.launch
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`, with the "step" that the checkpoint adds."""
-        self.learner.load_state_dict(state["learner"])
-        self.actor.load_state_dict(state["actor"])
-        self.means.load_state_dict(state["means"])
-        set_rng_state(state["rng"])
+        """Restores `state_dict` of as many processes, with the "step" that the checkpoint adds."""
+        own = state if self.workers.is_first else state["others"][self.workers.rank - 1]
+        self.learner.load_state_dict(state["learner"] | own["learner"])
+        self.actor.load_state_dict(own["actor"])
+        self.means.load_state_dict(own["means"])
+        set_rng_state(own["rng"])
         self.step = state["step"]
 
     def close(self) -> None:
@@ -144,60 +154,57 @@ def run_directory(config: TrainConfig) -> Path:
     return Path(config.run.output_dir) / name
 
 
-def train(config: TrainConfig, resume: Path | None = None) -> Path:
+def train(config: TrainConfig, resume: Path | None = None, workers: Workers = ALONE) -> Path:
     """Trains until `total_steps`, or until Ctrl-C, and leaves config, metrics and checkpoints in the run's folder.
 
     Args:
         config: the resolved configuration.
-        resume: folder (or checkpoint file) of a run to continue, or None.
+        resume: folder (or checkpoint file) of a run to continue, or None. Processes that torchrun has restarted continue from
+            what they had saved, in any case.
+        workers: the processes that train together, from `agents.parallel.connect`. The first one writes.
 
     Returns:
         The run's folder.
 
     Raises:
-        ValueError: if the configuration cannot be built, the folder is taken, or the checkpoint is unusable.
+        ValueError: if the configuration cannot be built, the folder is taken, or the checkpoint is unusable, that of another number
+            of processes included.
         NonFiniteError: if a loss became NaN or infinite.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; its message says where.
     """
-    directory = run_directory(config)
-    checkpoint = None
-    if resume is not None:
-        checkpoint = load_checkpoint(resume)
-        directory = resume if resume.is_dir() else resume.parent
+    _check_workers(config, workers)
+    directory = run_directory(config) if resume is None else resume if resume.is_dir() else resume.parent
+    checkpoint = workers.from_first(partial(_checkpoint_to_continue, resume, directory, workers))
+    if checkpoint is not None:
         try:
             saved = from_dict(checkpoint["config"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise _foreign(resume, error) from error
+            raise _foreign(resume or directory, error) from error
         _check_resumable(config, saved)
-    trainer = Trainer(config)
+        _check_count(workers, 1 + len(checkpoint.get("others", ())))
+    trainer = Trainer(config, workers)
     try:
         if checkpoint is not None:
             try:
                 trainer.load_state_dict(checkpoint)
             except (KeyError, TypeError, RuntimeError) as error:
-                raise _foreign(resume, error) from error
+                raise _foreign(resume or directory, error) from error
             if not trainer.environment.resumable:
                 _log.warning(
                     "%s: emulator state cannot be saved; new episodes start at step %d", config.env.id, trainer.step
                 )
         run = config.run
         with (
-            MetricsWriter(
-                directory,
-                total_steps=run.total_steps,
-                resume_step=None if checkpoint is None else trainer.step,
-                tensorboard=run.tensorboard,
-                progress=run.progress,
-                hyperparameters=to_dict(config),
-            ) as writer,
+            _writer(trainer, directory, None if checkpoint is None else trainer.step) as writer,
             _interruptible() as interrupted,
         ):
-            save_config(config, directory / CONFIG_FILE)
+            if checkpoint is None and workers.launch is not None:
+                _save(trainer, writer, directory)  # a restart finds out by it that this folder is its own
             if checkpoint is None and run.credit_every_steps is not None:
                 # what the core can do before it has learned; and what cannot be measured is found out at once
                 writer.write(trainer.step, _credit(trainer, writer))
-            _loop(trainer, writer, directory, interrupted)
-        if interrupted and trainer.step < run.total_steps:
+            was_stopped = _loop(trainer, writer, directory, interrupted)
+        if was_stopped and trainer.step < run.total_steps:
             raise KeyboardInterrupt(
                 f"a checkpoint of step {trainer.step} was saved; continue with --resume {directory}"
             )
@@ -206,27 +213,31 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
     return directory
 
 
-def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted: list[int]) -> None:
-    run, algorithm = trainer.config.run, trainer.config.algorithm
+def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Path, interrupted: Sequence[int]) -> bool:
+    """Returns whether it was stopped. Whatever depends on more than the number of steps, all processes decide together."""
+    run, algorithm, workers = trainer.config.run, trainer.config.algorithm, trainer.workers
     started, start_step, saved_step = time.perf_counter(), trainer.step, None
     # Reading a scalar of every update is free on a CPU and a synchronisation on a GPU.
     check_every_update = trainer.device.type == "cpu"
-    while trainer.step < run.total_steps and not interrupted:
+    metrics: dict[str, Tensor] = {}
+    (stops,) = workers.any(bool(interrupted))
+    while trainer.step < run.total_steps and not stops:
         before = trainer.step
         metrics = trainer.update()
         logs = _passes(before, trainer.step, run.log_every_steps) or trainer.step >= run.total_steps
         measures = run.credit_every_steps is not None and (
             _passes(before, trainer.step, run.credit_every_steps) or trainer.step >= run.total_steps
         )
-        saves = _passes(before, trainer.step, run.checkpoint_every_steps)
-        saves = saves or trainer.step >= run.total_steps or bool(interrupted)
+        saves = _passes(before, trainer.step, run.checkpoint_every_steps) or trainer.step >= run.total_steps
+        culprit = None
         if check_every_update or logs or measures or saves:
-            _require_finite(trainer, trainer.first_non_finite(metrics, thorough=saves), directory)
+            culprit = trainer.first_non_finite(metrics, thorough=saves)
+        stops = _agree(trainer, directory, culprit, interrupted)
         row: dict[str, float | Tensor] = {}
         if logs:
             row = (
-                trainer.means.pop()
-                | trainer.actor.statistics.pop()
+                workers.means(trainer.means.pop())
+                | workers.means(trainer.actor.statistics.pop(), "charts/episodes")
                 | {
                     "charts/SPS": (trainer.step - start_step) / (time.perf_counter() - started),
                     "charts/learning_rate": trainer.learner.optimizer.param_groups[0]["lr"],
@@ -240,16 +251,46 @@ def _loop(trainer: Trainer, writer: MetricsWriter, directory: Path, interrupted:
         if row:
             writer.write(trainer.step, row)
         if saves:
-            save_checkpoint(directory, trainer.state_dict(), trainer.step)
-            writer.flush()
+            _save(trainer, writer, directory)
             saved_step = trainer.step
-    if interrupted and saved_step != trainer.step:  # the signal came between two updates
-        _require_finite(trainer, trainer.first_non_finite({}, thorough=True), directory)
-        save_checkpoint(directory, trainer.state_dict(), trainer.step)
+        if logs or measures or saves:  # which takes time, in which a signal may have come
+            stops |= workers.any(bool(interrupted))[0]
+    if stops and saved_step != trainer.step:
+        _agree(trainer, directory, trainer.first_non_finite(metrics, thorough=True))
+        _save(trainer, writer, directory)
+    return stops
 
 
-def _credit(trainer: Trainer, writer: MetricsWriter) -> dict[str, Tensor]:
+def _writer(trainer: Trainer, directory: Path, resume_step: int | None) -> MetricsWriter | SilentWriter:
+    if not trainer.workers.is_first:
+        return SilentWriter()
+    config = trainer.config
+    hyperparameters = to_dict(config)
+    if trainer.workers.count > 1:
+        hyperparameters["processes"] = {"count": trainer.workers.count}
+    writer = MetricsWriter(
+        directory,
+        total_steps=config.run.total_steps,
+        resume_step=resume_step,
+        tensorboard=config.run.tensorboard,
+        progress=config.run.progress,
+        hyperparameters=hyperparameters,
+    )
+    save_config(config, directory / CONFIG_FILE)
+    return writer
+
+
+def _save(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Path) -> None:
+    state = trainer.state_dict()
+    if trainer.workers.is_first:
+        save_checkpoint(directory, state, trainer.step)
+        writer.flush()
+
+
+def _credit(trainer: Trainer, writer: MetricsWriter | SilentWriter) -> dict[str, Tensor]:
     """Measures the credit horizon as the agent is now. Returns its scalars; the curves go to TensorBoard at once."""
+    if not trainer.workers.is_first:
+        return {}  # the others would find the same
     horizon = measure_credit(trainer.config, trainer.learner)
     if writer.has_tensorboard:
         writer.write_figure(trainer.step, "credit/curves", credit_figure([("delivered", horizon)]))
@@ -258,14 +299,22 @@ def _credit(trainer: Trainer, writer: MetricsWriter) -> dict[str, Tensor]:
     return horizon.scalars()
 
 
-def _require_finite(trainer: Trainer, culprit: str | None, directory: Path) -> None:
-    if culprit is not None:
+def _agree(trainer: Trainer, directory: Path, culprit: str | None, interrupted: Sequence[int] = ()) -> bool:
+    """Whether any process was interrupted; NonFiniteError in all of them if any has found a culprit."""
+    stops, is_spoiled = trainer.workers.any(bool(interrupted), culprit is not None)
+    if is_spoiled:
+        # What one process acted on spoils the gradients of all: the cause is where it came in.
+        culprits = [(name, rank) for rank, name in enumerate(trainer.workers.all(culprit)) if name is not None]
+        name, rank = min(culprits, key=lambda found: not found[0].startswith("rollout."))
+        if trainer.workers.count > 1 and name.startswith("rollout."):
+            name = f"{name} of process {rank}"
         stands = f"the last good checkpoint in {directory} stands"
         raise NonFiniteError(
-            f"{culprit}: NaN or infinity at step {trainer.step}; stopped, "
+            f"{name}: NaN or infinity at step {trainer.step}; stopped, "
             f"{stands if (directory / CHECKPOINT_FILE).exists() else 'before the first checkpoint'}; "
             "lower algorithm.learning_rate, or bound the synthetic gradient with critic.max_norm_ratio"
         )
+    return stops
 
 
 class _RunningMeans:
@@ -296,6 +345,18 @@ def _passes(before: int, after: int, every: int) -> bool:
     return before // every != after // every
 
 
+def _checkpoint_to_continue(resume: Path | None, directory: Path, workers: Workers) -> dict[str, Any] | None:
+    """After a restart what the same run has saved; otherwise that of `resume`, or None for a new run."""
+    if workers.restarted:
+        try:
+            state = load_checkpoint(directory)
+        except ValueError:  # it had not come so far, or the folder was refused to it; the writer will tell
+            state = {}
+        if state.get("launch") == workers.launch:
+            return state
+    return None if resume is None else load_checkpoint(resume)
+
+
 def _foreign(resume: Path | None, error: Exception) -> ValueError:
     """The error for a sound checkpoint that holds something else; on one line, which those of PyTorch are not."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -303,6 +364,31 @@ def _foreign(resume: Path | None, error: Exception) -> ValueError:
         f"{resume}: found a checkpoint of another program or version, or of another environment ({reason}); allowed one of "
         "this very run; start a new run instead"
     )
+
+
+def _check_workers(config: TrainConfig, workers: Workers) -> None:
+    if workers.count == 1:
+        return
+    if config.critic.kind == "bp_lambda":
+        raise ValueError(
+            f"critic.kind: found 'bp_lambda' in {workers.count} processes; allowed every other kind; its traces weigh sequences within "
+            "one process, so train in one"
+        )
+    needed = workers.count * config.env.num_envs * config.algorithm.rollout_length
+    if config.run.total_steps < needed:
+        raise ValueError(
+            f"run.total_steps: found {config.run.total_steps}; allowed at least one rollout of each of {workers.count} processes, {needed} "
+            "(processes x env.num_envs x algorithm.rollout_length); train longer, or with fewer environments"
+        )
+
+
+def _check_count(workers: Workers, saved: int) -> None:
+    """Another number of processes is another batch size, and environments for which no state was saved."""
+    if workers.count != saved:
+        way_out = f"use torchrun --standalone --nproc-per-node {saved}" if saved > 1 else "leave torchrun out"
+        raise ValueError(
+            f"processes: found {workers.count}; allowed {saved}, as in the run to resume; {way_out}, or start a new run"
+        )
 
 
 def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:

@@ -58,10 +58,12 @@ class Measured:
 
     @property
     def method(self) -> str:
-        """Kind of critic, window, and core where it is not an LSTM; of a bare measurement, what the agent was trained by."""
+        """Critic and what it is told, window, core if no LSTM; of a bare measurement, what the agent was trained by."""
         core = "" if self.config.model.core == "lstm" else f", {self.config.model.core}"
+        past = ", past observations" if self.config.critic.past_steps else ""
+        future = ", future inputs" if self.config.critic.future_steps else ""
         bare = ", critics left out" if self.bare else ""
-        return f"{self.config.critic.kind}, K = {self.config.algorithm.bptt_horizon}{core}{bare}"
+        return f"{self.config.critic.kind}{past}{future}, K = {self.config.algorithm.bptt_horizon}{core}{bare}"
 
     @property
     def while_learning(self) -> float | None:
