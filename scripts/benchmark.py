@@ -8,7 +8,7 @@
 sb3-contrib's RecurrentPPO at the same settings, and on our own T-maze (64 environments). Both sides have one LSTM shared by
 policy and value, the same torso, heads, epochs, minibatches of the same size, and neither sees the previous action or reward.
 RecurrentPPO acts through the environment stack that its authors document. A round is one rollout and its updates; all contenders take
-their turn in every round, and a ratio is the median over rounds of the ratio within a round.
+their turn in every round, and a ratio is the median over rounds of the ratio within a round. Each task has a process of its own.
 
 `overhead` has the learners of all methods learn from a stored rollout, again and again: what a method adds to plain truncated BPTT
 with the same window, without environments and acting. Beside it the memory of one long sequence, window by window.
@@ -22,6 +22,7 @@ import argparse
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -30,6 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -165,6 +167,7 @@ def contenders(task: str) -> dict[str, Update]:
 
 def measure(task: str, rounds: int) -> dict[str, list[float]]:
     """Steps per second of every contender in every round, after one round of warm-up."""
+    torch.set_num_threads(1)
     updates = contenders(task)
     speeds: dict[str, list[float]] = {name: [] for name in updates}
     for round_ in range(rounds + 1):
@@ -219,14 +222,16 @@ def table(task: str, speeds: dict[str, list[float]]) -> tuple[str, list[dict]]:
 
 def speed(tasks: list[str], rounds: int, output: Path | None) -> None:
     """Runs the speed benchmark and prints its tables."""
-    torch.set_num_threads(1)
     results: dict = {
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}, torch {torch.__version__}, 1 thread",
         "rounds": rounds,
         "rows": [],
     }
     for task in tasks:
-        text, rows = table(task, measure(task, rounds))
+        # What one task leaves behind, imported packages and scattered memory, is no part of the next one's time.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            speeds = process.submit(measure, task, rounds).result()
+        text, rows = table(task, speeds)
         print(f"\n### {task}\n\n{text}")
         results["rows"] += rows
     if output is not None:
