@@ -153,6 +153,7 @@ def test_what_cannot_be_compiled_says_so(wrap):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of its own import
 def test_the_default_backend():
     model, critic = make("element-wise LSTM")
     expected = train(model, critic, model)
