@@ -125,7 +125,7 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         warmup_updates=config.warmup_updates,
         slow_copy_rate=config.slow_copy_rate,
         target_lambda=config.target_lambda,
-        targets_per_window=config.targets_per_window,
+        targets_per_window=config.targets_per_window if config.dense_targets and config.target_lambda == 1.0 else None,
         yardstick_interval=config.yardstick_interval,
     )
 

@@ -171,9 +171,10 @@ class CriticConfig(_Section):
     inside a window, without unit; null: no bound, as in the paper."""
     dense_targets: bool = True
     """Whether the critic learns from the gradient at every step of a window; false: at its start, as in the paper."""
-    targets_per_window: PositiveCount | None = None
-    """Of dense targets, at how many steps of a window, evenly spaced, the first its start; 2 or more. null: at every step. A fit
-    costs in proportion to it (docs/results/overhead.md)."""
+    targets_per_window: PositiveCount | None = 8
+    """Of dense targets, at how many steps of a window at most, evenly spaced, the first its start; 2 or more. null: at every step. A
+    fit costs in proportion to it, and more than eight of a window taught the critic no more (docs/results/targets.md). With
+    target_lambda below 1 it is every step, whatever stands here."""
     yardstick_interval: PositiveCount = 8
     """Updates from one look at the yardstick of max_norm_ratio to the next, after the first 16; each costs a second backward pass."""
     normalize_targets: bool = True
@@ -399,7 +400,6 @@ class TrainConfig:
             "slow_copy_rate": None,
             "target_lambda": 1.0,
             "future_steps": 0,
-            "targets_per_window": None,
             "past_steps": (),
         }
         for name, value in wanted.items():

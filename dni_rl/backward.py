@@ -168,7 +168,11 @@ def backward(
     if fit and history is not None and critic.target_lambda < 1.0 and critic.learns_gradients:
         mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history, weight)
     dense = fit and history is not None and critic.dense_targets
-    with _gradients_of(start) as at_start, nullcontext() if history is None or dense else history.unwatched():
+    # A hook costs time, so there is none where nothing is learned at the start alone.
+    with (
+        _gradients_of(start if fit and not dense else ()) as at_start,
+        nullcontext() if history is None or dense else history.unwatched(),
+    ):
         # As <losses, weight> + <end, weight b>, without building the surrogate. An end that is a part of the start (a core that
         # does not change it) is a leaf, and right to receive it.
         torch.autograd.backward(
@@ -183,7 +187,8 @@ def backward(
     if not fit:
         nan = losses.new_full((), torch.nan)
         return Report(nan, nan, nan, nan, nan, synthetic_norm, nan)
-    if history is not None and dense:
+    if dense:
+        assert history is not None
         states, targets, valid = history.states, history.gradients if mixed is None else mixed, history.valid
         steps = critic.target_steps(T)
         if len(steps) < T:

@@ -472,7 +472,7 @@ class ErrorCritic(nn.Module, ABC):
                     weight = (keep / keep.sum().clamp_min(1.0)).unsqueeze(-1)
                     # where: an invalid row may hold anything
                     goal = torch.where(weight > 0, goal, 0.0)
-                square = (weight * goal.square()).sum(0)
+                square = (weight.t() @ goal.square()).squeeze(0)
             else:
                 keep = (goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)).unsqueeze(-1)
                 goal = torch.where(keep > 0, goal, 0.0)
@@ -493,10 +493,10 @@ class ErrorCritic(nn.Module, ABC):
         if self._mean is not None:  # the report is that of this process's rows
             total = weight.sum().clamp_min(torch.finfo(goal.dtype).tiny)
             weight, error = weight / total, error / total
-        normalized = goal / self._target_unit
-        centred = normalized - (weight * normalized).sum(0)
-        variance = (weight * centred.square()).sum() / goal.shape[-1]
-        predicted_norm, target_norm = predicted.norm(dim=-1), goal.norm(dim=-1)
+        # As few passes over [N, S] as there can be: on small nets the report would cost as much as the fit.
+        squares, mean = goal.square(), weight.t() @ goal
+        variance = ((weight.t() @ squares - mean.square()) / self._target_unit.square()).sum() / goal.shape[-1]
+        predicted_norm, target_norm = predicted.norm(dim=-1), squares.sum(-1).sqrt()
         tiny = torch.finfo(goal.dtype).tiny
         cosine = (predicted * goal).sum(-1) / (predicted_norm * target_norm).clamp_min(tiny)
         counted = weight.squeeze(-1) * (target_norm > 0)
@@ -597,8 +597,8 @@ class GradientRegression(ErrorCritic):
         return self._regress(predicted, goal, weight)
 
     def _regress(self, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
-        error = weight * ((predicted - goal) / self._target_unit).square()
-        loss = error.sum() / goal.shape[-1]
+        deviation = (predicted - goal) / self._target_unit
+        loss = (weight * deviation.square().sum(-1, keepdim=True)).sum() / goal.shape[-1]
         return self._fit(loss, loss, predicted, goal, weight)
 
 
