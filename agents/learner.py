@@ -12,6 +12,7 @@ With other processes (`agents.parallel`), each has B environments, and gradients
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -233,8 +234,8 @@ class Learner:
         self.entropy_cost = algorithm.entropy_cost
         self.generator = torch.Generator().manual_seed(seed)
         self.auxiliary = None if critic is None else build_auxiliary(critic_config, model)
-        if isinstance(model.core, dni_rl.LSTM):
-            model.core.expects_dense_targets = critic is not None and critic.dense_targets
+        if isinstance(model.core, dni_rl.LSTM) and critic is None:
+            model.core.targets_per_window = 0  # nobody will ask for gradients inside its windows
         # The auxiliary head is a part of the model: one optimiser, one clipped norm. The actor has no use for it.
         self.learned = model if self.auxiliary is None else nn.ModuleList([model, self.auxiliary])
         self.optimizer = _adam(self.learned, algorithm)
@@ -341,9 +342,8 @@ class Learner:
         state = dni_rl.cut(batch.state)
         inputs = model.core_inputs(batch.observation, batch.action_tm1, batch.reward, batch.first)
         context = batch.context if critic is not None and critic.context_size else None
-        if isinstance(model.core, dni_rl.LSTM) and critic is not None:
-            model.core.expects_dense_targets = fit and critic.dense_targets
-        outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
+        with self._recording(fit):
+            outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
         logits, values = model.heads(outputs)
         loss = actor_critic_loss(
             logits,
@@ -411,6 +411,19 @@ class Learner:
                 metrics[f"sg/interface_{level}/explained_variance"] = found.explained_variance
                 metrics[f"sg/interface_{level}/cosine"] = found.cosine
         return metrics
+
+    @contextmanager
+    def _recording(self, fit: bool) -> Iterator[None]:
+        """Meanwhile the core records no more of its windows than the critic will ask for, which is faster."""
+        core, critic = self.model.core, self.critic
+        if not isinstance(core, dni_rl.LSTM) or critic is None or self.auxiliary is not None:
+            yield
+            return
+        core.targets_per_window = critic.targets_per_window if fit and critic.dense_targets else 0
+        try:
+            yield
+        finally:
+            core.targets_per_window = None
 
     def _unroll(
         self, batch: Windows, inputs: Tensor, state: State, context: Tensor | None

@@ -189,11 +189,10 @@ def backward(
         return Report(nan, nan, nan, nan, nan, synthetic_norm, nan)
     if dense:
         assert history is not None
-        states, targets, valid = history.states, history.gradients if mixed is None else mixed, history.valid
         steps = critic.target_steps(T)
-        if len(steps) < T:
-            chosen = list(steps)
-            states, targets, valid = tuple(s[chosen] for s in states), tuple(g[chosen] for g in targets), valid[chosen]
+        states, targets, valid = history.at(steps)
+        if mixed is not None:
+            targets = mixed
         history.clear()
     else:
         states, targets = tuple(s.detach().unsqueeze(0) for s in start), tuple(g.unsqueeze(0) for g in at_start)

@@ -26,7 +26,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from dni_rl.cores.base import State
+from dni_rl.cores.base import State, evenly_spaced_steps
 from dni_rl.targets import lambda_targets
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -371,11 +371,12 @@ class ErrorCritic(nn.Module, ABC):
         """
         with torch.no_grad():
             gradient = self._gradient(self._bootstrap_net, self._join(state), context)
-            gradient = gradient * (self.gradient_discount * self.scale)
+            factor: Tensor | float = self.gradient_discount * self.scale
             if self.max_norm_ratio is not None:
                 bound = self.max_norm_ratio * self.window_norm
                 norm = gradient.norm(dim=-1, keepdim=True)
-                gradient = gradient * (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
+                factor = (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(factor)
+            gradient = gradient * factor
             if self.warmup_updates:
                 gradient = gradient * (self.num_updates >= self.warmup_updates)
             if alive is not None:
@@ -398,9 +399,8 @@ class ErrorCritic(nn.Module, ABC):
         return self.yardstick_interval if self._windows_seen % self.yardstick_interval == 0 else 0
 
     def target_steps(self, num_steps: int) -> tuple[int, ...]:
-        """The steps of a window of so many at which a critic with dense targets learns: floor(i T / n) for i = 0 .. n - 1."""
-        wanted = num_steps if self.targets_per_window is None else min(self.targets_per_window, num_steps)
-        return tuple(i * num_steps // wanted for i in range(wanted))
+        """The steps of a window of so many at which a critic with dense targets learns; see `evenly_spaced_steps`."""
+        return evenly_spaced_steps(num_steps, self.targets_per_window)
 
     def observe_window(self, gradient: State, stands_for: int = 1) -> None:
         """Updates the running norm that bounds predictions.
@@ -510,8 +510,8 @@ class ErrorCritic(nn.Module, ABC):
 
     def _update_target_statistics(self, square: Tensor) -> None:
         # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; the loss does show it.
-        finite = square.isfinite().all()
         running = self._target_square.lerp(square, 1.0 - self.statistics_decay)
+        finite = running.isfinite().all()
         self._target_square.copy_(torch.where(finite, running, self._target_square))
         self.num_updates += finite
         # to the dtype first: a power of an integer tensor is float32
@@ -519,7 +519,7 @@ class ErrorCritic(nn.Module, ABC):
         rms = (self._target_square / (1.0 - self.statistics_decay**updates)).sqrt()
         # A component that has never had a gradient keeps unit scale; one that almost never has cannot blow up the loss.
         floor = 1e-3 * rms.square().mean().sqrt()
-        self.target_rms.copy_(torch.where(floor > 0, rms.maximum(floor), torch.ones_like(rms)))
+        self.target_rms.copy_(torch.where(floor > 0, rms.maximum(floor), 1.0))
 
     @torch.no_grad()
     def _update_context_statistics(self, context: Tensor | None, weight: Tensor) -> None:

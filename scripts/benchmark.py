@@ -71,6 +71,8 @@ def ours(env: EnvConfig, model: ModelConfig, algorithm: AlgorithmConfig, critic:
         env=env, model=model, algorithm=algorithm, critic=critic, run=RunConfig(threads=1, total_steps=10**9)
     )
     trainer = Trainer(config)
+    for each in trainer.learner.critics:
+        each.set_extra_state({"windows_seen": 16})  # until then every window is looked at for the bound, afterwards one in eight
 
     def update() -> int:
         metrics = trainer.update()
@@ -478,7 +480,7 @@ class StoredRollout:
         self.learner, self.device = self.trainer.learner, self.trainer.device
         core = self.learner.model.core
         if isinstance(core, dni_rl.LSTM) and not fused:
-            core.expects_dense_targets = True
+            core.targets_per_window = None
         self.rollout = self.trainer.actor.collect()
         self._count_windows(2 * DUE_EVERY)  # as later in a run: the yardstick is looked at as often as it will be
 
@@ -526,7 +528,7 @@ def sequence_peak(kind: str, length: int, hidden_size: int, batch_size: int, dev
     critic = None
     if kind == "dni":
         critic = dni_rl.GradientCritic(state_sizes=core.state_sizes, hidden_sizes=(128,), max_norm_ratio=1.0).to(device)
-    core.expects_dense_targets = critic is not None
+    core.targets_per_window = 0 if critic is None else None
     optimizer = torch.optim.Adam([*core.parameters(), *head.parameters(), *(critic.parameters() if critic else ())])
 
     def learn(num_windows: int) -> None:

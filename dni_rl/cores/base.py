@@ -23,16 +23,18 @@ class StateHistory:
 
     Args:
         states: tuple of [T, B, ...], detached: the state each step started from, episode resets applied; or a function that
-            computes it when it is first asked for.
+            computes it when it is first asked for. With `steps`, of those alone.
         valid: [T, B] bool, False where the step started an episode: the state before it has no future to be credited for.
+        steps: the steps whose states and gradients are recorded, rising; None for all.
 
     Attributes:
         watches: whether backward passes are recorded; `unwatched` turns it off for a while.
     """
 
-    def __init__(self, states: State | Callable[[], State], valid: Tensor):
+    def __init__(self, states: State | Callable[[], State], valid: Tensor, steps: tuple[int, ...] | None = None):
         self._states = states
         self.valid = valid
+        self.steps = steps
         self.watches = True
         self._gradients: dict[int, Tensor] = {}
         self._mixture: tuple[float, State] | None = None
@@ -41,9 +43,36 @@ class StateHistory:
     @property
     def states(self) -> State:
         """Tuple of [T, B, ...], detached."""
+        self._check_complete()
+        return self._recorded_states
+
+    @property
+    def _recorded_states(self) -> State:
         if not isinstance(self._states, tuple):
             self._states = self._states()
         return self._states
+
+    def at(self, steps: tuple[int, ...]) -> tuple[State, State, Tensor]:
+        """States and gradients, tuples of [R, B, ...], and valid [R, B], at R steps; RuntimeError if one was not recorded."""
+        states, gradients = self._recorded_states, self._recorded_gradients
+        if self.steps is None:
+            if len(steps) == len(self.valid):
+                return states, gradients, self.valid
+            rows = list(steps)
+        elif set(steps) <= set(self.steps):
+            rows = [self.steps.index(step) for step in steps]
+        else:
+            self._check_complete()
+        valid = self.valid[list(steps)]
+        if self.steps == steps:
+            return states, gradients, valid
+        return tuple(s[rows] for s in states), tuple(g[rows] for g in gradients), valid
+
+    def _check_complete(self) -> None:
+        if self.steps is not None:
+            raise RuntimeError(
+                f"history: found the steps {self.steps} recorded, and others were asked for; set the core's targets_per_window to None"
+            )
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -101,11 +130,12 @@ class StateHistory:
         self._gradients[index] = gradient
 
     def record_step(self, index: int, step: int, gradient: Tensor | None) -> None:
-        """Stores the gradient [B, ...] of state component `index` at one step; None, autograd's undefined gradient, is zero."""
+        """Stores the gradient [B, ...] of state component `index` at one step, or with `steps` at the step of that number among them;
+        None, autograd's undefined gradient, is zero."""
         buffer = self._gradients.get(index)
         if buffer is None:
             buffer = self._gradients[index] = torch.zeros_like(
-                self.states[index], dtype=None if gradient is None else gradient.dtype
+                self._recorded_states[index], dtype=None if gradient is None else gradient.dtype
             )
         buffer[step] = 0.0 if gradient is None else gradient
 
@@ -116,8 +146,13 @@ class StateHistory:
     @property
     def gradients(self) -> State:
         """Tuple of [T, B, ...] gradients; zero for a component that no loss depends on."""
-        recorded = self._gradients
-        return tuple(recorded[i] if i in recorded else torch.zeros_like(s) for i, s in enumerate(self.states))
+        self._check_complete()
+        return self._recorded_gradients
+
+    @property
+    def _recorded_gradients(self) -> State:
+        found = self._gradients
+        return tuple(found[i] if i in found else torch.zeros_like(s) for i, s in enumerate(self._recorded_states))
 
 
 class UnrolledState(tuple[Tensor, ...]):
@@ -191,6 +226,12 @@ class Core(nn.Module, ABC):
         expected = [(inputs.shape[1], size) for size in self.state_sizes]
         if [tuple(s.shape) for s in state] != expected:
             raise ValueError(f"state: expected shapes {expected}, got {[tuple(s.shape) for s in state]}")
+
+
+def evenly_spaced_steps(num_steps: int, wanted: int | None) -> tuple[int, ...]:
+    """floor(i T / n) for i = 0 .. n - 1: n of T steps, the first of them 0; all where `wanted` is None or above T."""
+    n = num_steps if wanted is None else min(wanted, num_steps)
+    return tuple(i * num_steps // n for i in range(n))
 
 
 def clear_state(state: State, first: Tensor) -> State:

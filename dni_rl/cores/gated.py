@@ -1,5 +1,6 @@
 """LSTM and GRU cores, and wrappers that make cores of other people's recurrent modules."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dni_rl.cores.base import Core, State, StateHistory, UnrolledState
+from dni_rl.cores.base import (
+    Core,
+    State,
+    StateHistory,
+    UnrolledState,
+    clear_state,
+    evenly_spaced_steps,
+)
 
 _FIRST_DERIVATIVES_ONLY = (
     "LSTM.unroll: create_graph=True found, but it has first derivatives only; use "
@@ -417,11 +425,12 @@ class LSTM(_Gated):
         chrono_max: if given, chrono initialisation for dependencies of up to so many steps (`chrono_init_`).
 
     Attributes:
-        expects_dense_targets: whether the state gradients of every step will be asked for, as a critic with dense targets does.
-            A matter of speed alone: False takes the fused kernel for short windows too.
+        targets_per_window: at how many steps of a window, evenly spaced, state gradients will be asked for: None for every step, as
+            a critic with dense targets does, 0 for none. A matter of speed alone: 0 takes the fused kernel for short windows too, a
+            number takes it from each of these steps to the next where that is far, and then records no others.
     """
 
-    expects_dense_targets = True
+    targets_per_window: int | None = None
     _gates = 4
     _states_per_layer = 2
 
@@ -447,11 +456,43 @@ class LSTM(_Gated):
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
         """Same as stepping, in fewer and larger operations; see `Core.unroll`. First derivatives only."""
         self.check_unroll(inputs, state, first)
+        fused = _fused_is_possible(inputs, state, list(self.rnn.parameters()))
+        steps = evenly_spaced_steps(len(inputs), self.targets_per_window) if self.targets_per_window != 0 else ()
+        if fused and steps and len(inputs) >= 8 * len(steps):
+            return self._unroll_in_stretches(inputs, state, first, steps)
+        # In short windows, to compute their inside a second time costs more than the kernel saves.
+        return self._unroll(inputs, state, first, fused=fused and (not steps or len(inputs) >= 32))
+
+    def _unroll_in_stretches(
+        self, inputs: Tensor, state: State, first: Tensor | None, steps: tuple[int, ...]
+    ) -> tuple[Tensor, UnrolledState]:
+        """From one of these steps to the next by the kernel: there alone a state is a tensor whose gradient can be had."""
+        outputs: list[Tensor] = []
+        visited: list[State] = []
+        for start, stop in itertools.pairwise((*steps, len(inputs))):
+            starts = None if first is None else first[start:stop]
+            state = tuple(s.view_as(s) for s in state) if starts is None else clear_state(state, starts[0])
+            visited.append(state)
+            output, state = self._unroll(inputs[start:stop], state, starts, fused=True)
+            state.history.watches = False
+            outputs.append(output)
+        valid = torch.ones(inputs.shape[:2], dtype=torch.bool) if first is None else ~first
+        history = StateHistory(
+            tuple(torch.stack([s.detach() for s in component]) for component in zip(*visited, strict=True)),
+            valid,
+            steps,
+        )
+        for row, at_step in enumerate(visited):
+            for index, s in enumerate(at_step):
+                if s.requires_grad:
+                    s.register_hook(partial(history.record_step, index, row))
+        return torch.cat(outputs), UnrolledState.of(state, history)
+
+    def _unroll(
+        self, inputs: Tensor, state: State, first: Tensor | None, *, fused: bool
+    ) -> tuple[Tensor, UnrolledState]:
         x, next_state = inputs, []
         recorders = [_LayerRecorder() for _ in range(self.num_layers)]
-        # In short windows, to compute their inside a second time costs more than the kernel saves.
-        fused = not self.expects_dense_targets or len(inputs) >= 32
-        fused = fused and _fused_is_possible(inputs, state, list(self.rnn.parameters()))
         timetable = _Timetable(first) if fused and first is not None and bool(first[1:].any()) else None
         if timetable is not None and timetable.length > len(inputs) * 9 // 8:
             fused = False

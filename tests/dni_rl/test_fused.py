@@ -120,7 +120,7 @@ def test_short_windows_with_dense_targets_take_the_written_out_layer(calls):
     core, inputs, state, _ = case(None)
     core.unroll(inputs[:8], state)
     assert not calls
-    core.expects_dense_targets = False
+    core.targets_per_window = 0
     core.unroll(inputs[:8], state)
     assert len(calls) == 1
 
@@ -223,3 +223,44 @@ def test_backward_gives_the_same_by_either_layer(calls, monkeypatch, critic):
         found.append([p.grad.clone() for p in module.parameters()])
     assert len(calls) == 1
     torch.testing.assert_close(found[0], found[1], **CLOSE)
+
+
+@every_reset
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("wanted", [1, 3, 5])
+def test_stretches_between_targets_equal_the_plain_loop(calls, resets, layers, wanted):
+    arguments = case(resets, layers)
+    arguments[0].targets_per_window = wanted
+    outputs, end, found = gradients(fused, *arguments)
+    assert calls and end.history.steps == tuple(i * T // wanted for i in range(wanted))
+    expected_outputs, expected_end, expected = gradients(unroll_stepwise, *arguments)
+    torch.testing.assert_close((outputs, tuple(end)), (expected_outputs, tuple(expected_end)), **CLOSE)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    steps = tuple(i * T // wanted for i in range(wanted))
+    states, recorded, valid = end.history.at(steps)
+    expected_states, expected_recorded, expected_valid = expected_end.history.at(steps)
+    torch.testing.assert_close(states, expected_states, **CLOSE)
+    assert valid.equal(expected_valid)
+    for x, y in zip(recorded, expected_recorded, strict=True):
+        torch.testing.assert_close(x[valid], y[valid], **CLOSE)
+
+
+def test_targets_closer_than_a_stretch_are_recorded_at_every_step(calls):
+    core, inputs, state, first = case([(7, 0)])
+    core.targets_per_window = 6
+    end = core.unroll(inputs, state, first)[1]
+    assert len(calls) == 1 and end.history.steps is None
+    assert len(end.history.states[0]) == T
+
+
+def test_steps_that_no_stretch_starts_from_are_refused(calls):
+    core, inputs, state, first = case(None)
+    core.targets_per_window = 2
+    end = core.unroll(inputs, state, first)[1]
+    for ask in (lambda: end.history.states, lambda: end.history.gradients, lambda: end.history.at((0, 10, 20, 30))):
+        with pytest.raises(
+            RuntimeError, match=r"history: found the steps \(0, 20\) recorded, .* set the core's targets_per_window"
+        ):
+            ask()
+    states, found, valid = end.history.at((20,))
+    assert [s.shape for s in (*states, *found)] == [(1, B, H)] * 4 and valid.shape == (1, B)
