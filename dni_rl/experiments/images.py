@@ -3,9 +3,11 @@
 python -m dni_rl.experiments.images --preset laptop --arm cdni --run-folder runs/images/cdni
 python -m dni_rl.experiments.images --preset laptop --arm dni --update-probability 0.2 --run-folder runs/images/dni-0.2
 python -m dni_rl.experiments.images --preset laptop --arm cdni --unlocked --run-folder runs/images/unlocked
+python -m dni_rl.experiments.images --preset laptop --model cnn --arms --run-folder runs/images/cnn
 python -m dni_rl.experiments.images --preset laptop --model greedy_cnn --arms --run-folder runs/greedy
 
-A fully connected net learns by backpropagation, by its last layer alone ("none"), or with a synthetic gradient above every layer,
+A fully connected net, or with `--model cnn` a convolutional one (see `conv_layers`), learns by backpropagation, by its last layer
+alone ("none"), or with a synthetic gradient above every layer,
 plain ("dni") or conditioned on the label ("cdni"); decoupled layers may also learn now and then, in random order, or on synthetic inputs.
 A run's folder holds config.json, metrics.jsonl, result.json, TensorBoard events and a checkpoint, from which `--resume` continues as if the
 run had never stopped. With --arms there is one run for each arm and seed, in folders below, and a summary.json with the table of all.
@@ -41,7 +43,7 @@ from dni_rl.feedforward import DecoupledSequential
 
 ARMS = ("backprop", "none", "dni", "cdni")
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "synthetic", "synthetic_rgb")
-MODELS = ("dense", "greedy_cnn")
+MODELS = ("dense", "cnn", "greedy_cnn")
 NUM_CLASSES = 10
 # Settings that the suffix of an arm stands for; see above.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,19 +52,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch_unit": {"target_unit": "batch_mean"},
     "published": {"critic_start": "random_bias", "target_unit": "batch_mean"},
 }
-# Test errors by data set, arm and number of layers: Jaderberg et al. (2017), as secondary sources quote them.
+# Test errors by model, data set, arm and number of layers. Those of dense and cnn: Jaderberg et al. (2017), as secondary sources
+# quote them. Those of greedy_cnn: Belilovsky et al. (2020).
 PUBLISHED = {
-    ("mnist", "none"): {3: 0.093, 4: 0.126, 5: 0.162, 6: 0.214},
-    ("mnist", "backprop"): {3: 0.020, 4: 0.018, 5: 0.018, 6: 0.018},
-    ("mnist", "dni"): {3: 0.019, 4: 0.022, 5: 0.034, 6: 0.043},
-    ("mnist", "cdni"): {3: 0.022, 4: 0.019, 5: 0.017, 6: 0.016},
-    ("cifar10", "none"): {3: 0.549, 4: 0.572, 5: 0.596, 6: 0.619},
-    ("cifar10", "backprop"): {3: 0.435, 4: 0.430, 5: 0.417, 6: 0.420},
-    ("cifar10", "dni"): {3: 0.425, 4: 0.450, 5: 0.469, 6: 0.497},
-    ("cifar10", "cdni"): {3: 0.485, 4: 0.451, 5: 0.435, 6: 0.468},
+    ("dense", "mnist", "none"): {3: 0.093, 4: 0.126, 5: 0.162, 6: 0.214},
+    ("dense", "mnist", "backprop"): {3: 0.020, 4: 0.018, 5: 0.018, 6: 0.018},
+    ("dense", "mnist", "dni"): {3: 0.019, 4: 0.022, 5: 0.034, 6: 0.043},
+    ("dense", "mnist", "cdni"): {3: 0.022, 4: 0.019, 5: 0.017, 6: 0.016},
+    ("dense", "cifar10", "none"): {3: 0.549, 4: 0.572, 5: 0.596, 6: 0.619},
+    ("dense", "cifar10", "backprop"): {3: 0.435, 4: 0.430, 5: 0.417, 6: 0.420},
+    ("dense", "cifar10", "dni"): {3: 0.425, 4: 0.450, 5: 0.469, 6: 0.497},
+    ("dense", "cifar10", "cdni"): {3: 0.485, 4: 0.451, 5: 0.435, 6: 0.468},
+    ("cnn", "mnist", "none"): {3: 0.009, 4: 0.028},
+    ("cnn", "mnist", "backprop"): {3: 0.008, 4: 0.006},
+    ("cnn", "mnist", "dni"): {3: 0.009, 4: 0.007},
+    ("cnn", "mnist", "cdni"): {3: 0.010, 4: 0.008},
+    ("cnn", "cifar10", "none"): {3: 0.287, 4: 0.381},
+    ("cnn", "cifar10", "backprop"): {3: 0.179, 4: 0.157},
+    ("cnn", "cifar10", "dni"): {3: 0.195, 4: 0.195},
+    ("cnn", "cifar10", "cdni"): {3: 0.190, 4: 0.164},
+    ("greedy_cnn", "cifar10", "backprop"): {4: 0.153},
+    ("greedy_cnn", "cifar10", "dni-published"): {4: 0.377},
+    ("greedy_cnn", "cifar10", "cdni-published"): {4: 0.178},
 }
-# Test errors of greedy_cnn on CIFAR-10: Belilovsky et al. (2020).
-PUBLISHED_GREEDY = {"backprop": 0.153, "dni-published": 0.377, "cdni-published": 0.178}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +82,16 @@ class ImagesConfig:
     """One run. Defaults are the paper's for MNIST, as far as it states them."""
 
     arm: str = "cdni"
-    model: str = "dense"  # or "greedy_cnn"
+    model: str = "dense"  # or "cnn", "greedy_cnn"
     dataset: str = (
         "mnist"  # "synthetic" and "synthetic_rgb" need no files: ten noisy patterns, 8 x 8 grey and 32 x 32 in colour
     )
-    num_layers: int = 4  # with weights, the output layer among them; the paper: 3 to 6; greedy_cnn: always 4
-    hidden_size: int = 256  # the paper: 256 on MNIST, 1000 on CIFAR-10; greedy_cnn: channels, 128 as published
-    critic_hidden_sizes: tuple[int, ...] = ()  # the paper, MNIST: 1024 1024 for DNI, none (linear) for cDNI
-    critic_start: str = "zero"  # greedy_cnn: or "random_bias", of the critic's last layer
-    target_unit: str = "rms"  # greedy_cnn: normalised targets, or "batch_mean", gradients of the mean over the batch
+    num_layers: int = 4  # with weights, the output layer too; the paper: 3 to 6; cnn: 3 or 4; greedy_cnn: always 4
+    hidden_size: int = 256  # the paper: 256 on MNIST, 1000 on CIFAR-10; of cnn filters, 64 and 128; greedy_cnn: 128
+    # The paper, MNIST: 1024 1024 for DNI, none (linear) for cDNI; cnn: channels, for both 64 64 on MNIST, 128 128 on CIFAR-10
+    critic_hidden_sizes: tuple[int, ...] = ()
+    critic_start: str = "zero"  # cnn, greedy_cnn: or "random_bias", of the critic's last layer
+    target_unit: str = "rms"  # cnn, greedy_cnn: normalised targets, or "batch_mean", gradients of the batch's mean
     augment: bool = False  # whether training images are shifted by up to 4 pixels and mirrored
     update_probability: float = 1.0  # of each layer at each step
     unlocked: bool = False  # whether layers compute on synthetic inputs
@@ -116,15 +129,27 @@ class ImagesConfig:
             if (self.critic_start, self.target_unit) != ("zero", "rms"):
                 raise ValueError(
                     f"critic_start, target_unit: found {self.critic_start}, {self.target_unit}, allowed zero, rms with model dense; "
-                    "use --model greedy_cnn"
+                    "use --model cnn or --model greedy_cnn"
                 )
-        elif self.num_layers != 4 or self.unlocked or self.critic_hidden_sizes:
+            return
+        if self.model == "greedy_cnn" and (self.num_layers != 4 or self.unlocked or self.critic_hidden_sizes):
             raise ValueError(
                 "model: greedy_cnn has 4 layers, a critic of its own and no synthetic inputs; leave out --num-layers, "
                 "--critic-hidden-sizes and --unlocked"
             )
-        elif self.dataset == "synthetic":
-            raise ValueError("dataset: found 'synthetic', too small for model greedy_cnn; use --dataset synthetic_rgb")
+        if self.num_layers not in (3, 4):
+            raise ValueError(f"num_layers: found {self.num_layers}, allowed 3 or 4 with model cnn, or --model dense")
+        if any(channels < 1 for channels in self.critic_hidden_sizes):
+            found = " ".join(map(str, self.critic_hidden_sizes))
+            raise ValueError(f"critic_hidden_sizes: found {found}, allowed positive channels, or nothing for linear")
+        if self.unlocked:
+            raise ValueError(
+                "unlocked: found True with model cnn, allowed False; use --model dense for synthetic inputs"
+            )
+        if self.dataset == "synthetic":
+            raise ValueError(
+                f"dataset: found 'synthetic', too small for model {self.model}; use --dataset synthetic_rgb"
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -195,19 +220,47 @@ GREEDY_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# The paper's filters and critics where a preset does not name any: `make_config`.
+CNN_PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {**GREEDY_PRESETS["smoke"], "arms": ARMS},
+    # Under half an hour on two cores. Three layers: with four the last critic sees one number of each filter, too little for plain DNI
+    # with 16 filters and so few steps. At equal learning rates of layers and critics plain DNI gained little on "none".
+    "laptop": {
+        "arms": ARMS,
+        "seeds": (0, 1, 2),
+        "jobs": 2,
+        "num_layers": 3,
+        "hidden_size": 16,
+        "batch_size": 128,
+        "num_steps": 2_000,
+        "learning_rate": 3e-4,
+        "critic_learning_rate": 3e-3,
+        "learning_rate_drop_steps": (1_600, 1_800),
+        "eval_every_steps": 200,
+        "checkpoint_every_steps": 500,
+    },
+    "paper": {"arms": ARMS, "seeds": (0, 1, 2)},
+}
+CONV_PRESETS = {"cnn": CNN_PRESETS, "greedy_cnn": GREEDY_PRESETS}
+
+
 def settings_of(preset: str, model: str) -> dict[str, Any]:
     """A preset's settings for a model, with the arms, seeds and jobs of its matrix."""
-    if model == "greedy_cnn":
-        return {"model": model, "jobs": 1, **GREEDY_PRESETS[preset]}
+    if model in CONV_PRESETS:
+        return {"model": model, "jobs": 1, **CONV_PRESETS[model][preset]}
     return {"arms": ARMS, "seeds": (0,) if preset == "smoke" else (0, 1, 2), "jobs": 1, **PRESETS[preset]}
 
 
 def make_config(preset: str, **overrides: Any) -> ImagesConfig:
-    """A preset with settings replaced; the paper's critic for plain DNI where neither says otherwise."""
+    """A preset with settings replaced; the paper's filters and critics where neither says otherwise."""
     settings = {**settings_of(preset, overrides.get("model", "dense")), **overrides}
     for name in ("arms", "seeds", "jobs"):
         settings.pop(name)
-    if preset != "smoke" and settings.get("arm") == "dni" and settings.get("model") != "greedy_cnn":
+    model = settings.get("model", "dense")
+    if model == "cnn":
+        settings.setdefault("hidden_size", 128 if settings.get("dataset") == "cifar10" else 64)
+        settings.setdefault("critic_hidden_sizes", (settings["hidden_size"],) * 2)
+    elif preset != "smoke" and settings.get("arm") == "dni" and model != "greedy_cnn":
         settings.setdefault("critic_hidden_sizes", (1024, 1024))
     return ImagesConfig(**settings)
 
@@ -294,23 +347,27 @@ def dense_layers(config: ImagesConfig, num_inputs: int) -> list[nn.Module]:
     return [*hidden, nn.Linear(config.hidden_size, NUM_CLASSES)]
 
 
-def greedy_layers(channels: int, shape: tuple[int, int, int]) -> tuple[list[nn.Module], list[tuple[int, int, int]]]:
-    """The net of Belilovsky et al. (2020), which is the CIFAR-10 net of Jaderberg et al. (2017) with all layers kept apart.
+def conv_layers(
+    num_layers: int, channels: int, shape: tuple[int, int, int]
+) -> tuple[list[nn.Module], list[tuple[int, int, int]]]:
+    """The convolutional net of Jaderberg et al. (2017), and with 4 layers that of Belilovsky et al. (2020), who keep all layers apart.
 
-    Three blocks, each a padded 5 x 5 convolution, batch normalisation, ReLU and pooling of 3 x 3 pixels to one, max in the first and mean
-    in the others; then a linear layer.
+    `num_layers - 1` blocks, each a padded 5 x 5 convolution, batch normalisation, ReLU and pooling of 3 x 3 pixels to one, max in the
+    first and mean in the others; then a linear layer. That the windows of pooling do not overlap is the reading of the latter.
 
     Args:
+        num_layers: with weights.
         channels: of each block.
-        shape: (C, Y, X) of an image, which comes as a vector.
+        shape: (C, Y, X) of an image, which comes as a vector; Y and X at least 3^(num_layers - 1).
 
     Returns:
         The layers, and (C, Y, X) of what each block puts out.
     """
     layers: list[nn.Module] = []
     shapes = [shape]
-    for pool in (nn.MaxPool2d(3), nn.AvgPool2d(3), nn.AvgPool2d(3)):
+    for i in range(num_layers - 1):
         inputs, Y, X = shapes[-1]
+        pool = nn.AvgPool2d(3) if i else nn.MaxPool2d(3)
         block = (nn.Conv2d(inputs, channels, 5, padding=2), nn.BatchNorm2d(channels), nn.ReLU(), pool)
         layers.append(nn.Sequential(*([] if layers else [nn.Unflatten(1, shape)]), *block))
         shapes.append((channels, Y // 3, X // 3))
@@ -319,42 +376,50 @@ def greedy_layers(channels: int, shape: tuple[int, int, int]) -> tuple[list[nn.M
 
 
 class _Synthesizer(nn.Module):
-    """Three padded 5 x 5 convolutions with batch normalisation and ReLU between; the label is added, through a linear map, to the first."""
+    """Padded 5 x 5 convolutions with batch normalisation and ReLU between; the label is added, through a linear map, to the first."""
 
-    def __init__(self, channels: int, context_size: int, zero_bias: bool):
+    def __init__(self, channels: int, hidden_channels: Sequence[int], context_size: int, zero_bias: bool):
         super().__init__()
         self.channels = channels
-        self.first, self.second, self.last = (nn.Conv2d(channels, channels, 5, padding=2) for _ in range(3))
-        self.norms = nn.ModuleList([nn.BatchNorm2d(channels) for _ in range(2)])
-        self.context = nn.Linear(context_size, channels) if context_size else None
+        widths = [channels, *hidden_channels, channels]
+        *hidden, self.last = (nn.Conv2d(i, o, 5, padding=2) for i, o in itertools.pairwise(widths))
+        self.hidden = nn.ModuleList(hidden)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width) for width in hidden_channels])
+        self.context = nn.Linear(context_size, widths[1], bias=bool(hidden)) if context_size else None
         nn.init.zeros_(self.last.weight)
+        if self.context is not None and not hidden:
+            nn.init.zeros_(self.context.weight)  # adds to the prediction itself
         if zero_bias:
             assert self.last.bias is not None
             nn.init.zeros_(self.last.bias)
 
     def forward(self, maps: Tensor) -> Tensor:
-        x = self.first(maps[:, : self.channels])
-        if self.context is not None:
-            x = x + self.context(maps[:, self.channels :, 0, 0])[:, :, None, None]  # constant over the map
-        x = self.second(self.norms[0](x).relu())
-        return self.last(self.norms[1](x).relu())
+        x = maps[:, : self.channels]
+        # constant over the map
+        label = 0.0 if self.context is None else self.context(maps[:, self.channels :, 0, 0])[:, :, None, None]
+        for conv, norm in zip(self.hidden, self.norms, strict=True):
+            x, label = norm(conv(x) + label).relu(), 0.0
+        return self.last(x) + label
 
 
-class GreedyCritic(ConvGradientCritic):
-    """The critic of Belilovsky et al. (2020), after Jaderberg et al. (2017), between the layers of `greedy_layers`.
+class LayerCritic(ConvGradientCritic):
+    """The critic of Jaderberg et al. (2017) and Belilovsky et al. (2020) between the layers of `conv_layers`.
 
     With `target_unit` "batch_mean" the unit of its targets, and of its predictions, is not their running RMS but the batch size: then
     its net predicts the gradient of the mean loss over the batch, and regresses on that.
 
     Args:
         shape: (C, Y, X) of the activation.
+        hidden_channels: of its hidden layers; theirs has two, as wide as the activation.
         context_size: Z.
         config: of the run.
     """
 
-    def __init__(self, shape: tuple[int, int, int], context_size: int, config: ImagesConfig):
+    def __init__(
+        self, shape: tuple[int, int, int], hidden_channels: Sequence[int], context_size: int, config: ImagesConfig
+    ):
         super().__init__(state_shapes=(shape,), context_size=context_size)
-        self._set_net(_Synthesizer(shape[0], context_size, zero_bias=config.critic_start == "zero"))
+        self._set_net(_Synthesizer(shape[0], hidden_channels, context_size, zero_bias=config.critic_start == "zero"))
         self._has_fixed_unit = config.target_unit == "batch_mean"
         if self._has_fixed_unit:
             self.target_rms.fill_(config.batch_size)
@@ -367,16 +432,15 @@ class GreedyCritic(ConvGradientCritic):
 
 
 def _critics(config: ImagesConfig, shapes: Sequence[tuple[int, int, int]]) -> list[nn.Module | None]:
-    """One for each hidden layer; `shapes` are those of greedy_cnn's."""
+    """One for each hidden layer; `shapes` are those of convolutional ones."""
     if config.arm not in ("dni", "cdni"):
         return [None] * (config.num_layers - 1)
     context_size = NUM_CLASSES if config.arm == "cdni" else 0
-    if config.model == "greedy_cnn":
-        return [GreedyCritic(shape, context_size, config) for shape in shapes]
+    hidden = (config.hidden_size,) * 2 if config.model == "greedy_cnn" else config.critic_hidden_sizes
+    if config.model != "dense":
+        return [LayerCritic(shape, hidden, context_size, config) for shape in shapes]
     return [
-        GradientCritic(
-            state_sizes=(config.hidden_size,), hidden_sizes=config.critic_hidden_sizes, context_size=context_size
-        )
+        GradientCritic(state_sizes=(config.hidden_size,), hidden_sizes=hidden, context_size=context_size)
         for _ in range(config.num_layers - 1)
     ]
 
@@ -387,10 +451,10 @@ class Experiment:
     def __init__(self, config: ImagesConfig, num_inputs: int):
         torch.manual_seed(config.seed)
         shapes: list[tuple[int, int, int]] = []
-        if config.model == "greedy_cnn":
-            layers, shapes = greedy_layers(config.hidden_size, _shape(num_inputs))
-        else:
+        if config.model == "dense":
             layers = dense_layers(config, num_inputs)
+        else:
+            layers, shapes = conv_layers(config.num_layers, config.hidden_size, _shape(num_inputs))
         critics = _critics(config, shapes)
         input_models = [
             nn.Sequential(nn.Linear(num_inputs, width), nn.ReLU(), nn.Linear(width, width))
@@ -604,10 +668,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
     rows = []
     for cell, by_seed in common.by_cell(matrix, results).items():
         errors = [result["error"] for result in by_seed.values()]
-        if config.model == "greedy_cnn":
-            published = PUBLISHED_GREEDY.get(cell.arm) if config.dataset == "cifar10" else None
-        else:
-            published = PUBLISHED.get((config.dataset, cell.arm), {}).get(cell.window)
+        published = PUBLISHED.get((config.model, config.dataset, cell.arm), {}).get(cell.window)
         rows.append(
             {
                 "arm": cell.arm,

@@ -12,6 +12,7 @@ from dni_rl import data
 from dni_rl.experiments import images
 
 GREEDY = {"model": "greedy_cnn", "num_layers": 4}
+CNN = {"model": "cnn", "num_layers": 3}
 SMALL = {"num_steps": 8, "log_every_steps": 2, "eval_every_steps": 4, "checkpoint_every_steps": 4, "num_layers": 3}
 RUNS = {
     "backprop": {"arm": "backprop"},
@@ -21,6 +22,8 @@ RUNS = {
     "asynchronous": {"arm": "cdni", "update_probability": 0.5},
     "unlocked": {"arm": "cdni", "unlocked": True},
     "augmented": {"arm": "none", "augment": True},
+    "cnn dni": {**CNN, "arm": "dni"},
+    "cnn asynchronous": {**CNN, "arm": "cdni", "num_layers": 4, "update_probability": 0.5},
     "greedy": {**GREEDY, "arm": "cdni"},
     "greedy as published": {**GREEDY, "arm": "dni", "critic_start": "random_bias", "target_unit": "batch_mean"},
 }
@@ -130,8 +133,8 @@ def test_a_batch_is_augmented_by_seed_and_step_alone():
     assert not torch.equal(first, images.Batches(train, 32, 1, "cpu", augment=True)[3][0])
 
 
-def greedy(arm="dni", **settings):
-    config = images.make_config("smoke", **GREEDY, arm=arm, **settings)
+def convolutional(arm="dni", **settings):
+    config = images.make_config("smoke", **{**GREEDY, **settings}, arm=arm)
     return images.Experiment(config, 3 * 32 * 32), config
 
 
@@ -141,7 +144,7 @@ def batch(config, step=0):
 
 def test_the_greedy_net_is_the_published_one():
     config = images.make_config("paper", **GREEDY, arm="cdni")
-    layers, shapes = images.greedy_layers(config.hidden_size, (3, 32, 32))
+    layers, shapes = images.conv_layers(config.num_layers, config.hidden_size, (3, 32, 32))
     assert shapes == [(128, 10, 10), (128, 3, 3), (128, 1, 1)]
     convolutions = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [(c.in_channels, c.out_channels, c.kernel_size, c.padding) for c in convolutions] == [
@@ -157,10 +160,102 @@ def test_the_greedy_net_is_the_published_one():
     assert (config.batch_size, config.learning_rate, config.augment) == (256, 3e-5, True)
 
 
+@pytest.mark.parametrize(("dataset", "pixels", "filters"), [("mnist", 28 * 28, 64), ("cifar10", 3 * 32 * 32, 128)])
+def test_the_cnn_and_its_critics_are_the_papers(dataset, pixels, filters):
+    for num_layers in (3, 4):
+        config = images.make_config("paper", model="cnn", dataset=dataset, num_layers=num_layers, arm="cdni")
+        net = images.Experiment(config, pixels).net
+        assert len(net.layers) == num_layers and len(net.critics) == num_layers - 1
+        assert [c.state_shapes for c in net.critics] == [
+            ((filters, side, side),) for side in (9 + (pixels > 784), 3, 1)
+        ][: num_layers - 1]
+        weights = [[p for p in layer.parameters() if p.dim() > 1] for layer in net.layers]
+        assert [len(w) for w in weights] == [1] * num_layers  # BN apart: the layers with weights
+        assert [tuple(w[0].shape[2:]) for w in weights] == [(5, 5)] * (num_layers - 1) + [()]
+        for critic in net.critics:
+            convolutions = [m for m in critic.net.modules() if isinstance(m, torch.nn.Conv2d)]
+            assert [(c.in_channels, c.out_channels, c.kernel_size) for c in convolutions] == [
+                (filters, filters, (5, 5))
+            ] * 3
+            assert len([m for m in critic.net.modules() if isinstance(m, torch.nn.BatchNorm2d)]) == 2
+
+
+class Oracle(torch.nn.Module):
+    """Answers with a gradient that it was told, and learns nothing."""
+
+    def __init__(self, gradient):
+        super().__init__()
+        self.gradient = gradient
+
+    def synthetic_gradient(self, state, context=None):
+        return (self.gradient,)
+
+    def fit(self, state, target, context=None):
+        torch.testing.assert_close(target[0], self.gradient)
+        return images.CriticFit(*[torch.zeros(())] * 5)
+
+
+@pytest.mark.parametrize("num_layers", [3, 4])
+def test_with_the_true_gradients_a_decoupled_cnn_learns_as_by_backpropagation(num_layers):
+    settings = {"model": "cnn", "num_layers": num_layers}
+    locked, config = convolutional("backprop", **settings)
+    decoupled, _ = convolutional("none", **settings)
+    locked.net.double(), decoupled.net.double()
+    x, labels = batch(config)
+    x = x.double()
+    hidden = [x]
+    for layer in locked.net.layers:
+        hidden.append(layer(hidden[-1]))
+    losses = torch.nn.functional.cross_entropy(hidden[-1], labels, reduction="sum")
+    truth = torch.autograd.grad(losses, hidden[1:-1])
+    decoupled.net.critics = torch.nn.ModuleList(Oracle(gradient) for gradient in truth)
+    decoupled.net._has_critic = [True] * len(truth)
+    locked.update(0, x, labels), decoupled.update(0, x, labels)
+    found, wanted = ([p.grad for p in net.layers.parameters()] for net in (decoupled.net, locked.net))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert all(gradient.norm() > 1e-3 for gradient in wanted if gradient.dim() > 1)
+
+
+def test_the_critics_of_a_cnn_may_be_linear():
+    experiment, config = convolutional("cdni", **CNN, critic_hidden_sizes=())
+    critic = experiment.net.critics[0]
+    state, labels = torch.randn(4, 4, 10, 10), torch.eye(10)[:4]
+    assert (critic.synthetic_gradient((state,), labels)[0] == 0).all()
+    for step in range(3):
+        experiment.update(step, *batch(config, step))
+    zero, shown = torch.zeros(10, 10), torch.eye(10)
+
+    def said(maps, context):
+        return critic.synthetic_gradient((maps.expand(len(context), -1, -1, -1),), context)[0]
+
+    origin = said(torch.zeros(1, 4, 10, 10), zero)
+    torch.testing.assert_close(  # additive in maps and label
+        said(state[:1], shown) - origin,
+        (said(state[:1], zero) - origin) + (said(torch.zeros(1, 4, 10, 10), shown) - origin),
+    )
+    by_label = (said(state[:1], shown) - said(state[:1], zero)) / critic.target_rms.view(4, 10, 10)
+    torch.testing.assert_close(by_label, by_label[:, :, :1, :1].expand_as(by_label))  # the label is a constant map
+    assert (by_label[0] - by_label[1]).abs().max() > 1e-4
+
+
+def test_layers_of_a_cnn_learn_now_and_then():
+    experiment, config = convolutional("cdni", **CNN, update_probability=0.5)
+    experiment.update(0, *batch(config))  # the first synthetic gradients are zero
+    moved = []
+    for step in range(1, 9):
+        before = [next(layer.parameters()).detach().clone() for layer in experiment.net.layers]
+        experiment.update(step, *batch(config, step))
+        now = [next(layer.parameters()) for layer in experiment.net.layers]
+        moved.append([not torch.equal(p, q) for p, q in zip(now, before, strict=True)])
+    for of_layer in zip(*moved, strict=True):
+        assert 0 < sum(of_layer) < 8
+    assert len({tuple(m) for m in moved}) > 2  # each by itself
+
+
 @pytest.mark.parametrize("arm", ["dni", "cdni"])
 def test_greedy_critics_start_at_zero_or_where_the_published_ones_did(arm):
     for start, unit in (("zero", "rms"), ("zero", "batch_mean"), ("random_bias", "rms"), ("random_bias", "batch_mean")):
-        experiment, config = greedy(arm, critic_start=start, target_unit=unit)
+        experiment, config = convolutional(arm, critic_start=start, target_unit=unit)
         critic = experiment.net.critics[0]
         state = torch.randn(16, 4, 10, 10)
         context = torch.eye(10)[torch.arange(16) % 10] if arm == "cdni" else None
@@ -176,7 +271,7 @@ def test_greedy_critics_start_at_zero_or_where_the_published_ones_did(arm):
 
 
 def test_with_the_unit_of_the_batch_a_critic_regresses_on_gradients_of_the_mean():
-    experiment, config = greedy(critic_start="random_bias", target_unit="batch_mean")
+    experiment, config = convolutional(critic_start="random_bias", target_unit="batch_mean")
     critic = experiment.net.critics[1]
     states, targets = torch.randn(16, 4, 3, 3), torch.randn(16, 4, 3, 3)
     raw = critic.net(states)  # what the published critic predicts
@@ -187,7 +282,7 @@ def test_with_the_unit_of_the_batch_a_critic_regresses_on_gradients_of_the_mean(
 
 
 def test_greedy_critics_learn_and_use_the_label():
-    experiment, config = greedy("cdni", learning_rate=3e-3)
+    experiment, config = convolutional("cdni", learning_rate=3e-3)
     for step in range(30):
         metrics = experiment.update(step, *batch(config, step))
     assert metrics["critic_1/explained_variance"] > 0.1
@@ -214,6 +309,7 @@ def test_a_matrix_has_a_table_with_the_published_errors(tmp_path, capsys):
     for model, dataset, arm, published in (
         ("greedy_cnn", "cifar10", "dni-published", 0.377), ("greedy_cnn", "cifar10", "backprop", 0.153),
         ("dense", "mnist", "cdni", 0.019), ("dense", "cifar10", "dni", 0.45),
+        ("cnn", "mnist", "none", 0.028), ("cnn", "cifar10", "cdni", 0.164), ("cnn", "fashion_mnist", "cdni", None),
     ):  # fmt: skip
         matrix = images.members("paper", (arm,), (0, 1), {"model": model, "dataset": dataset})
         results = {m.name: {"error": 0.1 * m.config.seed, "seconds": 1.0} for m in matrix}
@@ -222,11 +318,31 @@ def test_a_matrix_has_a_table_with_the_published_errors(tmp_path, capsys):
         assert (matrix[0].config.critic_hidden_sizes == (1024, 1024)) == ((model, arm) == ("dense", "dni"))
 
 
+def test_the_table_of_a_cnn_has_its_published_errors_by_layers(tmp_path, capsys):
+    arguments = ["--model", "cnn", "--num-layers", "3", "--num-steps", "4", "--no-tensorboard", "--arms"]
+    images.main([*arguments, "--run-folder", str(tmp_path / "cnn")])
+    assert "cnn on synthetic_rgb" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "cnn/summary.json").read_text())
+    assert [(row["arm"], row["num_layers"]) for row in summary["rows"]] == [(arm, 3) for arm in images.ARMS]
+    assert summary["configs"]["dni-seed0"]["critic_hidden_sizes"] == [4, 4]
+    for num_layers, published in ((3, [0.8, 0.9, 0.9, 1.0]), (4, [0.6, 2.8, 0.7, 0.8])):
+        matrix = images.members("laptop", images.ARMS, (0,), {"model": "cnn", "num_layers": num_layers})
+        table = images.summarize(matrix, {m.name: {"error": 0.1, "seconds": 1.0} for m in matrix})
+        assert [100 * row["published"] for row in table["rows"]] == pytest.approx(published)
+
+
 def test_presets_state_the_papers_settings():
     paper = images.make_config("paper", arm="dni")
     assert (paper.learning_rate, paper.num_steps, paper.batch_size) == (3e-5, 500_000, 256)
     assert paper.learning_rate_drop_steps == (300_000, 400_000) and paper.critic_hidden_sizes == (1024, 1024)
     assert images.make_config("paper", arm="cdni").critic_hidden_sizes == ()
+    for settings, filters in (({"dataset": "mnist"}, 64), ({"dataset": "cifar10"}, 128), ({"hidden_size": 8}, 8)):
+        for arm in ("dni", "cdni"):
+            cnn = images.make_config("paper", model="cnn", arm=arm, **settings)
+            assert (cnn.hidden_size, cnn.critic_hidden_sizes) == (filters, (filters, filters))
+            assert (cnn.learning_rate, cnn.num_steps, cnn.batch_size) == (3e-5, 500_000, 256)
+            assert cnn.learning_rate_drop_steps == (300_000, 400_000)
+    assert images.make_config("laptop", model="cnn", arm="dni").dataset == "mnist"
 
 
 @pytest.mark.parametrize(
@@ -237,14 +353,19 @@ def test_presets_state_the_papers_settings():
         (["--num-layers", "1"], "num_layers: found 1"),
         (["--update-probability", "0"], "update_probability: found 0.0"),
         (["--critic-learning-rate", "0"], "critic_learning_rate: found 0.0, allowed above 0, or none"),
-        (["--model", "huge"], "model: found 'huge', allowed dense, greedy_cnn"),
+        (["--model", "huge"], "model: found 'huge', allowed dense, cnn, greedy_cnn"),
+        (["--model", "huge", "--arms"], "model: found 'huge', allowed dense, cnn, greedy_cnn"),
+        (["--model", "cnn", "--num-layers", "5"], "num_layers: found 5, allowed 3 or 4 with model cnn"),
+        (["--model", "cnn", "--unlocked"], "unlocked: found True with model cnn, allowed False"),
+        (["--model", "cnn", "--dataset", "synthetic"], "dataset: found 'synthetic', too small for model cnn"),
+        (["--model", "cnn", "--critic-hidden-sizes", "8", "0"], "critic_hidden_sizes: found 8 0, allowed"),
         (["--critic-start", "random_bias"], "critic_start, target_unit: found random_bias, rms, allowed zero, rms"),
         (["--model", "greedy_cnn", "--unlocked"], "model: greedy_cnn has 4 layers"),
         (["--model", "greedy_cnn", "--dataset", "synthetic"], "dataset: found 'synthetic', too small"),
         (["--seeds", "0"], "seeds, jobs: they belong to a matrix of runs; add --arms"),
         (["--arms", "dni", "--seed", "1"], "arm, seed: they belong to one run"),
         (["--arms", "backprop-published"], "arms: found 'backprop-published', allowed backprop, none"),
-        (["--arms", "dni-published"], "use --model greedy_cnn"),
+        (["--arms", "dni-published"], "use --model cnn or --model greedy_cnn"),
         (["--arms", "dni", "dni"], "arms: found dni dni, allowed one or more, each once"),
     ],
 )
