@@ -1,18 +1,22 @@
 # One command each. The first one that runs builds a virtual environment in .venv with pinned versions.
 
 PYTHON ?= python3
+PRESET ?= smoke
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow clean
+.PHONY: help train experiments test test-slow clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: $(STAMP)  ## train a decoupled and a plain agent on a memory task, and print both in a table
 	$(BIN)/python scripts/demo.py
+
+experiments: $(STAMP)  ## carry out the papers' experiments; PRESET=smoke (the default), laptop or paper
+	$(BIN)/python scripts/experiments.py run --preset $(PRESET)
 
 test: $(STAMP)  ## formatter, linter, type checker, fast tests
 	$(BIN)/ruff format --check .

@@ -1,0 +1,402 @@
+"""The papers' experiments in one command: what runs, what is skipped, and what stands on the pages."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import experiments
+from scripts.experiments import ENTRIES, Entry, Estimate
+
+pytestmark = pytest.mark.timeout(120)
+OF_NAME = {entry.name: entry for entry in ENTRIES}
+BROKEN = Entry("broken", "ptb", "--dataset ptb")  # smoke, but of a text that is not there
+
+
+def run(runs, *arguments, preset="smoke"):
+    return experiments.main(["run", "--preset", preset, "--runs", str(runs), *arguments])
+
+
+def report(runs, pages, preset="laptop"):
+    return experiments.main(["report", "--preset", preset, "--runs", str(runs), "--output", str(pages)])
+
+
+def fabricate(runs, name, results, preset="laptop"):
+    """Leaves what finished runs leave; results by name of the member, or a function of it that returns None for no run."""
+    for member in experiments.planned(OF_NAME[name], preset):
+        result = results(member) if callable(results) else results.get(member.name)
+        if result is None:
+            continue
+        folder = runs / preset / name / member.name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(member.config)))
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": member.config.num_steps}) + "\n")
+        steps = member.config.num_steps
+        (folder / "result.json").write_text(json.dumps({"steps": steps, "seconds": 60.0, **result}))
+
+
+def errors(by_arm):
+    """Results of images: by arm, the test error of every seed."""
+
+    def of(member):
+        by_seed = by_arm.get(member.cell.arm, ())
+        if member.config.seed >= len(by_seed):
+            return None
+        error = by_seed[member.config.seed]
+        curve = [{"step": step, "seconds": step / 10, "error": error + 10 / step} for step in range(10, 2000, 10)]
+        return {"error": error, "curve": curve}
+
+    return of
+
+
+def cells(page, start):
+    """The cells of the lines of a page's tables that start so."""
+    return [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in page.splitlines() if line.startswith(start)
+    ]
+
+
+# Running
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Two entries, with one between them that fails; and what was printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DNI_RL_DATA", str(runs / "nowhere"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(experiments, "ENTRIES", (OF_NAME["images_p0.2"], BROKEN, OF_NAME["ptb"]))
+        with pytest.MonkeyPatch.context() as capture:
+            printed: list[str] = []
+            capture.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
+            code = run(runs)
+    return runs, code, printed
+
+
+def test_an_entry_that_fails_is_one_line_and_does_not_stop_the_others(smoke):
+    runs, code, printed = smoke
+    assert code == 1 and len(printed) == 4
+    assert printed[0].startswith("1 of 3: images_p0.2: done in 0:")
+    assert printed[1].startswith("2 of 3: broken: failed after 0:") and "ptb: DNI_RL_DATA" in printed[1]
+    assert printed[2].startswith("3 of 3: ptb: done in 0:")
+    assert printed[3].startswith("1 of 3 failed: broken")
+    for name in ("images_p0.2", "ptb"):
+        (call,) = json.loads((runs / "smoke" / name / "machine.json").read_text())
+        summary = json.loads((runs / "smoke" / name / "summary.json").read_text())
+        assert call["runs"] == sorted(summary["configs"]) and call["cores"] == os.cpu_count()
+    assert not (runs / "smoke" / "broken" / "machine.json").exists()
+
+
+def test_what_is_done_is_skipped(smoke, monkeypatch, capsys):
+    runs, *_ = smoke
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    results = sorted((runs / "smoke" / "ptb").glob("*/result.json"))
+    before = [result.stat().st_mtime_ns for result in results]
+    assert run(runs, "--only", "ptb") == 0
+    assert capsys.readouterr().out.startswith("1 of 1: ptb: done in ")
+    assert len(results) == 4 and before == [result.stat().st_mtime_ns for result in results]
+    assert len(json.loads((runs / "smoke" / "ptb" / "machine.json").read_text())) == 1  # this call made nothing
+
+
+def test_pages_have_what_the_runs_wrote(smoke, tmp_path):
+    runs, *_ = smoke
+    assert report(runs, tmp_path, preset="smoke") == 0
+    summary = json.loads((runs / "smoke" / "ptb" / "summary.json").read_text())
+    page = (tmp_path / "ptb.md").read_text()
+    table = [line for line in cells(page, "| `") if line[0] in ("`none`", "`dni`", "`dni_aux`")]
+    assert [line[:2] for line in table] == [[f"`{row['arm']}`", str(row["window"])] for row in summary["cells"]]
+    assert [line[3] for line in table] == [f"{row['mean']:.3f}" for row in summary["cells"]]
+    assert "python -m dni_rl.experiments.ptb --preset smoke --run-folder runs/experiments/smoke/ptb --resume" in page
+    assert "All 4 of 4 runs, seeds: 0." in page and "Made on " in page and str(runs) not in page
+    assert f"over those that `{summary['baseline']}` took" in page
+    images = (tmp_path / "images.md").read_text()
+    assert "--arms dni cdni --update-probability 0.2" in images
+    assert "| published |" not in images  # that is of layers that learn at every step
+    assert not (tmp_path / "broken.md").exists()
+    pictures = sorted(file.name for file in tmp_path.glob("*.png"))
+    assert pictures == ["images_smoke.png", "ptb_smoke.png", "ptb_smoke_windows.png"]
+    assert all(1_000 < (tmp_path / name).stat().st_size < 300_000 and f"({name})" in page + images for name in pictures)
+    assert json.loads((tmp_path / "ptb.json").read_text())["presets"]["smoke"]["ptb"]["finished"] == 4
+
+
+def test_a_stop_reaches_the_program_which_saves_and_goes_on_later(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = "--cells none@4 --checkpoint-every-steps 40 --no-tensorboard --num-steps"
+    monkeypatch.setattr(experiments, "ENTRIES", (Entry("long", "copy", f"{options} 100000000"),))
+    folder = tmp_path / "smoke" / "long"
+
+    def stop():
+        while not (folder / "none-4-seed0" / "checkpoint.pt").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    assert run(tmp_path) == 130
+    thread.join()
+    assert "long: stopped; the same command goes on" in capsys.readouterr().err
+    assert (folder / "output.log").read_text().strip().endswith("copy: stopped; continue with --resume")
+    reached = json.loads((folder / "none-4-seed0" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    entry = Entry("long", "copy", f"{options} {reached + 400}")
+    assert experiments.run_entry(entry, "smoke", tmp_path) is None
+    steps = [json.loads(line)["step"] for line in (folder / "none-4-seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0] == 40 and steps[-1] == reached + 400 and steps == sorted(steps)  # it did not start anew
+
+
+def test_unknown_names_are_one_line(tmp_path, capsys):
+    for arguments, message in (
+        (["--only", "coppy"], "--only: found coppy; allowed images, images_p0.2"),
+        (["--jobs", "0"], "--jobs: found 0; allowed an integer of at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path, *arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        experiments.main(["report", "--preset", "smoke"])
+    assert "--preset: found smoke" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.is_matrix], ids=lambda entry: entry.name)
+def test_every_entry_has_runs_in_every_preset_with_three_seeds_beyond_smoke(entry):
+    for preset in experiments.PRESETS:
+        matrix = experiments.planned(entry, preset)
+        assert len({member.name for member in matrix}) == len(matrix)
+        assert len({member.config.seed for member in matrix}) == (1 if preset == "smoke" else 3)
+
+
+def test_options_that_a_program_refuses_are_an_error(capsys):
+    with pytest.raises(ValueError, match="wrong: its program refuses the options: --cells nobody@3"):
+        experiments.planned(Entry("wrong", "ptb", "--cells nobody@3"), "smoke")
+
+
+# Statistics
+
+
+def test_intervals_are_those_of_the_t_distribution():
+    estimate = experiments.mean([1.0, 2.0, 3.0])
+    half = 4.302653 / 3**0.5  # Student's t, two degrees of freedom, 97.5 %
+    assert (estimate.value, estimate.std) == (2.0, 1.0)
+    assert (estimate.low, estimate.high) == pytest.approx((2.0 - half, 2.0 + half), rel=1e-6)
+    assert experiments.mean([5.0]) == Estimate(5.0)
+    assert (
+        experiments.mean([5.0, None]) == experiments.mean([5.0, float("nan")]) == experiments.mean([]) == Estimate(None)
+    )
+
+
+def test_differences_are_taken_seed_by_seed():
+    found = experiments.difference({"0": 1.5, "1": 2.5, "3": 9.0}, {"0": 1.0, "1": 2.0, "2": 0.0})
+    assert found == Estimate(0.5, 0.5, 0.5, 0.0)  # the spread over seeds is in both, and falls out
+
+
+def test_ratios_of_means_have_bootstrap_intervals():
+    assert experiments.ratio([16, 16], [8, 8]) == Estimate(2.0, 2.0, 2.0)
+    found = experiments.ratio([10, 20, 30], [10, 10, 10])
+    assert found.value == 2.0 and 1.0 <= found.low < 2.0 < found.high <= 3.0
+    assert experiments.ratio([10], [5]) == Estimate(2.0)
+    assert experiments.ratio([10], [0]) == experiments.ratio([], [1]) == Estimate(None)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "bars", "verdict"),
+    [
+        (Estimate(0.2, 0.1, 0.29), {"at_most": 0.3}, "yes"),
+        (Estimate(0.2, 0.1, 0.31), {"at_most": 0.3}, "on average"),
+        (Estimate(0.2), {"at_most": 0.3}, "on average"),
+        (Estimate(0.31, 0.1, 0.4), {"at_most": 0.3}, "no"),
+        (Estimate(1.8, 1.7, 1.9), {"at_least": 1.7}, "yes"),
+        (Estimate(1.8, 1.6, 1.9), {"at_least": 1.7}, "on average"),
+        (Estimate(1.6, 1.5, 1.8), {"at_least": 1.7}, "no"),
+        (Estimate(None), {"at_least": 1.7}, None),
+        (Estimate(1.0, 1.0, 1.0), {}, None),
+    ],
+)
+def test_a_bar_is_kept_by_the_whole_interval_or_on_average(estimate, bars, verdict):
+    assert experiments.Comparison("", estimate, **bars).verdict() == verdict
+
+
+# Pages
+
+
+def test_the_page_of_images_compares_arms_and_entries_seed_by_seed(tmp_path):
+    backprop, cdni = (0.017, 0.018, 0.019), (0.018, 0.019, 0.020)
+    fabricate(tmp_path, "images", errors({"backprop": backprop, "none": (0.1,) * 3, "dni": (0.03,) * 3, "cdni": cdni}))
+    fabricate(tmp_path, "images_p0.2", errors({"dni": (0.032,) * 3, "cdni": (0.028, 0.029, 0.030)}))
+    assert report(tmp_path, tmp_path / "pages") == 0
+    page = (tmp_path / "pages" / "images.md").read_text()
+    first, *_, in_p02 = cells(page, "| `cdni`")
+    assert first[1:] == ["4", "1.80 1.90 2.00", "1.90", "0.10", "[1.65, 2.15]", "1.90", "60"]
+    assert in_p02[1:] == ["4", "2.80 2.90 3.00", "2.90", "0.10", "[2.65, 3.15]", "60"]
+    compared = {line[0]: line[1:] for line in cells(page, "| images")}
+    assert compared == {
+        "images: `none` less `backprop`, 4 layers, points": ["8.20 [7.95, 8.45]", "10.80", "-", "-"],
+        "images: `dni` less `backprop`, 4 layers, points": ["1.20 [0.95, 1.45]", "0.40", "at most 1.5", "yes"],
+        "images: `cdni` less `backprop`, 4 layers, points": ["0.10 [0.10, 0.10]", "0.10", "at most 0.3", "yes"],
+        "images_p0.2 less images: `dni`, 4 layers, points": ["0.20 [0.20, 0.20]", "-", "at most 0.5", "yes"],
+        "images_p0.2 less images: `cdni`, 4 layers, points": ["1.00 [1.00, 1.00]", "-", "at most 0.5", "no"],
+    }
+    content = (tmp_path / "pages" / "images.json").read_text()
+    assert len(content) < 1_000_000 and "images_unlocked" not in content
+    curve = json.loads(content)["presets"]["laptop"]["images"]["curves"]["cdni-seed1"]
+    assert len(curve["step"]) == len(curve["error"]) == experiments.MAX_POINTS
+    assert (curve["step"][0], curve["step"][-1], curve["error"][-1]) == (
+        10,
+        1990,
+        pytest.approx(0.019 + 10 / 1990, rel=1e-5),
+    )
+
+
+def test_the_page_of_copy_has_ratios_at_every_window(tmp_path):
+    def solved(member):
+        length = (17 if member.cell.arm == "dni" else 8) + member.config.seed
+        return {"solved_length": length, "solved": [{"length": 4, "step": 5}, {"length": length, "step": 50}]}
+
+    fabricate(tmp_path, "copy", solved)
+    assert report(tmp_path, tmp_path / "pages") == 0
+    page = (tmp_path / "pages" / "copy.md").read_text()
+    compared = cells(page, "| copy: `dni`")
+    assert [line[0] for line in compared] == [f"copy: `dni` over `none`, window {window}" for window in (2, 3, 4, 5)]
+    assert [line[2] for line in compared] == ["2.29", "1.75", "1.80", "2.25"]  # published
+    assert all(line[1] == "2.00 [1.79, 2.25]" and line[3:] == ["at least 1.7", "yes"] for line in compared)
+    assert cells(page, "| `dni` | 2 ")[0][2:] == [
+        "17 18 19",
+        "18.0",
+        "1.0",
+        "[15.5, 20.5]",
+        "16",
+        "2.000",
+        "2.286",
+        "60",
+    ]
+    curve = json.loads((tmp_path / "pages" / "copy.json").read_text())["presets"]["laptop"]["copy"]["curves"]
+    assert curve["none-2-seed1"]["length"] == [0, 0, 4, 4, 9, 9]
+    assert curve["none-2-seed1"]["step"] == [0, 5, 5, 50, 50, 100_000]
+    assert (tmp_path / "pages" / "copy_laptop_windows.png").stat().st_size > 1_000
+
+
+def test_runs_that_are_missing_too_short_or_of_other_settings_are_told_and_not_counted(tmp_path):
+    fabricate(
+        tmp_path, "images", errors({"backprop": (0.02, 0.03, 0.04), "cdni": (0.01, 0.02, 0.03), "dni": (0.02, 0.02)})
+    )
+    folder = tmp_path / "laptop" / "images"
+    (folder / "cdni-seed2" / "metrics.jsonl").write_text('{"step": 3000}\n')  # its result is of an earlier, shorter run
+    config = json.loads((folder / "backprop-seed0" / "config.json").read_text())
+    config |= {"learning_rate": 1.0, "device": "cuda", "eval_every_steps": 7}
+    (folder / "backprop-seed0" / "config.json").write_text(json.dumps(config))
+    before = json.loads((folder / "dni-seed0" / "config.json").read_text())
+    del before["augment"]  # a setting that came later
+    (folder / "dni-seed0" / "config.json").write_text(json.dumps(before | {"device": "cuda"}))
+    assert report(tmp_path, tmp_path / "pages") == 0
+    page = (tmp_path / "pages" / "images.md").read_text()
+    assert "**Not complete:** 6 of 12 runs, seeds: 0, 1, 2." in page
+    assert "when this page was made: none-seed0, none-seed1, none-seed2, dni-seed2, cdni-seed2." in page
+    assert "Left out: backprop-seed0 (learning_rate: found a run with 1.0; allowed 0.001;" in page
+    by_seed = {line[0]: line[2] for line in cells(page, "| `")}
+    assert by_seed == {"`backprop`": "3.00 4.00", "`dni`": "2.00 2.00", "`cdni`": "1.00 2.00"}
+    assert "images: `cdni` less `backprop`, 4 layers, points | -1.00 (one seed)" in page  # seed 1 is all they share
+
+
+def test_figures_of_a_program_are_taken_over_and_large_ones_made_smaller(tmp_path):
+    fabricate(tmp_path, "images", errors({"backprop": (0.02,)}))
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "laptop" / "images" / "noise.png")
+    Image.fromarray(noise[:20, :20]).save(tmp_path / "laptop" / "images" / "small.png")
+    assert report(tmp_path, tmp_path / "pages") == 0
+    assert "![images laptop noise](images_laptop_noise.png)" in (tmp_path / "pages" / "images.md").read_text()
+    assert 10_000 < (tmp_path / "pages" / "images_laptop_noise.png").stat().st_size < 250_000
+    small, copied = (
+        p / n
+        for p, n in ((tmp_path / "laptop" / "images", "small.png"), (tmp_path / "pages", "images_laptop_small.png"))
+    )
+    assert small.read_bytes() == copied.read_bytes()
+
+
+def test_parts_with_errors_by_seed_have_intervals():
+    row = {"arm": "sg", "per_seed": [0.01, 0.02, 0.03]}
+    (table,) = experiments._part_tables({"rdm": {"rows": [row]}, "linear": {"rows": [{"data": "xor2"}]}})
+    assert table.splitlines()[-1] == "| `sg` | 1.00 2.00 3.00 | 2.00 | 1.00 | [-0.48, 4.48] |"
+
+
+def test_what_was_written_by_hand_stays(tmp_path, capsys):
+    fabricate(tmp_path, "images", errors({"backprop": (0.02,)}))
+    fabricate(tmp_path, "copy", lambda member: {"solved_length": 9, "solved": []})
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "images.md").write_text("# Old\n\nnumbers\n\n**Reading.** My thoughts.\n\n- and more\n")
+    (pages / "copy.md").write_text("# All of it is mine\n")
+    start, end = experiments.LIST_START, experiments.LIST_END
+    (pages / "README.md").write_text(
+        f"# Results\n\n- [a](a.md)\n{start}\n- [ptb](ptb.md): older.\n{end}\n- [z](z.md)\n"
+    )
+    for _ in range(2):  # also on a page that has been made before
+        assert report(tmp_path, pages) == 0
+        page = (pages / "images.md").read_text()
+        assert page.endswith("\n\n**Reading.** My thoughts.\n\n- and more\n") and page.count("**Reading.**") == 1
+        assert "numbers" not in page and "| 2.00 |" in page
+        assert (pages / "copy.md").read_text() == "# All of it is mine\n" and not (pages / "copy.json").exists()
+        assert "copy.md: found a page written by hand; left alone" in capsys.readouterr().err
+    listed = (pages / "README.md").read_text()
+    image_line = "- [images](images.md): Images with every layer decoupled; `laptop`, 1 of 12 runs."
+    assert (
+        listed == f"# Results\n\n- [a](a.md)\n{start}\n\n{image_line}\n- [ptb](ptb.md): older.\n\n{end}\n- [z](z.md)\n"
+    )
+
+
+def test_runs_of_another_machine_stay_on_the_page(tmp_path):
+    pages = tmp_path / "pages"
+    fabricate(tmp_path / "here", "images", errors({"backprop": (0.02,) * 3}))
+    fabricate(tmp_path / "there", "images_p0.2", errors({"cdni": (0.05,)}), preset="paper")
+    fabricate(tmp_path / "there", "images", errors({"cdni": (0.04,)}))
+    report(tmp_path / "here", pages)
+    report(tmp_path / "there", pages, preset="paper")
+    page = (pages / "images.md").read_text()
+    assert page.index("## Preset `laptop`") < page.index("2.00 2.00 2.00") < page.index("## Preset `paper`")
+    assert page.index("## Preset `paper`") < page.index("--preset paper --arms dni cdni") < page.index("| 5.00 |")
+    report(tmp_path / "there", pages)  # an entry whose runs are at hand is theirs alone
+    page = (pages / "images.md").read_text()
+    assert "2.00 2.00 2.00" not in page and "| 4.00 |" in page and "| 5.00 |" in page
+
+
+def test_nothing_to_report_is_one_line(tmp_path, capsys):
+    assert report(tmp_path, tmp_path / "pages") == 1
+    assert "--runs: found no finished runs of preset laptop" in capsys.readouterr().err
+    assert not (tmp_path / "pages").exists()
+
+
+def test_a_program_without_a_view_has_its_own_table(monkeypatch):
+    found = {"program": "understanding", "summary": {"parts": {}}}
+    monkeypatch.setattr("dni_rl.experiments.understanding.table", lambda summary: f"its own, {len(summary['parts'])}")
+    assert list(experiments.tables(found)) == ["its own, 0"]
+    monkeypatch.delitem(experiments.VIEWS, "understanding")
+    assert list(experiments.tables(found)) == ["its own, 0"]
+
+
+def test_asynchronous_rows_are_taken_from_its_one_file(tmp_path, capsys):
+    entry = OF_NAME["asynchronous"]
+    config = entry.module.make_config("smoke")
+    names = [str(run) for run in entry.module.runs(config)]
+    row = {"test_error": 0.0154, "updates_per_sec": 96.06, "cpu_ms_per_update": [9.1], "seconds": 1.0}
+    folder = tmp_path / "smoke" / "asynchronous"
+    folder.mkdir(parents=True)
+    results = {"config": dataclasses.asdict(config), "machine": {}, "runs": {names[0]: row}}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert report(tmp_path, tmp_path / "pages", preset="smoke") == 0
+    page = (tmp_path / "pages" / "asynchronous.md").read_text()
+    assert f"| {names[0]} | 1.54 | 96.1 | 9.1 |" in page
+    assert f"**Not complete:** 1 of {len(names)} runs" in page and names[-1] in page
+    results["config"]["num_steps"] = 7
+    (folder / "results.json").write_text(json.dumps(results))
+    assert report(tmp_path, tmp_path / "other", preset="smoke") == 1
+    assert "asynchronous: left out: num_steps: found runs with 7; allowed 100" in capsys.readouterr().err
+
+
+def test_no_page_takes_the_name_of_one_that_is_made_otherwise():
+    pages = (experiments.ROOT / "docs" / "results").glob("*.md")
+    others = {page.stem for page in pages if experiments.MADE_BY not in page.read_text()} - {"asynchronous"}
+    assert "timescales" in others and not others & set(experiments._pages())
