@@ -196,7 +196,8 @@ def backward(
         history.clear()
     else:
         states, targets = tuple(s.detach().unsqueeze(0) for s in start), tuple(g.unsqueeze(0) for g in at_start)
-        steps, valid = (0,), None
+        # of a start that an episode's first step clears, nothing comes back
+        steps, valid = (0,), None if history is None else history.valid[:1]
     fitted = critic.fit_window(
         Window(
             states=states,

@@ -328,6 +328,15 @@ def test_a_state_that_is_used_twice_or_has_an_old_gradient():
     exactly(critics[1].fitted["target"], critics[0].fitted["target"])
 
 
+def test_a_start_that_an_episode_clears_teaches_nothing():
+    model, x, y, state = problem()
+    critic = make_critic(model, dense_targets=False)
+    start = dni_rl.cut(state)
+    losses, end = model(x[8:10], y[8:10], start, FIRST[8:10])  # one of three sequences begins with it
+    dni_rl.backward(losses, start=start, end=end, critic=critic)
+    assert critic.fitted["valid"].tolist() == [False, True, True]
+
+
 @dense
 def test_a_state_without_influence_has_target_zero(dense):
     class Deaf(nn.Module):
