@@ -105,6 +105,7 @@ ENTRIES = (
     Entry("images", "images", "--arms backprop none dni cdni"),
     Entry("images_p0.2", "images", "--arms dni cdni --update-probability 0.2", page="images"),
     Entry("images_unlocked", "images", "--arms dni cdni --unlocked", page="images"),
+    Entry("cnn", "images", "--model cnn --arms"),
     Entry("greedy_cnn", "images", "--model greedy_cnn --arms"),
     Entry("copy", "copy"),
     Entry("repeat_copy", "copy", "--task repeat_copy", page="copy"),
