@@ -72,7 +72,9 @@ def ours(env: EnvConfig, model: ModelConfig, algorithm: AlgorithmConfig, critic:
     )
     trainer = Trainer(config)
     for each in trainer.learner.critics:
-        each.set_extra_state({"windows_seen": 16})  # up to there every window is looked at for the bound, then one in eight
+        each.set_extra_state(
+            {"windows_seen": 16}
+        )  # up to there every window is looked at for the bound, then one in eight
 
     def update() -> int:
         metrics = trainer.update()
