@@ -187,6 +187,7 @@ def backward(
     if not fit:
         nan = losses.new_full((), torch.nan)
         return Report(nan, nan, nan, nan, nan, synthetic_norm, nan)
+    valid: Tensor | None
     if dense:
         assert history is not None
         steps = critic.target_steps(T)
