@@ -3,7 +3,8 @@
 `measure_credit` is the one measurement: on a schedule during training (`run.credit_every_steps`, logged as `credit/...`) and offline
 (`scripts/horizon.py`). It acts with the current policy in environments of its own, the same episodes each time as far as actions
 allow, and leaves the run as it was: parameters, gradients, environments and random generators. The measure itself, and what it does
-not see, is `dni_rl.horizon.credit_horizon`.
+not see, is `dni_rl.horizon.credit_horizon`. Where the environment has a context, the expected horizon is measured as well, with all that
+stays the same within an episode as the probe; it takes more sequences than the other, so set `run.credit_num_envs` to 64 or more.
 """
 
 import math
@@ -64,7 +65,8 @@ def measure_credit(
     Raises:
         ValueError: if the environment cannot be built, or the sequences would take too much memory.
     """
-    windows = _sequences(config, learner, config.run.seed if seed is None else seed)
+    rollout, averages = _acted(config, learner, config.run.seed if seed is None else seed)
+    windows = _as_windows(rollout, learner, averages)
     model, algorithm, levelled = learner.model, learner.algorithm, learner.levelled
     critic = learner.critic if with_critics else None
     context = windows.context if critic is not None and critic.context_size else None
@@ -77,6 +79,7 @@ def measure_credit(
         inputs,
         windows.state,
         windows.first,
+        probe=_to_be_remembered(rollout),
         num_lags=config.run.credit_length // 2,
         margin=config.run.credit_length // 2,
     )
@@ -112,7 +115,13 @@ def check_credit(config: TrainConfig, spec: EnvSpec) -> None:
 
 def _sequences(config: TrainConfig, learner: Learner, seed: int) -> Windows:
     """Sequences [T, B] of the current policy in environments that are built for this and closed again."""
-    length, algorithm = config.run.credit_length, learner.algorithm
+    rollout, averages = _acted(config, learner, seed)
+    return _as_windows(rollout, learner, averages)
+
+
+def _acted(config: TrainConfig, learner: Learner, seed: int) -> tuple[Rollout, Tensor | None]:
+    """T steps of B environments, and the averages of past observations before them, where critics are told any."""
+    length = config.run.credit_length
     *_, env_seed, actor_seed = spread_seeds(seed, 16)  # the run itself has the first few of these streams
     device = next(learner.model.parameters()).device
     generators = rng_state()  # an environment of the user's may draw from the global ones
@@ -126,9 +135,28 @@ def _sequences(config: TrainConfig, learner: Learner, seed: int) -> Windows:
             environment.close()
     finally:
         set_rng_state(generators)
-    _, averages = with_inputs(before, learner.model, learner.critic_config)
+    return rollout, with_inputs(before, learner.model, learner.critic_config)[1]
+
+
+def _as_windows(rollout: Rollout, learner: Learner, averages: Tensor | None) -> Windows:
+    """The whole rollout as one window, with the context that critics are told."""
+    algorithm = learner.algorithm
     rollout = _with_inputs(rollout, learner, averages)
-    return make_windows(rollout, length, algorithm.discount, algorithm.gae_lambda)
+    return make_windows(rollout, len(rollout.action), algorithm.discount, algorithm.gae_lambda)
+
+
+def _to_be_remembered(rollout: Rollout) -> Tensor | None:
+    """[T, B, Z] what stays the same within every episode but not from one to the next, out of the privileged context; None if nothing.
+
+    The cue of a maze, not the position in it: what a memory has to carry, whether or not the critics are told.
+    """
+    if rollout.context is None or rollout.context.shape[1] < 2:
+        return None
+    context = rollout.context[:-1]
+    stays = ((context[1:] == context[:-1]) | rollout.first[1:-1].unsqueeze(-1)).flatten(0, 1).all(0)
+    varies = (context != context[0, 0]).flatten(0, 1).any(0)
+    chosen = stays & varies
+    return context[..., chosen] if chosen.any() else None
 
 
 def _with_inputs(rollout: Rollout, learner: Learner, averages: Tensor | None) -> Rollout:
@@ -179,7 +207,9 @@ def _losses(learner: Learner, windows: Windows) -> Callable[[Tensor], Tensor]:
 
 
 def credit_figure(curves: Sequence[tuple[str, CreditHorizon]]) -> "Figure":
-    """Norms and cosines by lag, a colour for each named curve, up to the longest lag with a true gradient; that one is dashed.
+    """Norms and cosines by lag, a colour for each named curve, up to the longest lag with a true gradient.
+
+    Dashed are the norm of the true gradient and the expected cosine.
 
     A figure of its own, outside of pyplot: nothing is left behind that has to be closed.
     """
@@ -199,11 +229,14 @@ def credit_figure(curves: Sequence[tuple[str, CreditHorizon]]) -> "Figure":
         norms.plot(lags, true.where(exists, math.nan), "--", color=colour, linewidth=1.0)
         norms.plot(lags, delivered.where(delivered > 0, math.nan), color=colour, label=name)
         cosines.plot(lags, cosine.where(exists, math.nan), color=colour)
+        if horizon.expected_cosine is not None:
+            expected = horizon.expected_cosine.cpu().where(exists, math.nan)
+            cosines.plot(lags, expected, "--", color=colour, linewidth=1.0)
     cosines.axhline(0.5, color="grey", linewidth=0.8)
     norms.set(xlabel="lag in steps", ylabel="RMS norm (dashed: true)", title="gradient delivered")
     if math.isfinite(smallest):
         norms.set(yscale="log")
         norms.set_ylim(bottom=smallest / 10.0)
-    cosines.set(xlabel="lag in steps", title="cosine with the true gradient", ylim=(-1.05, 1.05))
+    cosines.set(xlabel="lag in steps", title="cosine with the true gradient (dashed: expected)", ylim=(-1.05, 1.05))
     chart.legend(loc="outside lower left", fontsize=7)
     return chart

@@ -56,7 +56,7 @@ BOARD: dict[str, dict[str, tuple[str, ...]]] = {
         "interfaces between levels: loss": (r"sg/interface_\d+/loss",),
     },
     "credit": {
-        "effective horizon, and window": ("credit/horizon", "bptt/horizon"),
+        "effective horizon, and window": ("credit/horizon", "credit/expected_horizon", "bptt/horizon"),
         "90 % of the norm delivered lies within": ("credit/lag_90",),
         "90 % of the true norm lies within": ("credit/true_lag_90",),
         "norm delivered over true norm": ("credit/delivered_share",),

@@ -472,7 +472,7 @@ class ErrorCritic(nn.Module, ABC):
                     weight = (keep / keep.sum().clamp_min(1.0)).unsqueeze(-1)
                     # where: an invalid row may hold anything
                     goal = torch.where(weight > 0, goal, 0.0)
-                square = (weight.t() @ goal.square()).squeeze(0)
+                square = (weight * goal.square()).sum(0)
             else:
                 keep = (goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)).unsqueeze(-1)
                 goal = torch.where(keep > 0, goal, 0.0)
@@ -494,8 +494,8 @@ class ErrorCritic(nn.Module, ABC):
             total = weight.sum().clamp_min(torch.finfo(goal.dtype).tiny)
             weight, error = weight / total, error / total
         # As few passes over [N, S] as there can be: on small nets the report would cost as much as the fit.
-        squares, mean = goal.square(), weight.t() @ goal
-        variance = ((weight.t() @ squares - mean.square()) / self._target_unit.square()).sum() / goal.shape[-1]
+        squares, mean = goal.square(), (weight * goal).sum(0)
+        variance = (((weight * squares).sum(0) - mean.square()) / self._target_unit.square()).sum() / goal.shape[-1]
         predicted_norm, target_norm = predicted.norm(dim=-1), squares.sum(-1).sqrt()
         tiny = torch.finfo(goal.dtype).tiny
         cosine = (predicted * goal).sum(-1) / (predicted_norm * target_norm).clamp_min(tiny)

@@ -24,18 +24,25 @@ class CreditHorizon:
         delivered_norm: [N] RMS norm of the part of it that the method delivers.
         cosine: [N] between delivered and true gradient, all pairs joined into one vector; 0 where either vanishes.
         num_pairs: [N] how many pairs were averaged; where it is 0 the curves are 0.
+        expected_cosine: [N] the same cosine, the bootstraps judged by their averages over sequences instead of one by one; None where
+            no probe was given.
     """
 
     true_norm: Tensor
     delivered_norm: Tensor
     cosine: Tensor
     num_pairs: Tensor
+    expected_cosine: Tensor | None = None
 
     @property
     def effective_horizon(self) -> Tensor:
         """Largest lag whose credit is delivered with cosine above 0.5; 0 if there is none. In steps, a scalar."""
-        lags = torch.arange(1, len(self.cosine) + 1, device=self.cosine.device)
-        return (lags * (self.cosine > 0.5)).amax()
+        return _largest_lag(self.cosine)
+
+    @property
+    def expected_horizon(self) -> Tensor | None:
+        """The same of `expected_cosine`; None where there is none. It reaches a memory before it is learned."""
+        return None if self.expected_cosine is None else _largest_lag(self.expected_cosine)
 
     @property
     def lag_90(self) -> Tensor:
@@ -54,12 +61,13 @@ class CreditHorizon:
 
     def scalars(self, prefix: str = "credit/") -> dict[str, Tensor]:
         """Numbers for a training log: scalar tensors, still on the device; the curves stay attributes."""
+        expected = self.expected_horizon
         return {
             f"{prefix}horizon": self.effective_horizon,
             f"{prefix}lag_90": self.lag_90,
             f"{prefix}true_lag_90": self.true_lag_90,
             f"{prefix}delivered_share": self.delivered_share,
-        }
+        } | ({} if expected is None else {f"{prefix}expected_horizon": expected})
 
 
 def credit_horizon(
@@ -73,6 +81,7 @@ def credit_horizon(
     critic: Bootstrap | None = None,
     unroll: Callable[[Tensor, State, Tensor | None], tuple[Tensor, LevelledState, Tensor]] | None = None,
     context: Tensor | None = None,
+    probe: Tensor | None = None,
     loss_times: Sequence[int] | None = None,
     num_lags: int | None = None,
     margin: int = 0,
@@ -116,13 +125,31 @@ def credit_horizon(
     Losses fall on every phase of a window. Without a critic and with gradients of equal norm the cosine at lag n is
     therefore sqrt((K - n) / K), above 0.5 for n < 3 K / 4.
 
+    The truth is a sample, a critic predicts its mean: noise in the losses, and policy gradients are mostly noise, lowers the cosine
+    of a perfect critic, and what parameters are moved by is the mean. With a probe z_j, something that the state s_j has to tell
+    apart, for example the cue of a memory task, bootstraps are also judged by what they send to all states of one lag n together:
+
+        X_n = sum z_j b(j)^T,    Y_n = sum z_j T(j)^T           [Z, S], over pairs (j, t = j + n - 1) that need a bootstrap
+        a_n = <X_n, Y_n> / |Y_n|^2,    q_n = |X_n|^2 / |Y_n|^2
+
+    z is centred and scaled to unit variance over the states measured, so that for a cue of +-1 X_n is the difference that the cue
+    makes to the gradient: it is what the parameters get that write z into the state (d s = W z has the gradient sum T z^T), and of
+    what differs from sequence to sequence for other reasons it keeps the less, the more sequences there are. With a_n and q_n in
+    place of <b, T> / |T|^2 and |b|^2 / |T|^2, and r_n the part of g_n that is left to bootstraps (i_n the rest),
+
+        expected_cosine = sum (<i_n, g_n> + a_n <r_n, g_n>) / sqrt(sum |g_n|^2  sum (|i_n|^2 + 2 a_n <i_n, r_n> + q_n |r_n|^2))
+
+    beyond the window therefore <X_n, Y_n> / |X_n| |Y_n|, the cosine of expectations, and without a critic sqrt((K - n) / K) again. a_n
+    counts as 0 where <X_n, Y_n> is not positive by three standard errors (jackknife over up to 16 groups of sequences): what
+    cannot be told from chance is not delivered. So give it many sequences, 64 or more for policy gradients.
+
     What it does not see: synthetic gradient at states without any true later credit; and where losses are dense, a
     critic that meets the near part of T well is credited for the far part too, so read `lag_90` beside
-    `effective_horizon`. The truth is a sample, a critic predicts its mean: noise in the losses lowers the cosine of a
-    perfect critic.
+    `effective_horizon`. The expected cosine says nothing about size: a bootstrap of the right direction that is a thousandth of what
+    it stands for has a cosine of 1.
 
     Cost: one unroll of the T steps and one backward pass per loss time; with a critic one more unroll and three passes.
-    Memory as for full BPTT over T steps.
+    Memory as for full BPTT over T steps; with a probe another 2 x N x 16 x Z x S numbers.
 
     Args:
         core: any core whose `unroll` records its history, as the contract asks.
@@ -136,6 +163,8 @@ def credit_horizon(
         unroll: instead of window and critic, how the method unrolls the whole batch: (inputs, state, first) to
             (outputs, next state, bootstraps), for example `partial(core.unroll_in_ticks, ticks=8, critic=critic)`.
         context: [T + 1, B, Z], as in `dni_rl.backward`.
+        probe: [T, B, Z], known before step j or not, what s_j is to tell apart; of any scale; two sequences or more. None for no
+            expected cosine. Components that do not vary are left out of account.
         loss_times: which t to measure, each in [0, T); None for at most 64, evenly spread over the batch and over
             window phases.
         num_lags: N, the longest lag reported; T if None.
@@ -150,7 +179,7 @@ def credit_horizon(
         ValueError: if a shape, time or count is out of range, or window, critic and unroll do not go together.
         RuntimeError: if the core records no history.
     """
-    T = _check(inputs, window, critic, context, loss_times, num_lags, margin)
+    T = _check(inputs, window, critic, context, probe, loss_times, num_lags, margin)
     if unroll is not None and window is not None:
         raise ValueError("unroll: it replaces window= and critic=; leave those out")
     if loss_times is None:
@@ -167,17 +196,23 @@ def credit_horizon(
         raise RuntimeError(f"core: {type(core).__name__}.unroll returned no history; it must return an UnrolledState")
     starts = torch.zeros(losses.shape, dtype=torch.bool, device=losses.device) if first is None else first
 
-    norm_ratio = alignment = torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
+    b = tail = None  # [T, B, S] what bootstraps send to each state, and what they stand for
     if critic is not None and window is not None:
         total = _gradients(losses.sum(), start, end)
-        norm_ratio, alignment = _bootstrap_quality(core, inputs, end, total, starts, window, critic, context)
+        b, tail = _bootstraps(core, inputs, end, total, starts, window, critic, context)
     method = None if unroll is None else _Method(unroll, loss_fn, inputs, start, first)
     if method is not None:
         total = _gradients(losses.sum(), start, end)
-        norm_ratio, alignment = method.bootstrap_quality(_join(total).double())
+        b, tail = method.bootstraps_and_tail(_join(total).double())
+    norm_ratio = alignment = torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
+    if b is not None and tail is not None:
+        square = tail.square().sum(-1)
+        scale = torch.where(square > 0, square, torch.inf)
+        norm_ratio, alignment = b.square().sum(-1) / scale, (b * tail).sum(-1) / scale
 
     N = T if num_lags is None else num_lags
     sums = torch.zeros(4, N, dtype=torch.float64, device=losses.device)  # true, delivered, inner product, count
+    expected = None if probe is None else _Expected(probe, T - margin, N, b, tail)
     for t in loss_times:
         gradient = _join(_gradients(losses[t].sum(), start, end))[: t + 1].double()
         true = gradient.square().sum(-1)  # [t + 1, B], |g_n(j)|^2
@@ -186,10 +221,13 @@ def credit_horizon(
         connected[T - margin :] = False
         true = torch.where(connected, true, 0.0)
         delivered, inner = true.clone(), true.clone()
+        inside = gradient  # i_n
         if window is not None:
             reached = math.floor(t / window) * window + 1  # first j with t < k(j)
             delivered[:reached] *= norm_ratio[:reached]
             inner[:reached] *= alignment[:reached]
+            inside = gradient.clone()
+            inside[:reached] = 0.0
         if method is not None:
             inside = method.inside(t)[: t + 1]
             rest, a = gradient - inside, alignment[: t + 1]
@@ -199,6 +237,8 @@ def credit_horizon(
             delivered, inner = (torch.where(connected, x, 0.0) for x in (delivered, inner))
         curves = torch.stack([true, delivered, inner, connected.to(true.dtype)]).sum(-1).flip(-1)  # [4, t + 1], by lag
         sums[:, : min(N, t + 1)] += curves[:, :N]
+        if expected is not None:
+            expected.add(gradient, inside, connected)
     true, delivered, inner, count = sums
     pairs = count.clamp_min(1.0)
     joint = (true * delivered).sqrt()
@@ -207,7 +247,67 @@ def credit_horizon(
         delivered_norm=(delivered / pairs).sqrt(),
         cosine=torch.where(joint > 0, inner / joint, 0.0),
         num_pairs=count,
+        expected_cosine=None if expected is None else expected.cosine(),
     )
+
+
+class _Expected:
+    """The expected cosine of `credit_horizon`, gathered one loss time after the other.
+
+    Args:
+        probe: [T, B, Z].
+        num_states: states from that one on are not measured.
+        num_lags: N.
+        b: [T, B, S] what bootstraps send to each state, and tail, what they stand for; None where nothing bootstraps.
+    """
+
+    def __init__(self, probe: Tensor, num_states: int, num_lags: int, b: Tensor | None, tail: Tensor | None):
+        z = probe.detach().double()
+        deviation, mean = torch.std_mean(z[:num_states].flatten(0, 1), dim=0, correction=0)
+        varies = deviation > 1e-6 * mean.abs()  # else it is rounding
+        self.z = (z - mean) * (varies / torch.where(varies, deviation, 1.0))
+        self.G = min(z.shape[1], 16)
+        self.vectors = None if b is None or tail is None else self._grouped(torch.stack([b, tail]))
+        width = 0 if b is None else b.shape[-1]
+        self.sums = z.new_zeros(num_lags, 2, self.G, z.shape[-1] * width)  # X_n and Y_n, by group
+        self.products = z.new_zeros(num_lags, 5)  # <g, g>, <i, g>, <i, i>, <i, r>, <r, r>
+
+    def add(self, gradient: Tensor, inside: Tensor, connected: Tensor) -> None:
+        """Adds the pairs of the loss of step t: gradient and inside [t + 1, B, S], connected [t + 1, B]."""
+        steps, N = len(gradient), len(self.sums)
+        g = torch.where(connected.unsqueeze(-1), gradient, 0.0)
+        i = torch.where(connected.unsqueeze(-1), inside, 0.0)
+        r = g - i
+        products = torch.stack([(x * y).sum((1, 2)) for x, y in ((g, g), (i, g), (i, i), (i, r), (r, r))], -1)
+        self.products[:steps] += products.flip(0)[:N]
+        if self.vectors is None:
+            return
+        rounding = (64 * torch.finfo(torch.float32).eps) ** 2 * g.square().sum(-1)  # of gradient - inside
+        weight = (r.square().sum(-1) > rounding).to(g.dtype)  # [t + 1, B], pairs that need a bootstrap
+        probe = self._grouped(self.z[:steps] * weight.unsqueeze(-1))
+        outer = torch.einsum("jmgz,ojmgs->jogzs", probe, self.vectors[:, :steps])
+        self.sums[:steps] += outer.flatten(3).flip(0)[:N]
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """[..., B, F] to [..., M, G, F], sequence b in group b mod G; zeros where there is none."""
+        missing = -x.shape[-2] % self.G
+        return torch.nn.functional.pad(x, (0, 0, 0, missing)).unflatten(-2, (-1, self.G))
+
+    def cosine(self) -> Tensor:
+        """[N], in [-1, 1] but for rounding."""
+        x, y = self.sums.unbind(1)  # [N, G, Z * S]
+        X, Y = x.sum(1), y.sum(1)
+        product, G = (X * Y).sum(-1), x.shape[1]
+        # the sum without one group, on the scale of the whole
+        without = ((X.unsqueeze(1) - x) * (Y.unsqueeze(1) - y)).sum(-1) * (G / (G - 1)) ** 2
+        error = ((G - 1) / G * (without - without.mean(1, keepdim=True)).square().sum(1)).sqrt()
+        square = Y.square().sum(-1)
+        scale = torch.where(square > 0, square, torch.inf)
+        a = torch.where(product > 3.0 * error, product, 0.0) / scale
+        q = X.square().sum(-1) / scale
+        gg, ig, ii, ir, rr = self.products.unbind(-1)
+        joint = (gg * (ii + 2.0 * a * ir + q * rr)).clamp_min(0.0).sqrt()
+        return torch.where(joint > 0, (ig + a * (gg - ig)) / joint, 0.0)
 
 
 class _Method:
@@ -247,21 +347,19 @@ class _Method:
         """[T, B, S] what the loss of step t sends through the graph."""
         return self._arriving(self.losses[t].sum()).masked_fill(self.cut, 0.0)
 
-    def bootstrap_quality(self, total: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, B] |b|^2 / |T|^2 and <b, T> / |T|^2, for total [T, B, S], the true gradient of all losses."""
+    def bootstraps_and_tail(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, B, S] b(j) and T(j), for total [T, B, S], the true gradient of all losses."""
         inside = self._arriving(self.losses.sum()).masked_fill(self.cut, 0.0)
         b = torch.where(self.cut, self.synthetic, self._arriving(self.bootstraps.sum()))
         tail = total - inside
-        square = tail.square().sum(-1)
         rounding = (64 * torch.finfo(self.losses.dtype).eps) ** 2 * total.square().sum(-1)  # of total - inside
-        scale = torch.where(square > rounding, square, torch.inf)
-        return b.square().sum(-1) / scale, (b * tail).sum(-1) / scale
+        return b, tail.masked_fill((tail.square().sum(-1) <= rounding).unsqueeze(-1), 0.0)
 
     def _arriving(self, root: Tensor) -> Tensor:
         return _join(_gradients(root, self.leaves, self.end)).double()
 
 
-def _bootstrap_quality(
+def _bootstraps(
     core: Core,
     inputs: Tensor,
     end: UnrolledState,
@@ -273,8 +371,8 @@ def _bootstrap_quality(
 ) -> tuple[Tensor, Tensor]:
     """Carries M(s_k) and the truth G_k from every cut k through the window before it; see `credit_horizon`.
 
-    Returns [T, B] |b|^2 / |T|^2 and [T, B] <b, T> / |T|^2 at every state; both 0 where T is 0, and in the window at
-    the end of the batch, beyond which nothing is measured. All windows run side by side, as one batch.
+    Returns [T, B, S] b(j) and T(j) at every state; both 0 in the window at the end of the batch, beyond which nothing is
+    measured. All windows run side by side, as one batch.
     """
     T, B = starts.shape
     W = (T - 1) // window  # full windows that end in a cut inside the batch; W + 1 cuts: 0, window, ..., W window
@@ -305,11 +403,9 @@ def _bootstrap_quality(
             carried[::window] = at_cut
             inside.append(carried)
         b, tail = inside
-    square = tail.square().sum(-1)
-    scale = torch.where(square > 0, square, torch.inf)
-    quality = torch.zeros(2, T, B, dtype=torch.float64, device=starts.device)
-    quality[:, : len(b)] = torch.stack([b.square().sum(-1), (b * tail).sum(-1)]) / scale
-    return quality[0], quality[1]
+    both = torch.zeros(2, T, *b.shape[1:], dtype=torch.float64, device=starts.device)
+    both[:, : len(b)] = torch.stack([b, tail])
+    return both[0], both[1]
 
 
 def _gradients(
@@ -335,6 +431,11 @@ def _join(state: State) -> Tensor:
     return torch.cat(state, dim=-1)
 
 
+def _largest_lag(cosine: Tensor) -> Tensor:
+    lags = torch.arange(1, len(cosine) + 1, device=cosine.device)
+    return (lags * (cosine > 0.5)).amax()
+
+
 def _lag_of_share(norm: Tensor, share: float) -> Tensor:
     below = norm.cumsum(0) < share * norm.sum()
     return (below.sum() + 1) * (norm.sum() > 0)
@@ -353,6 +454,7 @@ def _check(
     window: int | None,
     critic: Bootstrap | None,
     context: Tensor | None,
+    probe: Tensor | None,
     loss_times: Sequence[int] | None,
     num_lags: int | None,
     margin: int,
@@ -366,6 +468,10 @@ def _check(
         raise ValueError(
             f"context: expected [T + 1, B, Z] = ({T + 1}, {inputs.shape[1]}, Z), got {tuple(context.shape)}"
         )
+    if probe is not None and (probe.dim() != 3 or probe.shape[:2] != inputs.shape[:2]):
+        raise ValueError(f"probe: expected [T, B, Z] = ({T}, {inputs.shape[1]}, Z), got {tuple(probe.shape)}")
+    if probe is not None and inputs.shape[1] < 2:
+        raise ValueError("probe: found 1 sequence; allowed 2 or more, over which to average; leave probe= out")
     if loss_times is not None and (not loss_times or not all(0 <= t < T for t in loss_times)):
         raise ValueError(f"loss_times: expected at least one time, each in [0, {T}), got {list(loss_times)}")
     if num_lags is not None and not 1 <= num_lags <= T:

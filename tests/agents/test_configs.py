@@ -29,7 +29,13 @@ DIFFERENT = {
         *LINEAR,
     },
     "rtrl": {"model.core"},
-    "multi_timescale": {"model.core", "env.num_envs", "algorithm.rollout_length", "critic.max_norm_ratio"},
+    "multi_timescale": {
+        "model.core",
+        "env.num_envs",
+        "algorithm.rollout_length",
+        "critic.max_norm_ratio",
+        "critic.targets_per_window",
+    },
 }
 
 

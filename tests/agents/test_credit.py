@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -15,7 +16,15 @@ from agents import credit as credit_module
 from agents import train as train_module
 from agents.checkpoint import load_checkpoint, rng_state
 from agents.config import CriticConfig, from_dict
-from agents.credit import _losses, _sequences, check_credit, credit_figure, measure_credit
+from agents.credit import (
+    _acted,
+    _losses,
+    _sequences,
+    _to_be_remembered,
+    check_credit,
+    credit_figure,
+    measure_credit,
+)
 from agents.learner import make_windows, with_inputs
 from agents.metrics import BOARD, read_metrics
 from agents.rollout import Rollout
@@ -287,6 +296,21 @@ def test_critics_know_at_every_cut_what_the_learner_would_tell_them(tmp_path, mo
             torch.testing.assert_close(whole.context[start + 4 * (number + 1)], end)
 
 
+def test_what_is_to_be_remembered_is_what_stays_the_same_in_an_episode_and_differs_between_them(tmp_path):
+    trainer = trained(tmp_path, credit_num_envs=8)
+    rollout, _ = _acted(trainer.config, trainer.learner, 0)
+    probe = _to_be_remembered(rollout)
+    assert rollout.context.shape[-1] == 7  # position, distance, the time that is left, ...
+    assert torch.equal(probe, rollout.context[:-1, :, :1]) and probe.abs().eq(1.0).all()  # and the cue
+    assert _to_be_remembered(replace(rollout, context=None)) is None
+    assert _to_be_remembered(replace(rollout, context=rollout.context[..., 1:])) is None
+    alone = trained(tmp_path, credit_num_envs=1)
+    assert measure_credit(alone.config, alone.learner).expected_cosine is None
+    for kind in ("none", "dni", "cdni"):  # whether or not the critic is told
+        agent = trained(tmp_path, critic={"kind": kind})
+        assert measure_credit(agent.config, agent.learner).expected_horizon >= 2
+
+
 # When, and where to
 
 
@@ -296,7 +320,9 @@ def test_it_is_logged_at_the_start_on_schedule_and_at_the_end(tmp_path):
     assert [row["step"] for row in rows if "credit/horizon" in row] == [0, 192, 384, 576, 640]
     assert len({row["step"] for row in rows}) == len(rows)  # what falls on the same step is one row
     names = {name for row in rows for name in row if name.startswith("credit/")}
-    assert names == {"credit/horizon", "credit/lag_90", "credit/true_lag_90", "credit/delivered_share"}
+    assert names == {
+        *("credit/horizon", "credit/expected_horizon", "credit/lag_90", "credit/true_lag_90", "credit/delivered_share")
+    }
     assert rows[0]["credit/lag_90"] <= 3 < rows[0]["credit/true_lag_90"]  # the first synthetic gradient is zero
     assert not any("credit/horizon" in row for row in read_metrics(train(make_config(tmp_path, "off"))))
 
@@ -371,10 +397,13 @@ def test_the_figure_has_two_lines_for_each_run(tmp_path):
     trainer = trained(tmp_path)
     horizon = measure_credit(trainer.config, trainer.learner)
     norms, cosines = credit_figure([("one", horizon), ("one", horizon)]).axes
-    assert len(norms.lines) == 4 and len(cosines.lines) == 3  # true and delivered; the line at 0.5
-    shown = np.asarray(cosines.lines[1].get_ydata())
+    assert len(norms.lines) == 4  # true and delivered
+    assert len(cosines.lines) == 5  # of single sequences and of averages; the line at 0.5
+    dashed = np.asarray(cosines.lines[1].get_ydata())
+    shown = np.asarray(cosines.lines[2].get_ydata())
     exists = int((horizon.true_norm > 0).sum())
     np.testing.assert_array_equal(shown[:exists], horizon.cosine[:exists].numpy())
+    np.testing.assert_array_equal(dashed[:exists], horizon.expected_cosine[:exists].numpy())
     assert np.isnan(shown[exists:]).all() and len(shown) == 16
     empty = measure_credit(trained(tmp_path, critic={"kind": "none"}).config, trainer.learner)
     empty.true_norm.zero_(), empty.delivered_norm.zero_()

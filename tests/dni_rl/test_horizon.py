@@ -70,7 +70,7 @@ def naive(core, loss_fn, inputs, first) -> dict[tuple[int, int], Tensor]:
     gradients = {}
     for j in range(T):
         for t in range(j, T):
-            state = core.initial_state(B)
+            state = core.initial_state(inputs.shape[1])
             if j:
                 _, state = core.unroll(inputs[:j], state, first[:j])
             leaves = tuple(s.detach().requires_grad_() for s in state)
@@ -145,10 +145,14 @@ def test_no_critic_and_a_zero_critic_deliver_the_window(inputs, first):
         expected = (torch.as_tensor(inside).double() / max(len(rows), 1)).sqrt()
         torch.testing.assert_close(plain.delivered_norm[n - 1], expected)
     assert plain.delivered_norm[: K - 1].gt(0).all() and plain.delivered_norm[K - 1 :].eq(0).all()
+    assert plain.expected_cosine is None
+    settings = {"first": first, "window": K, "loss_times": range(T), "probe": inputs}
+    plain = credit_horizon(core, squared, inputs, **settings)
     critic = GradientCritic(state_sizes=core.state_sizes).double()
-    zero = credit_horizon(core, squared, inputs, first=first, window=K, critic=critic, loss_times=range(T))
+    zero = credit_horizon(core, squared, inputs, critic=critic, **settings)
     for field in dataclasses.fields(CreditHorizon):
         assert getattr(zero, field.name).equal(getattr(plain, field.name))
+    torch.testing.assert_close(plain.expected_cosine, plain.cosine)  # nothing to be judged one by one or together
 
 
 def test_bootstrap_between_cuts_is_the_critics_vector_through_the_jacobian(inputs):
@@ -223,14 +227,187 @@ def test_scalars():
     scalars = horizon.scalars("credit/")
     assert scalars["credit/horizon"] == 3 and scalars["credit/lag_90"] == 3 and scalars["credit/true_lag_90"] == 3
     assert scalars["credit/delivered_share"] == 0.5
+    assert horizon.expected_horizon is None and "credit/expected_horizon" not in scalars
     nothing = CreditHorizon(norm, 0 * norm, 0 * norm, norm)
     assert nothing.effective_horizon == 0 and nothing.lag_90 == 0
+    both = dataclasses.replace(horizon, expected_cosine=torch.tensor([0.9, 0.7, 0.6, 0.51, 0.5]))
+    assert both.scalars("credit/") == scalars | {"credit/expected_horizon": 4}
 
 
 def test_loss_times_are_few_and_meet_every_phase():
     horizon = credit_horizon(LinearRNN(0.9), sum_of_outputs, torch.zeros(256, 1, 1).double(), window=8, num_lags=1)
     assert horizon.num_pairs[0] <= 64
     assert horizon.cosine[0] == pytest.approx(math.sqrt(7 / 8), abs=0.02)
+
+
+# Averages over sequences
+
+
+def expected_by_hand(core, true, inputs, first, answer, probe):
+    """The equations of the docstring from `true`, what `naive` found; b(j) and T(j) without the history of the core."""
+    B = inputs.shape[1]
+    z = (probe - probe.flatten(0, 1).mean(0)) / probe.flatten(0, 1).std(0, correction=0)
+    state, states = core.initial_state(B), []
+    for t in range(T):
+        state = tuple(torch.where(first[t].unsqueeze(-1), 0.0, s) for s in state)
+        states.append(tuple(s.detach() for s in state))
+        state = core(inputs[t], state)[1]
+    b, tail = torch.zeros(2, T, B, sum(core.state_sizes), dtype=torch.float64)
+    for j in range(T):
+        k = math.ceil(j / K) * K
+        if k >= T:
+            continue
+        tail[j] = sum(true[j, t] * ~first[j : t + 1].any(0).unsqueeze(-1) for t in range(k, T))
+        leaves = tuple(s.requires_grad_() for s in states[j])
+        at_cut = leaves if k == j else core.unroll(inputs[j:k], leaves, first[j:k])[1]
+        at_cut = tuple(torch.where(first[k].unsqueeze(-1), 0.0, s) for s in at_cut)
+        synthetic = tuple(a.unflatten(0, (-1, B))[k // K] * ~first[k].unsqueeze(-1) for a in answer)
+        carried = torch.autograd.grad(at_cut, leaves, synthetic, allow_unused=True, materialize_grads=True)
+        b[j] = torch.cat(carried, -1) * ~first[j].unsqueeze(-1)
+    cosines = []
+    for n in range(1, T + 1):
+        x, y = torch.zeros(2, B, z.shape[-1], b.shape[-1], dtype=torch.float64)
+        near = rest = torch.zeros((), dtype=torch.float64)
+        for j, i in [(j, i) for j in range(T - n + 1) for i in range(B) if not first[j : j + n, i].any()]:
+            square = true[j, j + n - 1][i].square().sum()
+            if j + n - 1 < math.ceil(j / K) * K:
+                near = near + square
+            else:
+                rest = rest + square
+                x[i] += torch.outer(z[j, i], b[j, i])
+                y[i] += torch.outer(z[j, i], tail[j, i])
+        X, Y = x.sum(0), y.sum(0)
+        inner, square = (X * Y).sum(), Y.square().sum()
+        without = torch.stack([((X - x[i]) * (Y - y[i])).sum() * (B / (B - 1)) ** 2 for i in range(B)])
+        error = ((B - 1) / B * (without - without.mean()).square().sum()).sqrt()
+        a = inner / square if inner > 3.0 * error else 0.0
+        q = X.square().sum() / square if square else 0.0
+        joint = ((near + rest) * (near + q * rest)).sqrt()
+        cosines.append((near + a * rest) / joint if joint else joint)
+    return torch.stack(cosines)
+
+
+class Told(Fixed):
+    """Answers with what it is told: the context is the synthetic gradient."""
+
+    def __init__(self):
+        pass
+
+    def synthetic_gradient(self, state, context=None, alive=None):
+        return (context * alive.unsqueeze(-1),)
+
+
+def noisy(sequences, horizon=40, decay=0.95, noise=4.0, seed=0):
+    """One loss at the end of a linear RNN, whose gradient is a cue of +-1 plus noise, by sequence: the truth is the cue."""
+    generator = torch.Generator().manual_seed(seed)
+    cue = torch.randint(2, (sequences,), generator=generator).double() * 2 - 1
+    weight = cue + noise * torch.randn(sequences, dtype=torch.float64, generator=generator)
+    last = torch.zeros(horizon, 1, dtype=torch.float64)
+    last[-1] = 1.0
+    to_end = decay ** torch.arange(horizon, -1, -1.0).double().view(-1, 1, 1)  # [T + 1, 1, 1]
+
+    def measure(prediction, **settings):
+        return credit_horizon(
+            LinearRNN(decay),
+            lambda outputs: outputs.sum(-1) * last * weight,
+            torch.zeros(horizon, sequences, 1, dtype=torch.float64),
+            window=K,
+            critic=Told(),
+            context=prediction.view(1, -1, 1) * to_end,
+            loss_times=[horizon - 1],
+            **{"probe": cue.view(1, -1, 1).expand(horizon, -1, -1)} | settings,
+        )
+
+    return cue, generator, measure
+
+
+@pytest.fixture
+def cued():
+    """Inputs, a probe of a cue and of something else, and losses whose gradients have the cue's sign, of sixteen sequences."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(T, 16, 1, dtype=torch.float64, generator=generator)
+    probe = torch.randn(T, 16, 2, dtype=torch.float64, generator=generator)
+    probe[..., 0] = torch.tensor([-1.0, 1.0]).repeat(8)
+    return inputs, probe, lambda outputs: outputs.sum(-1) * probe[: len(outputs), :, 0]
+
+
+def test_expected_cosine_matches_the_definition(cued):
+    """With the truth and ever more noise in the critic's place, so that some of it is told from chance and some is not."""
+    torch.manual_seed(0)
+    (inputs, probe, loss_fn), core = cued, LSTM(1, 2).double()
+    first = torch.zeros(T, 16, dtype=torch.bool)
+    first[0], first[6, 1], first[8, 2] = True, True, True
+    measured, by_hand, true = [], [], naive(core, loss_fn, inputs, first)
+    for noise in torch.linspace(0.0, 3.0, 10):
+        critic = oracle(core, loss_fn, inputs, first)
+        critic.answer = tuple(a + noise * a.std() * torch.randn_like(a) for a in critic.answer)
+        settings = {"first": first, "window": K, "critic": critic, "loss_times": range(T)}
+        measured.append(credit_horizon(core, loss_fn, inputs, probe=probe, **settings).expected_cosine)
+        by_hand.append(expected_by_hand(core, true, inputs, first, critic.answer, probe))
+    torch.testing.assert_close(torch.stack(measured), torch.stack(by_hand), rtol=1e-9, atol=1e-12)
+    beyond = torch.stack(measured)[:, K:11]
+    assert beyond.gt(0).any() and beyond.eq(0).any()
+
+
+def test_what_critics_cannot_foresee_does_not_count_against_them():
+    """A critic that predicts the expectation, where noise has four times its size: 1 / sqrt(17) one by one."""
+    cue, _, measure = noisy(500)
+    horizon = measure(cue)
+    assert horizon.effective_horizon < K and horizon.cosine[20] == pytest.approx(1 / math.sqrt(17), abs=0.1)
+    assert horizon.expected_horizon == 40 and horizon.expected_cosine[K:].min() > 0.99
+    tiny = measure(1e-3 * cue)  # cosines know no size
+    torch.testing.assert_close(tiny.expected_cosine[K:], horizon.expected_cosine[K:])
+
+
+def test_critics_that_do_not_know_what_is_to_be_remembered_deliver_the_window():
+    for seed in range(5):
+        cue, generator, measure = noisy(500, seed=seed)
+        for prediction in (
+            torch.ones(500).double(),  # the same whatever the cue
+            torch.randn(500, dtype=torch.float64, generator=generator),
+            -cue,
+        ):
+            assert measure(prediction).expected_horizon < K
+    right_in_half = torch.where(torch.rand(500, generator=generator) < 0.5, cue, 0.0)
+    assert measure(right_in_half + torch.ones(500)).expected_horizon == 40
+
+
+def test_what_cannot_be_told_from_chance_is_not_delivered():
+    found = []
+    for seed in range(20):
+        cue, _, measure = noisy(8, noise=20.0, seed=seed)
+        found.append(measure(cue).expected_horizon)
+    assert sum(h > K for h in found) <= 3
+
+
+def test_an_oracle_delivers_everything_in_expectation(cued, levels):
+    torch.manual_seed(0)
+    (inputs, probe, loss_fn), core = cued, LSTM(1, 3).double()
+    first = torch.zeros(T, 16, dtype=torch.bool)
+    first[0] = True
+    settings = {"first": first, "loss_times": range(T), "probe": probe}
+    window = credit_horizon(core, loss_fn, inputs, window=K, critic=oracle(core, loss_fn, inputs, first), **settings)
+    torch.testing.assert_close(window.expected_cosine[: T - 1], torch.ones(T - 1).double(), rtol=1e-10, atol=0)
+    outputs, end = levels.unroll(inputs, tuple(s.requires_grad_() for s in levels.initial_state(16)), first)
+    loss_fn(outputs).sum().backward()
+    steps = torch.arange(T + 1.0).double().view(-1, 1, 1).expand(-1, 16, 1)
+    unroll = partial(levels.unroll_in_ticks, ticks=2, critic=StepOracle(end.history.gradients), context=steps)
+    in_ticks = credit_horizon(levels, loss_fn, inputs, unroll=unroll, **settings)
+    torch.testing.assert_close(in_ticks.expected_cosine[: T - 1], torch.ones(T - 1).double(), rtol=1e-9, atol=0)
+
+
+def test_the_scale_of_a_probe_is_nothing_and_so_are_constant_components():
+    cue, _, measure = noisy(64)
+    probe = cue.view(1, -1, 1).expand(40, -1, -1)
+    one = measure(cue)
+    other = measure(cue, probe=torch.cat([7.0 - 1e-3 * probe, torch.full_like(probe, 0.1)], -1))
+    torch.testing.assert_close(one.expected_cosine, other.expected_cosine)
+    late = torch.where(
+        torch.arange(40).view(-1, 1, 1) < 30, probe, 100.0 * torch.ones(64, 1)
+    )  # of states that are left out
+    torch.testing.assert_close(
+        measure(cue, probe=late, margin=10).expected_cosine, measure(cue, margin=10).expected_cosine
+    )
 
 
 class StepOracle(GradientCritic):
@@ -252,7 +429,7 @@ def levels():
 
 def test_one_level_in_ticks_is_a_window(inputs, first):
     core = MultiTimescaleCore(1, (3,), (1,)).double()
-    settings = {"first": first, "loss_times": range(T)}
+    settings = {"first": first, "loss_times": range(T), "probe": inputs}
     in_ticks = credit_horizon(core, squared, inputs, unroll=partial(core.unroll_in_ticks, ticks=K), **settings)
     window = credit_horizon(core, squared, inputs, window=K, **settings)
     for field in dataclasses.fields(CreditHorizon):
@@ -267,7 +444,7 @@ def test_one_level_in_ticks_is_a_window_with_a_critic(inputs, first):
     torch.nn.init.normal_(critic.net[-1].weight)
     with torch.no_grad():
         critic.net[-1].weight[-1] = 0.0  # no gradient for the clock
-    settings = {"first": first, "loss_times": range(T)}
+    settings = {"first": first, "loss_times": range(T), "probe": inputs}
     in_ticks = credit_horizon(
         core, squared, inputs, unroll=partial(core.unroll_in_ticks, ticks=K, critic=critic), **settings
     )
@@ -311,11 +488,18 @@ def test_unroll_replaces_window(levels, inputs):
         ({"num_lags": T + 1}, "num_lags: found"),
         ({"margin": T}, "margin: found"),
         ({"context": torch.zeros(T, B, 2)}, "context: expected"),
+        ({"probe": torch.zeros(T + 1, B, 2)}, "probe: expected"),
+        ({"probe": torch.zeros(T, B)}, "probe: expected"),
     ],
 )
 def test_errors(settings, message, inputs):
     with pytest.raises(ValueError, match=message):
         credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs, **settings)
+
+
+def test_one_sequence_has_no_average(inputs):
+    with pytest.raises(ValueError, match=r"probe: found 1 sequence; allowed 2 or more"):
+        credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs[:, :1], probe=inputs[:, :1])
 
 
 def test_reduced_losses_are_refused(inputs):

@@ -126,7 +126,7 @@ def test_the_recurrent_net_is_trained_through_the_window(context_size, dense):
         z = [] if context is None else [context[t]]
         predicted = critic.target_rms * net.readout(torch.cat([features, *z, memory], -1))
         error = ((predicted - goal[t]) / critic.target_rms).square().mean(-1)
-        errors.append(error[~FIRST[t]] if dense else error)
+        errors.append(error[~FIRST[t]])
     loss = torch.cat(errors).mean()
     loss.backward()
     assert_same(report.critic_loss, loss.detach())

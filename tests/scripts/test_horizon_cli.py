@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -11,7 +12,7 @@ from agents.config import from_dict
 from agents.metrics import read_metrics
 from agents.train import train
 from dni_rl.horizon import CreditHorizon
-from scripts.horizon import Measured, _metrics, main, side_by_side
+from scripts.horizon import Measured, _metrics, main, side_by_side, table
 
 
 def _config(folder, kind="dni", corridor_length=3, seed=0, **run):
@@ -62,25 +63,28 @@ def test_repeats_what_training_logged_at_its_end(runs, capsys, tmp_path):
     assert (code, err) == (0, "")
     (result,) = json.loads((tmp_path / "out.json").read_text())
     rows = read_metrics(runs[0])
-    for name in ("horizon", "lag_90", "true_lag_90", "delivered_share"):
+    for name in ("horizon", "expected_horizon", "lag_90", "true_lag_90", "delivered_share"):
         assert result[name] == rows[-1][f"credit/{name}"]
     assert result["success_rate"] == rows[-1]["charts/success_rate"]
     assert result["episodic_return"] == rows[-1]["charts/episodic_return"]
     assert (result["method"], result["window"], result["step"], result["run_seed"]) == ("dni, K = 4", 4, 320, 0)
     assert result["environment_kwargs"] == {"corridor_length": 3}
-    assert [len(result[name]) for name in ("lags", "true_norm", "delivered_norm", "cosine", "num_pairs")] == [12] * 5
+    curves = ("lags", "true_norm", "delivered_norm", "cosine", "expected_cosine", "num_pairs")
+    assert [len(result[name]) for name in curves] == [12] * 6
     logged = [row for row in rows if "credit/horizon" in row]
     assert result["logged"]["step"] == [row["step"] for row in logged] == [0, 160, 320]
     assert result["logged"]["horizon"] == [row["credit/horizon"] for row in logged]
+    assert result["logged"]["expected_horizon"] == [row["credit/expected_horizon"] for row in logged]
 
     header, _, row, last = out.splitlines()
     assert last == f"numbers in {tmp_path / 'out.json'}"
-    table = dict(zip(_cells(header), _cells(row), strict=True))
-    assert table["run"] == "dni_3_0"
-    assert table["effective horizon (cosine above 0.5)"] == f"{result['horizon']:.0f} steps"
-    assert table["90 % of the norm within"] == f"{result['lag_90']:.0f} steps"
-    learning = [row["credit/horizon"] for row in logged[1:] if row.get("charts/success_rate", 0.0) < 0.95]
-    assert table["its median while learning"] == f"{median(learning):g} steps"
+    shown = dict(zip(_cells(header), _cells(row), strict=True))
+    assert shown["run"] == "dni_3_0"
+    assert shown["expected horizon (cosine above 0.5)"] == f"{result['expected_horizon']:.0f} steps"
+    assert shown["effective horizon"] == f"{result['horizon']:.0f} steps"
+    assert shown["90 % of the norm within"] == f"{result['lag_90']:.0f} steps"
+    learning = [row["credit/expected_horizon"] for row in logged[1:] if row.get("charts/success_rate", 0.0) < 0.95]
+    assert shown["its median while learning"] == f"{median(learning):g} steps"
     assert result["horizon_while_learning"] == median(learning)
 
 
@@ -163,7 +167,7 @@ def _measured(kind, corridor_length, seed, success, reach, bare=False, logged=()
     horizon = CreditHorizon(true_norm=norm, delivered_norm=norm, cosine=cosine, num_pairs=torch.ones(10))
     results = {} if success is None else {"charts/success_rate": success}
     config = _config("runs", kind, corridor_length, seed)
-    rows = [{"step": step, "credit/horizon": h, "solved": solved} for step, h, solved in logged]
+    rows = [{"step": step, "credit/horizon": h, "credit/lag_90": h, "solved": solved} for step, h, solved in logged]
     return Measured(str(seed), config, 320, results, rows, bare, horizon)
 
 
@@ -193,6 +197,21 @@ def test_the_horizon_while_learning_leaves_out_what_came_before_and_after():
     assert solved_at_once.while_learning is None
     # Of a run that logged none, the one at the checkpoint stands for all, so that like is compared with like.
     assert side_by_side([run, solved_at_once]).splitlines()[-1] == "| dni, K = 4 | 100%; *4* (4 4) |"
+
+
+def test_the_expected_horizon_is_shown_where_there_is_one():
+    logged = [(0, 1.0, False), (10, 8.0, False), (20, 6.0, False)]
+    run = _measured("dni", 10, 0, 1.0, 4, logged=logged)
+    expected = replace(run.horizon, expected_cosine=run.horizon.cosine.roll(3))  # 0.8 at lags 4 to 7
+    rows = [row | {"credit/expected_horizon": row["credit/horizon"] + 2.0} for row in run.logged[:2]]
+    other = replace(run, horizon=expected, logged=[*rows, run.logged[2]])
+    assert (run.reach, run.while_learning) == (4.0, 7.0)
+    assert (other.reach, other.while_learning) == (7.0, 10.0)
+    cells = _cells(table([other]).splitlines()[2])
+    assert cells[4:7] == ["7 steps", "10 steps", "4 steps"]
+    assert _cells(table([run]).splitlines()[2])[4:7] == ["", "7 steps", "4 steps"]
+    assert side_by_side([replace(other, logged=[])]).splitlines()[-1] == "| dni, K = 4 | 100%; *7* (7) |"
+    assert "expected_cosine" not in run.as_dict() and "expected_horizon" not in run.as_dict()["logged"]
 
 
 def test_a_task_is_solved_from_the_first_time_on(tmp_path):
