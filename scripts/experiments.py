@@ -38,7 +38,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -88,7 +87,7 @@ class Entry:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it runs a matrix of arms and seeds, with `common.run_members`; asynchronous layers have results of their own."""
+        """Whether it plans a matrix of arms and seeds, with `plan`; asynchronous layers have results of their own."""
         return self.program != "asynchronous"
 
     def arguments(self, preset: str, folder: Path) -> list[str]:
@@ -271,32 +270,17 @@ def run_all(entries: Sequence[Entry], preset: str, runs: Path, jobs: int | None,
 # What came out
 
 
-class _Asked(Exception):
-    pass
-
-
 def planned(entry: Entry, preset: str) -> list[common.Member]:
-    """The runs that an entry's command stands for.
-
-    The program is asked itself: it is started as on the command line, and stopped where it would begin with the first run.
+    """The runs that an entry's command stands for, as the program itself has planned them.
 
     Raises:
         ValueError: if the program refuses its options.
     """
-    matrix: list[common.Member] = []
-
-    def take(_: Any, members: Sequence[common.Member], *__: Any, **___: Any) -> None:
-        matrix.extend(members)
-        raise _Asked
-
     try:
-        with mock.patch.object(common, "run_members", take):
-            entry.module.main(entry.arguments(preset, Path("nowhere")))
-    except _Asked:
-        return matrix
+        with common.one_line_errors(entry.program):
+            return entry.module.plan(entry.arguments(preset, Path("nowhere"))).matrix
     except SystemExit:
         raise ValueError(f"{entry.name}: its program refuses the options: {entry.options}") from None
-    raise AssertionError(f"{entry.name}: its program does not call common.run_members")
 
 
 def section(entry: Entry, preset: str, folder: Path) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ the preset "laptop" that differs are choices of ours; so is that the critic's ow
 
 import argparse
 import dataclasses
-import json
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,6 @@ from torch.nn import functional as F
 
 import dni_rl
 from dni_rl.experiments import common
-from dni_rl.experiments.recurrent import FREE_FIELDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +58,6 @@ TASKS = ("fixed", "learned")
 TARGETS = ("last", "every")
 OUTPUT_SIZE = 2  # a point of the plane
 ALIGNED, REACHED = 0.9, 0.5  # cosines: for the updates it took, and for the lag that is reached, as in `dni_rl.horizon`
-TABLE_FILE = "table.md"
 _BP = "bp_"
 
 
@@ -539,38 +537,8 @@ class Experiment:
             optimizer.load_state_dict(saved)
 
 
-def run(
-    config: AlignmentConfig,
-    folder: Path,
-    *,
-    resume: bool = False,
-    tensorboard: bool = True,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Trains one critic, and its net if that learns, compares with the truth, logs, and keeps a checkpoint.
-
-    Args:
-        config: the run.
-        folder: for its files, made if missing.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
-        tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a line of progress, on a terminal.
-
-    Returns:
-        The result, as in result.json.
-
-    Raises:
-        ValueError: if the folder holds another run.
-    """
-    return common.carry_out(
-        lambda: Experiment(config),
-        config,
-        folder,
-        free=FREE_FIELDS,
-        resume=resume,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+run = functools.partial(common.carry_out, Experiment)
+"""One run, of a `AlignmentConfig`: see `common.carry_out`."""
 
 
 # Summary
@@ -681,15 +649,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def draw(summary: Mapping[str, Any], folder: Path) -> None:
-    """Writes a figure for each task, as PNG, beside the summary.
-
-    Raises:
-        ValueError: if Matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed; install it, or use --no-figures") from error
+    """Writes a figure for each task, as PNG, beside the summary."""
     for task, found in summary["tasks"].items():
         figure(task, found).savefig(folder / f"{task}.png")
 
@@ -762,33 +722,18 @@ def members(
     return matrix
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: tasks, a preset, cells and seeds, and every field of `AlignmentConfig` to override it."""
-    parser = common.matrix_parser("alignment", __doc__ or "", PRESETS)
+def plan(arguments: Sequence[str] | None = None) -> common.Plan:
+    """The runs of a command line: tasks, a preset, cells and seeds, and every field of `AlignmentConfig` to override it."""
+    parser = common.matrix_parser("alignment", __doc__, PRESETS)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}; by default all")
     parser.add_argument("--cells", nargs="*", metavar="ARM@WINDOW", help="arms and windows; by default the preset's")
     parser.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True)
-    common.add_settings(parser, AlignmentConfig, leave_out=("task", "arm", "window", "seed"))
-    given = vars(parser.parse_args(arguments))
-    own = ("preset", "seeds", "jobs", "run_folder", "resume", "tensorboard", "tasks", "cells", "figures")
-    option = {name: given.pop(name) for name in own}
-    folder: Path = option["run_folder"]
-    jobs = PRESETS[option["preset"]].get("jobs", 1) if option["jobs"] is None else option["jobs"]
-    with common.one_line_errors(parser, "alignment"):
-        matrix = members(
-            option["tasks"], option["preset"], common.as_settings(given), cells=option["cells"], seeds=option["seeds"]
-        )
-        results = common.run_members(
-            run, matrix, folder, jobs=jobs, resume=option["resume"], tensorboard=option["tensorboard"]
-        )
-        summary = {"preset": option["preset"], **summarize(matrix, results)}
-        summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in matrix}
-        common.write_json(folder / common.SUMMARY_FILE, summary)
-        if option["figures"]:
-            draw(json.loads(json.dumps(summary)), folder)
-    shown = table(summary)
-    (folder / TABLE_FILE).write_text(shown + "\n", encoding="utf-8")
-    print(shown)
+    option, given = common.parse(parser, arguments, AlignmentConfig, leave_out=("task", "arm", "window", "seed"))
+    matrix = members(option.tasks, option.preset, given, cells=option.cells, seeds=option.seeds)
+    return common.Plan(option, matrix, PRESETS[option.preset].get("jobs", 1))
+
+
+main = functools.partial(common.main, "alignment", plan, run, summarize, table, draw=draw)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -30,6 +31,8 @@ from dni_rl import data
 CHECKPOINT_FILE = "checkpoint.pt"
 RESULT_FILE = "result.json"
 SUMMARY_FILE = "summary.json"
+TABLE_FILE = "table.md"
+FREE_FIELDS = ("num_steps", "device", "log_every_steps", "checkpoint_every_steps")  # what a resumed run may change
 
 
 # Command line
@@ -83,6 +86,13 @@ def check_at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name}: found {getattr(config, name)}, allowed {least} or more")
+
+
+def check_each_once(**lists: Sequence[Any]) -> None:
+    """ValueError if a list is empty, or has something twice."""
+    for name, found in lists.items():
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
 
 
 # Logs and checkpoints
@@ -233,19 +243,21 @@ class Experiment(Protocol):
 
 
 def carry_out(
-    make_experiment: Callable[[], Experiment],
+    make_experiment: Callable[[Any], Experiment],
     config: Any,
     folder: Path,
     *,
-    free: Iterable[str],
-    resume: bool,
-    tensorboard: bool,
-    progress: bool,
+    free: Iterable[str] = FREE_FIELDS,
+    resume: bool = False,
+    tensorboard: bool = True,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Updates up to `config.num_steps`, logs, keeps a checkpoint, and writes the result.
 
+    Each program's `run` is a partial of this one with `make_experiment` bound: unlike a lambda it can be passed to other processes.
+
     Args:
-        make_experiment: called once the folder is known to be free, or to hold the same run.
+        make_experiment: called with the config once the folder is known to be free, or to hold the same run.
         config: the run: `num_steps`, `log_every_steps` and `checkpoint_every_steps`, and what the experiment needs.
         folder: for its files, made if missing.
         free: fields of the config that a resumed run may change.
@@ -257,13 +269,14 @@ def carry_out(
         The result, as in result.json.
 
     Raises:
-        ValueError: if the folder holds another run.
+        ValueError: if the folder holds another run, or the settings do not fit the data.
+        dni_rl.data.DataError: if the data cannot be had.
     """
     state = load_checkpoint(folder / CHECKPOINT_FILE, config, resume=resume, free=free)
     result_file = folder / RESULT_FILE
     if state is not None and state["step"] >= config.num_steps and result_file.exists():
         return json.loads(result_file.read_text(encoding="utf-8"))
-    experiment = make_experiment()
+    experiment = make_experiment(config)
     if state is not None:
         experiment.load_state_dict(state)
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,9 +373,7 @@ def members(
     Raises:
         ValueError: if cells or seeds are missing, repeated or malformed, or a setting is out of range.
     """
-    for name, found in (("cells", cells), ("seeds", seeds)):
-        if not found or len(set(found)) < len(found):
-            raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
+    check_each_once(cells=cells, seeds=seeds)
     matrix = []
     for seed in seeds:
         for cell in map(parse_cell, cells):
@@ -490,57 +501,107 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+# Programs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks of a program.
+
+    Attributes:
+        option: the values of `matrix_parser`'s options and of the program's own.
+        matrix: the runs.
+        jobs: how many at a time where `option.jobs` is None.
+        more: further arguments of the program's `summarize`.
+    """
+
+    option: argparse.Namespace
+    matrix: list[Member]
+    jobs: int = 1
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def main(
     name: str,
-    description: str,
-    arguments: Sequence[str] | None,
-    config_class: type,
-    presets: Mapping[str, Mapping[str, Any]],
+    plan: Callable[[Sequence[str] | None], Plan],
     run: Callable[..., dict[str, Any]],
     summarize: Callable[..., dict[str, Any]],
     table: Callable[[Mapping[str, Any]], str],
-    more_options: Mapping[str, Mapping[str, Any]] | None = None,
+    arguments: Sequence[str] | None = None,
+    *,
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> None:
-    """The command line of a program that runs a matrix; writes summary.json and prints its table.
+    """Carries out the matrix that a command line asks for, writes summary.json and prints its table.
+
+    Args:
+        name: of the program.
+        plan: arguments -> what they ask for; ValueError if a setting is wrong.
+        run: see `run_members`.
+        summarize: (matrix, results, **more) -> what summary.json holds.
+        table: the summary as Markdown.
+        arguments: of the command line; None for those of the process.
+        draw: puts figures beside the summary, with Matplotlib, unless --no-figures is given; such a program writes table.md, too.
+    """
+    with one_line_errors(name):
+        asked = plan(arguments)
+        option, folder = asked.option, asked.option.run_folder
+        jobs = asked.jobs if option.jobs is None else option.jobs
+        results = run_members(
+            run, asked.matrix, folder, jobs=jobs, resume=option.resume, tensorboard=option.tensorboard
+        )
+        summary = {"preset": option.preset, **summarize(asked.matrix, results, **asked.more)}
+        summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in asked.matrix}
+        write_json(folder / SUMMARY_FILE, summary)
+        if draw is not None and option.figures:
+            if importlib.util.find_spec("matplotlib") is None:
+                raise ValueError("matplotlib is not installed; install it, or use --no-figures")
+            draw(json.loads(json.dumps(summary)), folder)
+    shown = table(summary)
+    if draw is not None:
+        (folder / TABLE_FILE).write_text(shown + "\n", encoding="utf-8")
+    print(shown)
+
+
+def cells_plan(
+    name: str,
+    description: str | None,
+    config_class: type,
+    presets: Mapping[str, Mapping[str, Any]],
+    arguments: Sequence[str] | None = None,
+    *,
+    more_options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
+    """What a command line asks of a program whose matrix is cells times seeds.
 
     Args:
         name: of the program.
         description: its first line is shown by --help.
-        arguments: of the command line; None for those of the process.
         config_class: of one run; `arm`, `window` and `seed` come from the matrix, every other field is an option.
         presets: settings by name, with "cells" and "seeds", and optionally "jobs" and "arms", settings of single arms.
-        run: see `run_members`.
-        summarize: (matrix, results, **more) -> what summary.json holds.
-        table: the summary as Markdown.
+        arguments: of the command line; None for those of the process.
         more_options: of `summarize`, by name, with their settings for `ArgumentParser.add_argument`.
+
+    Raises:
+        ValueError: see `members`.
     """
     parser = matrix_parser(name, description, presets)
     parser.add_argument("--cells", nargs="*", metavar="ARM@WINDOW", help="arms and windows; by default the preset's")
-    for option, settings in (more_options or {}).items():
-        parser.add_argument(f"--{option.replace('_', '-')}", **settings)
-    add_settings(parser, config_class, leave_out=("arm", "window", "seed"))
-    given = vars(parser.parse_args(arguments))
-    preset, folder, resume = given.pop("preset"), given.pop("run_folder"), given.pop("resume")
-    tensorboard = given.pop("tensorboard")
-    of_matrix = {key: given.pop(key) for key in ("cells", "seeds", "jobs")}
-    more = {option: given.pop(option) for option in more_options or {}}
-    settings = dict(presets[preset])
-    of_arms = settings.pop("arms", {})
-    of_preset = {key: settings.pop(key, 1) for key in of_matrix}
-    cells, seeds, jobs = (of_preset[key] if value is None else value for key, value in of_matrix.items())
-    with one_line_errors(parser, name):
-        matrix = members(config_class, cells, seeds, settings, of_arms, as_settings(given))
-        results = run_members(run, matrix, folder, jobs=jobs, resume=resume, tensorboard=tensorboard)
-        summary = {"preset": preset, **summarize(matrix, results, **more)}
-        summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in matrix}
-        write_json(folder / SUMMARY_FILE, summary)
-    print(table(summary))
+    more = more_options or {}
+    for key, how in more.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", **how)
+    option, given = parse(parser, arguments, config_class, leave_out=("arm", "window", "seed"))
+    settings = dict(presets[option.preset])
+    of_arms, jobs = settings.pop("arms", {}), settings.pop("jobs", 1)
+    cells, seeds = settings.pop("cells"), settings.pop("seeds")
+    cells, seeds = cells if option.cells is None else option.cells, seeds if option.seeds is None else option.seeds
+    matrix = members(config_class, cells, seeds, settings, of_arms, given)
+    return Plan(option, matrix, jobs, {key: getattr(option, key) for key in more})
 
 
-def matrix_parser(name: str, description: str, presets: Iterable[str]) -> argparse.ArgumentParser:
+def matrix_parser(name: str, description: str | None, presets: Iterable[str]) -> argparse.ArgumentParser:
     """The options of every program that runs a matrix; `seeds` and `jobs` are None where the preset's are wanted."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m dni_rl.experiments.{name}", description=description.splitlines()[0]
+        prog=f"python -m dni_rl.experiments.{name}", description=(description or "").partition("\n")[0]
     )
     parser.add_argument("--preset", choices=list(presets), default="smoke")
     parser.add_argument("--seeds", type=int, nargs="*", help="by default the preset's")
@@ -551,12 +612,31 @@ def matrix_parser(name: str, description: str, presets: Iterable[str]) -> argpar
     return parser
 
 
+def parse(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    config_class: type,
+    leave_out: Iterable[str] = (),
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Adds an option for every field of a config, see `add_settings`, and parses.
+
+    Returns:
+        The values of all options; and the settings that were given, as arguments of the config.
+    """
+    add_settings(parser, config_class, leave_out)
+    option = parser.parse_args(arguments)
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    return option, as_settings({name: value for name, value in vars(option).items() if name in fields})
+
+
 @contextlib.contextmanager
-def one_line_errors(parser: argparse.ArgumentParser, name: str) -> Iterator[None]:
+def one_line_errors(name: str) -> Iterator[None]:
     """Ends the program `name` with one line where settings are wrong, data are missing, or the user stops it."""
     try:
         yield
     except (ValueError, data.DataError) as problem:
-        parser.exit(2, f"{name}: {problem}\n")
+        print(f"{name}: {problem}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{name}: stopped; continue with --resume\n")
+        print(f"\n{name}: stopped; continue with --resume", file=sys.stderr)
+        sys.exit(130)

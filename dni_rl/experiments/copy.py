@@ -18,10 +18,10 @@ on; reading takes N more.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rl.experiments import common
-from dni_rl.experiments.recurrent import BITS_PER_NAT, FREE_FIELDS, Learner, WindowConfig
+from dni_rl.experiments.recurrent import BITS_PER_NAT, Learner, WindowConfig
 
 TASKS = ("copy", "repeat_copy")
 IGNORED = -100  # target of steps that are not scored
@@ -351,33 +351,8 @@ class Experiment:
         self.batch = Batch(*(part.cpu() for part in state["batch"]))
 
 
-def run(
-    config: CopyConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True, progress: bool = True
-) -> dict[str, Any]:
-    """Trains one net, logs, and keeps a checkpoint.
-
-    Args:
-        config: the run.
-        folder: for its files, made if missing.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
-        tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a line of progress, on a terminal.
-
-    Returns:
-        The result, as in result.json.
-
-    Raises:
-        ValueError: if the folder holds another run.
-    """
-    return common.carry_out(
-        lambda: Experiment(config),
-        config,
-        folder,
-        free=FREE_FIELDS,
-        resume=resume,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+run = functools.partial(common.carry_out, Experiment)
+"""One run, of a `CopyConfig`: see `common.carry_out`."""
 
 
 def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -429,9 +404,9 @@ def table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a preset, its cells and seeds, and every field of `CopyConfig` to override it."""
-    common.main("copy", __doc__ or "", arguments, CopyConfig, PRESETS, run, summarize, table)
+plan = functools.partial(common.cells_plan, "copy", __doc__, CopyConfig, PRESETS)
+"""The runs of a command line: a preset, its cells and seeds, and every field of `CopyConfig` to override it."""
+main = functools.partial(common.main, "copy", plan, run, summarize, table)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ the mean over the batch, beside which that bias is enormous. Net, critic, batch 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -537,9 +537,6 @@ def _scalars(fit: CriticFit) -> dict[str, Tensor]:
 
 # Run
 
-# What a resumed run may change.
-FREE_FIELDS = ("num_steps", "device", "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
-
 
 class Training:
     """A run in the making: the net, its images, and how far it has come."""
@@ -602,34 +599,8 @@ class Training:
         self.experiment.net.load_state_dict(state["net"])
 
 
-def run(
-    config: ImagesConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True, progress: bool = True
-) -> dict[str, Any]:
-    """Trains, logs, evaluates and keeps a checkpoint.
-
-    Args:
-        config: the run.
-        folder: for its files, made if missing.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
-        tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a line of progress, on a terminal.
-
-    Returns:
-        The result, as in result.json; "error" is the test error at the end, 0 to 1.
-
-    Raises:
-        ValueError: if the folder holds another run.
-        dni_rl.data.DataError: if the data set cannot be had.
-    """
-    return common.carry_out(
-        lambda: Training(config),
-        config,
-        folder,
-        free=FREE_FIELDS,
-        resume=resume,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+run = functools.partial(common.carry_out, Training, free=(*common.FREE_FIELDS, "eval_every_steps"))
+"""One run, of an `ImagesConfig`: see `common.carry_out`. The result's "error" is the test error at the end, 0 to 1."""
 
 
 # Matrices
@@ -647,9 +618,7 @@ def members(preset: str, arms: Sequence[str], seeds: Sequence[int], given: Mappi
     Raises:
         ValueError: if arms or seeds are missing, repeated or unknown, or a setting is out of range.
     """
-    for name, found in (("arms", arms), ("seeds", seeds)):
-        if not found or len(set(found)) < len(found):
-            raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
+    common.check_each_once(arms=arms, seeds=seeds)
     matrix = []
     for seed in seeds:
         for name in arms:
@@ -706,37 +675,43 @@ def table(summary: Mapping[str, Any]) -> str:
     return f"{summary['model']} on {summary['dataset']}\n\n{common.markdown(header, rows)}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a preset, every field of `ImagesConfig` to override it, and one run or with --arms a matrix."""
-    parser = common.matrix_parser("images", __doc__ or "", PRESETS)
+def plan(arguments: Sequence[str] | None = None) -> common.Plan:
+    """The runs of a command line: a preset, every field of `ImagesConfig` to override it, and with --arms a matrix.
+
+    Without --arms it is one run without a name, in the run folder itself.
+    """
+    parser = common.matrix_parser("images", __doc__, PRESETS)
     parser.add_argument(
         "--arms", nargs="*", help="one run for each of these, and each of --seeds; by default the preset's"
     )
-    common.add_settings(parser, ImagesConfig)
-    given = vars(parser.parse_args(arguments))
-    own = ("preset", "seeds", "jobs", "run_folder", "resume", "tensorboard", "arms")
-    option = {name: given.pop(name) for name in own}
-    settings, folder, preset = common.as_settings(given), option["run_folder"], option["preset"]
-    how = {"resume": option["resume"], "tensorboard": option["tensorboard"]}
-    with common.one_line_errors(parser, "images"):
-        if option["arms"] is None and (option["seeds"] is not None or option["jobs"] is not None):
+    option, given = common.parse(parser, arguments, ImagesConfig)
+    if option.arms is None:
+        if option.seeds is not None or option.jobs is not None:
             raise ValueError("seeds, jobs: they belong to a matrix of runs; add --arms, or use --seed")
-        if option["arms"] is None:
-            config = make_config(preset, **settings)
-            error = run(config, folder, **how)["error"]
-            shown = f"{config.arm} on {config.dataset}, {config.num_layers} layers, {config.num_steps} steps: test error {error:.2%}"
-        else:
-            if "arm" in settings or "seed" in settings:
-                raise ValueError("arm, seed: they belong to one run; leave out --arms, or use --arms and --seeds alone")
-            of_preset = settings_of(preset, settings.get("model", "dense"))
-            jobs = of_preset["jobs"] if option["jobs"] is None else option["jobs"]
-            seeds = of_preset["seeds"] if option["seeds"] is None else option["seeds"]
-            matrix = members(preset, option["arms"] or of_preset["arms"], seeds, settings)
-            summary = {"preset": preset, **summarize(matrix, common.run_members(run, matrix, folder, jobs=jobs, **how))}
-            summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in matrix}
-            common.write_json(folder / common.SUMMARY_FILE, summary)
-            shown = table(summary)
-    print(shown)
+        config = make_config(option.preset, **given)
+        return common.Plan(option, [common.Member("", common.Cell(config.arm, config.num_layers), config)])
+    if "arm" in given or "seed" in given:
+        raise ValueError("arm, seed: they belong to one run; leave out --arms, or use --arms and --seeds alone")
+    of_preset = settings_of(option.preset, given.get("model", "dense"))
+    seeds = of_preset["seeds"] if option.seeds is None else option.seeds
+    return common.Plan(
+        option, members(option.preset, option.arms or of_preset["arms"], seeds, given), of_preset["jobs"]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a single run ends with a line on its test error."""
+    with common.one_line_errors("images"):
+        asked = plan(arguments)
+        option = asked.option
+        if option.arms is None:
+            config = asked.matrix[0].config
+            error = run(config, option.run_folder, resume=option.resume, tensorboard=option.tensorboard)["error"]
+            print(
+                f"{config.arm} on {config.dataset}, {config.num_layers} layers, {config.num_steps} steps: test error {error:.2%}"
+            )
+            return
+    common.main("images", lambda _: asked, run, summarize, table)
 
 
 if __name__ == "__main__":

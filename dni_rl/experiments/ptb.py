@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 from dni_rl import data
 from dni_rl.experiments import common
-from dni_rl.experiments.recurrent import BITS_PER_NAT, FREE_FIELDS, Learner, WindowConfig
+from dni_rl.experiments.recurrent import BITS_PER_NAT, Learner, WindowConfig
 
 DATASETS = ("ptb", "synthetic")
 LEVELS = ("characters", "words")
@@ -284,34 +283,8 @@ class Experiment:
         self.learner.load_state_dict(state["learner"])
 
 
-def run(
-    config: PtbConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True, progress: bool = True
-) -> dict[str, Any]:
-    """Trains one net, validates, logs, keeps a checkpoint, and tests at the end.
-
-    Args:
-        config: the run.
-        folder: for its files, made if missing.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
-        tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a line of progress, on a terminal.
-
-    Returns:
-        The result, as in result.json.
-
-    Raises:
-        ValueError: if the folder holds another run.
-        dni_rl.data.DataError: if the text cannot be had.
-    """
-    return common.carry_out(
-        lambda: Experiment(config),
-        config,
-        folder,
-        free=FREE_FIELDS,
-        resume=resume,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+run = functools.partial(common.carry_out, Experiment)
+"""One run, of a `PtbConfig`: see `common.carry_out`."""
 
 
 def summarize(
@@ -401,15 +374,13 @@ def table(summary: Mapping[str, Any]) -> str:
     return f"{common.markdown(header, rows)}\n\n{note}" if summary["baseline"] else common.markdown(header, rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a preset, its cells and seeds, and every field of `PtbConfig` to override it."""
-    more = {
-        "threshold_bits": {
-            "type": float,
-            "help": "validation bits per token to compare data and time at; by default the lowest that all runs compared reached",
-        }
-    }
-    common.main("ptb", __doc__ or "", arguments, PtbConfig, PRESETS, run, summarize, table, more)
+_THRESHOLD = (
+    "validation bits per token to compare data and time at; by default the lowest that all runs compared reached"
+)
+_MORE = {"threshold_bits": {"type": float, "help": _THRESHOLD}}
+plan = functools.partial(common.cells_plan, "ptb", __doc__, PtbConfig, PRESETS, more_options=_MORE)
+"""The runs of a command line: a preset, its cells and seeds, and every field of `PtbConfig` to override it."""
+main = functools.partial(common.main, "ptb", plan, run, summarize, table)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from dni_rl.experiments.common import check_allowed, check_at_least
 
 ARMS = ("none", "dni", "dni_aux", "sobolev", "bp_lambda", "timescales", "timescales_dni")
 BITS_PER_NAT = 1.0 / math.log(2.0)
-# What a resumed run may change.
-FREE_FIELDS = ("num_steps", "device", "log_every_steps", "checkpoint_every_steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,6 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ from torch.nn import functional as F
 import dni_rl
 from dni_rl import data
 from dni_rl.experiments import common, images
-from dni_rl.experiments.recurrent import FREE_FIELDS
 
 ARMS = ("none", "dni", "cdni", "sobolev", "bp_lambda")
 DATASETS = ("mnist", "fashion_mnist", "synthetic")
@@ -305,39 +303,8 @@ class Experiment:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
 
 
-def run(
-    config: SequentialMnistConfig,
-    folder: Path,
-    *,
-    resume: bool = False,
-    tensorboard: bool = True,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Trains one net, tests, logs, and keeps a checkpoint.
-
-    Args:
-        config: the run.
-        folder: for its files, made if missing.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
-        tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a line of progress, on a terminal.
-
-    Returns:
-        The result, as in result.json.
-
-    Raises:
-        ValueError: if the folder holds another run, or a window is longer than an image.
-        dni_rl.data.DataError: if the images cannot be had.
-    """
-    return common.carry_out(
-        lambda: Experiment(config),
-        config,
-        folder,
-        free=FREE_FIELDS,
-        resume=resume,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+run = functools.partial(common.carry_out, Experiment)
+"""One run, of a `SequentialMnistConfig`: see `common.carry_out`."""
 
 
 def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -395,9 +362,9 @@ def table(summary: Mapping[str, Any]) -> str:
     return f"{shown}\n\n{note}" if summary["full"] else shown
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a preset, its cells and seeds, and every field of `SequentialMnistConfig` to override it."""
-    common.main("sequential_mnist", __doc__ or "", arguments, SequentialMnistConfig, PRESETS, run, summarize, table)
+plan = functools.partial(common.cells_plan, "sequential_mnist", __doc__, SequentialMnistConfig, PRESETS)
+"""The runs of a command line: a preset, its cells and seeds, and every field of `SequentialMnistConfig` to override it."""
+main = functools.partial(common.main, "sequential_mnist", plan, run, summarize, table)
 
 
 if __name__ == "__main__":

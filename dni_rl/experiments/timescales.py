@@ -32,7 +32,6 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +41,6 @@ from torch.nn import functional as F
 import dni_rl
 from dni_rl import data
 from dni_rl.experiments import common, images
-from dni_rl.experiments.recurrent import FREE_FIELDS
 
 ARMS = ("backprop", "none", "dni", "cdni")
 DATASETS = ("mnist", "fashion_mnist", "synthetic")
@@ -416,34 +414,8 @@ class Experiment:
         self.states = dict(state["states"])
 
 
-def run(
-    config: TimescalesConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True, progress: bool = True
-) -> dict[str, Any]:
-    """Trains both networks, evaluates, logs, and keeps a checkpoint.
-
-    Args:
-        config: the run.
-        folder: for its files, made if missing.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
-        tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a line of progress, on a terminal.
-
-    Returns:
-        The result, as in result.json.
-
-    Raises:
-        ValueError: if the folder holds another run.
-        dni_rl.data.DataError: if the digits cannot be had.
-    """
-    return common.carry_out(
-        lambda: Experiment(config),
-        config,
-        folder,
-        free=FREE_FIELDS,
-        resume=resume,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+run = functools.partial(common.carry_out, Experiment)
+"""One run, of a `TimescalesConfig`: see `common.carry_out`."""
 
 
 # Measures
@@ -519,9 +491,9 @@ def table(summary: Mapping[str, Any]) -> str:
     return f"{common.markdown(header, rows)}\n\n{note}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a preset, its cells and seeds, and every field of `TimescalesConfig` to override it."""
-    common.main("timescales", __doc__ or "", arguments, TimescalesConfig, PRESETS, run, summarize, table)
+plan = functools.partial(common.cells_plan, "timescales", __doc__, TimescalesConfig, PRESETS)
+"""The runs of a command line: a preset, its cells and seeds, and every field of `TimescalesConfig` to override it."""
+main = functools.partial(common.main, "timescales", plan, run, summarize, table)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,8 +57,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 # Largest gap over data sets and models, by loss and form of the critic: Czarnecki et al. (2017), as secondary sources quote them.
 PUBLISHED_GAP = {("mse", "linear"): 4e-5, ("log", "linear"): 0.0855}
-FREE_FIELDS = ("num_steps", "device", "log_every_steps", "checkpoint_every_steps")
-DISSIMILARITY_FILE, TABLE_FILE = "dissimilarity.npy", "table.md"
+DISSIMILARITY_FILE = "dissimilarity.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -813,32 +811,12 @@ class Deep:
             optimizer.load_state_dict(saved)
 
 
-def run(
-    config: UnderstandingConfig, folder: Path, *, resume: bool = False, tensorboard: bool = True, progress: bool = True
-) -> dict[str, Any]:
-    """Carries out one run of one part, logs, and keeps a checkpoint.
-
-    Args:
-        config: the run.
-        folder: for its files, made if missing.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
-        tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a line of progress, on a terminal.
-
-    Returns:
-        The result, as in result.json.
-
-    Raises:
-        ValueError: if the folder holds another run.
-        dni_rl.data.DataError: if the images cannot be had.
-    """
-
-    def make() -> common.Experiment:
-        return Artificial(config) if config.part in ("linear", "surface") else Deep(config, folder)
-
-    return common.carry_out(
-        make, config, folder, free=FREE_FIELDS, resume=resume, tensorboard=tensorboard, progress=progress
-    )
+def run(config: UnderstandingConfig, folder: Path, **how: Any) -> dict[str, Any]:
+    """One run of one part: see `common.carry_out`, which takes the options."""
+    make: Callable[[UnderstandingConfig], common.Experiment] = Artificial
+    if config.part in ("rdm", "signals"):
+        make = functools.partial(Deep, folder=folder)
+    return common.carry_out(make, config, folder, **how)
 
 
 # Identities
@@ -1065,26 +1043,17 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 # Figures
 
 
-def draw(summary: Mapping[str, Any], matrix: Sequence[common.Member], folder: Path) -> None:
-    """Writes the figures of the parts that were run, as PNG, beside the summary.
-
-    Raises:
-        ValueError: if Matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed; install it, or use --no-figures") from error
+def draw(summary: Mapping[str, Any], folder: Path) -> None:
+    """Writes the figures of the parts that were run, as PNG, beside the summary."""
     parts = summary["parts"]
     if "surface" in parts:
         for arm, surfaces in parts["surface"]["first"].items():
             surface_figure(surfaces).savefig(folder / f"surface-{arm}.png")
     if "rdm" in parts:
         matrices: dict[str, np.ndarray] = {}
-        for member in matrix:  # those of the first seed
-            path = folder / member.name / DISSIMILARITY_FILE
-            if member.config.part == "rdm" and member.config.arm not in matrices:
-                matrices[member.config.arm] = np.load(path)
+        for name, config in summary["configs"].items():  # those of the first seed
+            if config["part"] == "rdm" and config["arm"] not in matrices:
+                matrices[config["arm"]] = np.load(folder / name / DISSIMILARITY_FILE)
         dissimilarity_figure(matrices).savefig(folder / "dissimilarity.png")
         layers_figure(parts["rdm"]["rows"]).savefig(folder / "layers.png")
     if "signals" in parts:
@@ -1191,9 +1160,7 @@ def members(
         ValueError: if a part or an arm is unknown, there is nothing to run, or a setting is out of range.
     """
     seeds = PRESETS[preset]["seeds"] if seeds is None else seeds
-    for name, found in (("parts", parts), ("seeds", seeds)):
-        if not found or len(set(found)) < len(found):
-            raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
+    common.check_each_once(parts=parts, seeds=seeds)
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"parts: found {unknown[0]!r}, allowed {', '.join(PARTS)}")
     allowed = {arm for part in parts for arm in ARMS[part]}
@@ -1211,33 +1178,18 @@ def members(
     return matrix
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: parts, a preset, arms and seeds, and every field of `UnderstandingConfig` to override it."""
-    parser = common.matrix_parser("understanding", __doc__ or "", PRESETS)
+def plan(arguments: Sequence[str] | None = None) -> common.Plan:
+    """The runs of a command line: parts, a preset, arms and seeds, and every field of `UnderstandingConfig` to override it."""
+    parser = common.matrix_parser("understanding", __doc__, PRESETS)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}; by default all")
     parser.add_argument("--arms", nargs="*", help="data sets or signals; by default the preset's")
     parser.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True)
-    common.add_settings(parser, UnderstandingConfig, leave_out=("part", "arm", "seed"))
-    given = vars(parser.parse_args(arguments))
-    own = ("preset", "seeds", "jobs", "run_folder", "resume", "tensorboard", "parts", "arms", "figures")
-    option = {name: given.pop(name) for name in own}
-    folder: Path = option["run_folder"]
-    jobs = PRESETS[option["preset"]].get("jobs", 1) if option["jobs"] is None else option["jobs"]
-    with common.one_line_errors(parser, "understanding"):
-        matrix = members(
-            option["parts"], option["preset"], common.as_settings(given), arms=option["arms"], seeds=option["seeds"]
-        )
-        results = common.run_members(
-            run, matrix, folder, jobs=jobs, resume=option["resume"], tensorboard=option["tensorboard"]
-        )
-        summary = {"preset": option["preset"], **summarize(matrix, results)}
-        summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in matrix}
-        common.write_json(folder / common.SUMMARY_FILE, summary)
-        if option["figures"]:
-            draw(json.loads(json.dumps(summary)), matrix, folder)
-    shown = table(summary)
-    (folder / TABLE_FILE).write_text(shown + "\n", encoding="utf-8")
-    print(shown)
+    option, given = common.parse(parser, arguments, UnderstandingConfig, leave_out=("part", "arm", "seed"))
+    matrix = members(option.parts, option.preset, given, arms=option.arms, seeds=option.seeds)
+    return common.Plan(option, matrix, PRESETS[option.preset].get("jobs", 1))
+
+
+main = functools.partial(common.main, "understanding", plan, run, summarize, table, draw=draw)
 
 
 if __name__ == "__main__":

@@ -383,6 +383,16 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         images.run(config, tmp_path, tensorboard=False)
     with pytest.raises(ValueError, match=r"other settings \(arm cdni -> none\)"):
         images.run(images.make_config("smoke", **SMALL, arm="none"), tmp_path, resume=True, tensorboard=False)
+    evaluated_otherwise = images.make_config("smoke", **{**SMALL, "eval_every_steps": config.eval_every_steps + 1})
+    assert images.run(evaluated_otherwise, tmp_path, resume=True, tensorboard=False)["steps"] == config.num_steps
+
+
+def test_a_plan_is_a_matrix_or_one_run_in_the_folder_itself():
+    (member,) = images.plan(["--arm", "none", "--seed", "3"]).matrix
+    assert (member.name, member.config.arm, member.config.seed) == ("", "none", 3)
+    asked = images.plan(["--preset", "laptop", "--model", "cnn", "--arms", "--seeds", "3"])
+    assert [member.name for member in asked.matrix] == [f"{arm}-seed3" for arm in images.ARMS]
+    assert (asked.jobs, images.plan(["--model", "cnn", "--arms", "dni"]).jobs) == (2, 1)
 
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):

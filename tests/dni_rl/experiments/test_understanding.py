@@ -1,5 +1,6 @@
 """Understanding synthetic gradients: data, gaps, implied losses, representations, and the program."""
 
+import dataclasses
 import json
 import math
 
@@ -333,6 +334,20 @@ def test_runs_are_made_of_parts_arms_and_seeds():
             assert member.config.device == "cpu"
     paper = understanding.members(("rdm",), "paper", {})[0].config
     assert (paper.num_layers, paper.dataset, paper.critic_hidden_sizes) == (20, "mnist", ())
+
+
+def test_representations_are_drawn_of_the_first_seed(tmp_path, monkeypatch):
+    matrix = understanding.members(("linear", "rdm"), "smoke", {}, arms=("linear2", "fa", "sg"), seeds=(1, 0))
+    for member in matrix:
+        (tmp_path / member.name).mkdir()
+        np.save(tmp_path / member.name / understanding.DISSIMILARITY_FILE, np.full((3, 2, 2), member.config.seed))
+    chart = understanding.dissimilarity_figure({"fa": np.zeros((3, 2, 2))})
+    drawn = []
+    monkeypatch.setattr(understanding, "layers_figure", lambda rows: chart)
+    monkeypatch.setattr(understanding, "dissimilarity_figure", lambda found: drawn.append(found) or chart)
+    configs = {member.name: dataclasses.asdict(member.config) for member in matrix}
+    understanding.draw({"parts": {"rdm": {"rows": []}}, "configs": configs}, tmp_path)
+    assert [{arm: found.mean() for arm, found in matrices.items()} for matrices in drawn] == [{"fa": 1.0, "sg": 1.0}]
 
 
 @pytest.mark.parametrize(
