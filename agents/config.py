@@ -159,8 +159,8 @@ class CriticConfig(_Section):
     from window to window and from rollout to rollout, and needs model.core elementwise_lstm. The core's own parameters then have
     the gradient since the start of each episode, exact up to what the optimiser has changed since; torso and heads have that of
     the window, which for the heads is all there is."""
-    hidden_sizes: tuple[PositiveCount, ...] = (128,)
-    """Widths of the critic's hidden layers, in units; [] is linear, a predicted loss then has one gradient for all states."""
+    hidden_sizes: tuple[PositiveCount, ...] = ()
+    """Widths of the critic's hidden layers beside its linear path, in units; []: linear, or of a predicted loss quadratic."""
     gradient_discount: Fraction = 0.9
     """Multiplies the bootstrapped gradient at every cut, the analogue of a reward discount. The paper has 1; with 0.9
     our prototypes were stable."""
@@ -176,7 +176,10 @@ class CriticConfig(_Section):
     fit costs in proportion to it, and more than eight of a window taught the critic no more (docs/results/targets.md). With
     target_lambda below 1 it is every step, whatever stands here."""
     yardstick_interval: PositiveCount = 8
-    """Updates from one look at the yardstick of max_norm_ratio to the next, after the first 16; each costs a second backward pass."""
+    """Updates at which the critic learns from one look at the yardstick of max_norm_ratio to the next, after the first 16; each look
+    costs a second backward pass."""
+    fit_interval: PositiveCount = 1
+    """Updates from one at which the critic learns to the next; in between its predictions are used as they are, and cost little."""
     normalize_targets: bool = True
     """Whether each component of the critic's target is divided by its running RMS; false: as in the paper."""
     epochs: PositiveCount = 1
@@ -205,8 +208,9 @@ class CriticConfig(_Section):
     section except kind, and those that belong to cuts in time: gradient_discount, max_norm_ratio, target_lambda."""
     auxiliary_cost: NonNegative = 0.1
     """dni_aux: weight of the auxiliary loss, which has no unit; the paper gives none."""
-    learning_rate: Positive = 3e-4
-    """Adam's step size for the critic at the first update; prototypes: 3e-4 for an MLP, 1e-3 for a linear critic."""
+    learning_rate: Positive = 1e-2
+    """Adam's step size for the critic at the first update. Several times that of the core, whose gradient it must keep up with: on the
+    T-maze fifteen times (docs/results/learning_rate.md); with hidden layers, or cores of some hundred units, less."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of Adam's two moments per update; the usual 0.999 lets one late large gradient undo a solved task."""
     adam_eps: Positive = 1e-8
@@ -396,6 +400,7 @@ class TrainConfig:
             "hidden_sizes": (),
             "normalize_targets": False,
             "max_norm_ratio": None,
+            "fit_interval": 1,
             "warmup_updates": 0,
             "slow_copy_rate": None,
             "target_lambda": 1.0,

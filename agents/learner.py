@@ -247,6 +247,7 @@ class Learner:
         self.trace: Tensor | None = None
         self.sensitivity: dni_rl.Sensitivity | None = None
         self.averages: Tensor | None = None
+        self.num_updates = 0
         if critic_config.kind == "bp_lambda":
             self.trace = _initial_trace(critic, num_envs)
         elif critic_config.kind == "rtrl":
@@ -275,8 +276,10 @@ class Learner:
         rollout, self.averages = with_inputs(rollout, self.model, self.critic_config, self.averages)
         windows = make_windows(rollout, self.window_length, algorithm.discount, algorithm.gae_lambda)
         collected: dict[str, list[Tensor]] = {}
+        is_due = self.num_updates % self.critic_config.fit_interval == 0
+        self.num_updates += 1
         for epoch, minibatch in self._minibatches(windows):
-            metrics = self._update_minibatch(minibatch, epoch < self.critic_config.epochs)
+            metrics = self._update_minibatch(minibatch, is_due and epoch < self.critic_config.epochs)
             for name, value in metrics.items():
                 collected.setdefault(name, []).append(value)
             # The one decision that needs the host: read only if it was asked for.
@@ -463,6 +466,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "num_updates": self.num_updates,
         }
 
     def own_state_dict(self) -> dict[str, object]:
@@ -490,6 +494,7 @@ class Learner:
         averages = state.get("averages")
         self.averages = None if averages is None else averages.to(next(self.model.parameters()).device)
         self.generator.set_state(state["generator"].cpu())
+        self.num_updates = state["num_updates"]
 
 
 def _initial_trace(critic: dni_rl.ErrorCritic | None, num_envs: int) -> Tensor:

@@ -318,27 +318,27 @@ def _agree(trainer: Trainer, directory: Path, culprit: str | None, interrupted: 
 
 
 class _RunningMeans:
-    """Means of scalars since the last log line, kept on the device."""
+    """Means of scalars since the last log line, kept on the device; each over the updates that had it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def pop(self) -> dict[str, float | Tensor]:
-        means: dict[str, float | Tensor] = {name: total / self.count for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
+        means: dict[str, float | Tensor] = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "count": self.count}
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.count = dict(state["sums"]), state["count"]
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
 
 def _passes(before: int, after: int, every: int) -> bool:

@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
 OPTIONAL = {"windows", "dial", "overrides"}
 WINDOW = "algorithm.bptt_horizon"
+ASKED_AT, REACHES = 0.4, 0.9  # what the horizon foretells: of the budget, and of the dial; see `foretelling`
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
 NUM_RESAMPLES = 9999
@@ -196,7 +197,7 @@ def is_done(folder: Path, total_steps: int) -> bool:
 def made_with_other_settings(member: Member, runs: Path) -> str | None:
     """The first setting in which a run that exists is not the member of the matrix, in one line; None if there is none.
 
-    How long it is, what it logs and on which device it ran make no other experiment.
+    How long it is, what it logs and on which device it ran make no other experiment, nor do settings of a critic that is not there.
     """
     try:
         now = member.resolved()
@@ -204,7 +205,8 @@ def made_with_other_settings(member: Member, runs: Path) -> str | None:
     except ValueError:  # no such run, or one whose settings train.py refuses
         return None
     for section in ("env", "model", "critic", "algorithm"):
-        for key in now[section]:
+        has_none = section == "critic" and now[section]["kind"] in ("none", "rtrl")
+        for key in ("kind",) if has_none else now[section]:
             if now[section][key] != then[section][key]:
                 return (
                     f"{section}.{key}: found a run with {then[section][key]!r}; allowed {now[section][key]!r}, as in the matrix; "
@@ -351,6 +353,7 @@ def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
                 "peak_memory_bytes": record.get("peak_memory_bytes"),
                 "horizon": horizons[max(horizons)] if horizons else record.get("horizon"),
                 "horizon_learning": float(np.median(learning)) if learning else None,
+                "expected_horizon": _expected_horizon(logged, member.total_steps, reached),
                 "steps": steps,
                 "curve": [round(x, 4) for x in curve],
             }
@@ -366,6 +369,14 @@ def _logged_horizons(folder: Path) -> dict[int, float]:
         return {}
     measured = {int(row["step"]): row.get("credit/horizon", math.nan) for row in rows if row["step"]}
     return {step: value for step, value in measured.items() if math.isfinite(value)}
+
+
+def _expected_horizon(logged: Sequence[Mapping[str, float]], total_steps: int, reached: int | None) -> float | None:
+    """What training first measured from `ASKED_AT` of the budget on, in steps; None if nothing, or the bar had been reached."""
+    for row in logged:
+        if row["step"] >= ASKED_AT * total_steps and math.isfinite(row.get("credit/expected_horizon", math.nan)):
+            return None if reached is not None and reached <= row["step"] else row["credit/expected_horizon"]
+    return None
 
 
 def area_under(steps: Sequence[int], curve: Sequence[float], total_steps: int) -> float:
@@ -517,6 +528,8 @@ def markdown(
         lines += ["", "Failed: " + "; ".join(f"{name}: {why}" for name, why in failures.items())]
     if any(row["finished"] for row in rows):
         lines += ["", *_statistics(matrix, summary), "", *_costs(matrix, summary)]
+        if told := foretelling(matrix, rows):
+            lines += ["", *_foretelling(matrix, told)]
     return "\n".join(lines) + "\n"
 
 
@@ -588,6 +601,48 @@ def _costs(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[st
                 text += f", horizon {cell['horizon']:g}{learning}"
             texts.append(text)
         lines.append(f"| {row['method']} | {' | '.join(texts)} |")
+    return lines
+
+
+def foretelling(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whether the expected horizon foretold what was learned, by method; of finished runs whose bar was not reached when it was asked.
+
+    A horizon of at least `REACHES` of the dial says that the bar will be reached.
+    """
+    told = []
+    for method in matrix["methods"]:
+        verdicts = [
+            (row["expected_horizon"] >= REACHES * matrix["dials"][row["task"]], row["steps_to_bar"] is not None)
+            for row in rows
+            if row["method"] == method and row["finished"] and row["expected_horizon"] is not None and matrix["dials"]
+        ]
+        if verdicts:
+            told.append(
+                {
+                    "method": method,
+                    **{
+                        f"{'' if yes else 'not '}foretold, {'' if learned else 'not '}learned": verdicts.count(
+                            (yes, learned)
+                        )
+                        for yes in (True, False)
+                        for learned in (True, False)
+                    },
+                }
+            )
+    return told
+
+
+def _foretelling(matrix: dict[str, Any], told: Sequence[dict[str, Any]]) -> list[str]:
+    kinds = [name for name in told[0] if "learned" in name]
+    lines = [
+        f"What the expected credit horizon foretells: at {ASKED_AT:.0%} of the budget, in runs that had not reached {matrix['bar']:g} by "
+        f"then, a horizon of at least {REACHES:g} of the {matrix['dial_name']} says that they will. Runs:",
+        "",
+        f"| method | {' | '.join(kinds)} |",
+        f"|{'---|' * (len(kinds) + 1)}",
+        *(f"| {row['method']} | {' | '.join(str(row[kind]) for kind in kinds)} |" for row in told),
+        f"| all | {' | '.join(str(sum(row[kind] for row in told)) for kind in kinds)} |",
+    ]
     return lines
 
 

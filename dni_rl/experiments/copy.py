@@ -92,7 +92,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cells": common.grid(("none", "dni"), (2, 3, 4, 5)),
         "seeds": (0, 1, 2),
         "jobs": 2,
-        "arms": {"bp_lambda": _BP_LAMBDA},
+        # A critic must learn much faster than the core, whose gradient it predicts (docs/results/learning_rate.md).
+        "arms": {
+            "bp_lambda": _BP_LAMBDA,
+            "dni": {"critic_learning_rate": 1e-2},
+            "dni_aux": {"critic_learning_rate": 1e-2},
+            "sobolev": {"critic_learning_rate": 1e-2},
+        },
         "num_symbols": 2,
         "hidden_size": 64,
         "batch_size": 32,

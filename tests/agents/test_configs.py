@@ -13,7 +13,6 @@ from scripts.compare import load_matrix, members
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("kinds/*.yaml")])
 KINDS = get_args(get_type_hints(CriticConfig)["kind"])
-LINEAR = {"critic.hidden_sizes", "critic.normalize_targets"}
 DIFFERENT = {
     "none": set(),
     "dni": set(),
@@ -26,13 +25,15 @@ DIFFERENT = {
         "model.hidden_size",
         "critic.max_norm_ratio",
         "critic.learning_rate",
-        *LINEAR,
+        "critic.normalize_targets",
     },
     "rtrl": {"model.core"},
     "multi_timescale": {
         "model.core",
         "env.num_envs",
         "algorithm.rollout_length",
+        "critic.hidden_sizes",
+        "critic.learning_rate",
         "critic.max_norm_ratio",
         "critic.targets_per_window",
     },

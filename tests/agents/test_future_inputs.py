@@ -84,7 +84,7 @@ def test_without_future_steps_or_critic_the_rollout_is_left_alone():
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=["a2c", "ppo"])
 @pytest.mark.parametrize("kind", ["dni", "cdni", "dni_aux", "loss_critic", "sobolev"])
 def test_every_kind_that_takes_context_trains_with_it(kind, algorithm):
-    trainer = make_trainer(kind, algorithm, future_steps=N, learning_rate=0.01)
+    trainer = make_trainer(kind, algorithm, future_steps=N, learning_rate=0.01, hidden_sizes=(16,))
     before = parameters(trainer.learner.critic)
     metrics = [trainer.update() for _ in range(5)]
     assert all(math.isfinite(float(value)) for value in metrics[-1].values())

@@ -366,6 +366,32 @@ def test_the_critic_learns_in_the_first_epochs_only(epochs, critic_epochs):
     assert metrics["sg/synthetic_norm"] > 0
 
 
+@pytest.mark.parametrize(("name", "interval", "fits"), [("a2c", 1, 5), ("a2c", 2, 3), ("ppo", 3, 2)])
+def test_the_critic_learns_at_every_so_many_updates_and_is_used_at_all_of_them(name, interval, fits):
+    model = make_model()
+    critic = make_critic(model)
+    learner = make_learner(model, critic, name=name, minibatches=1, critic_settings={"fit_interval": interval})
+    fitted, applied = [], []
+    for rollout in act(model, rollouts=5):
+        metrics = learner.update(rollout)
+        fitted.append("sg/loss" in metrics)
+        applied.append(metrics["sg/synthetic_norm"] > 0)
+        assert int(critic.num_updates) == sum(fitted)
+    assert fitted == [update % interval == 0 for update in range(5)]
+    assert sum(fitted) == fits
+    assert all(applied[1:])  # before the first fit the prediction is zero
+
+
+def test_a_resumed_learner_goes_on_with_its_count_of_updates():
+    model = make_model()
+    rollout = act(model)[0]
+    learner = make_learner(model, make_critic(model), critic_settings={"fit_interval": 2})
+    learner.update(rollout)
+    other = make_learner(make_model(), make_critic(model), critic_settings={"fit_interval": 2})
+    other.load_state_dict(learner.state_dict())
+    assert "sg/loss" not in other.update(rollout)
+
+
 def test_a_target_kl_ends_the_epochs():
     norms = []
     for target_kl in (None, 1e-9):

@@ -382,6 +382,15 @@ def test_the_running_means_are_over_all_updates_since_the_last_row(configure):
     assert means.pop() == {"x": 5.0}
 
 
+def test_a_running_mean_is_over_the_updates_that_had_the_scalar():
+    means = train_module._RunningMeans()
+    for metrics in ({"x": torch.tensor(1.0), "y": torch.tensor(4.0)}, {"x": torch.tensor(3.0)}):
+        means.add(metrics)
+    restored = train_module._RunningMeans()
+    restored.load_state_dict(means.state_dict())
+    assert means.pop() == restored.pop() == {"x": 2.0, "y": 4.0}
+
+
 def test_a_configuration_saved_with_a_run_rebuilds_it(configure):
     from agents.config import load_config
 

@@ -62,6 +62,7 @@ def row(method="critic", seed=0, curve=(0.5, 0.97), finished=True, total=1000, t
         "peak_memory_bytes": 300 * 2**20,
         "horizon": None,
         "horizon_learning": None,
+        "expected_horizon": None,
         "steps": steps,
         "curve": list(curve),
     } | changes
@@ -137,6 +138,23 @@ def test_a_matrix_runs_survives_a_failing_member_and_skips_what_is_done(tmp_path
     assert "plain_short_seed0: model.hidden_size: found a run with 8; allowed 9" in (runs / "report.md").read_text()
     assert [r["method"] for r in json.loads((runs / "report.json").read_text())["rows"]] == ["critic"]
     assert not trained
+
+
+@pytest.mark.parametrize(("method", "is_other"), [("critic", True), ("plain", False)])
+def test_a_run_with_other_settings_is_no_member_unless_they_are_those_of_a_critic_that_is_not_there(
+    tmp_path, method, is_other
+):
+    matrices = [
+        compare.load_matrix(write(tmp_path, tasks={"short": {"critic.learning_rate": rate}})) for rate in (0.001, 0.01)
+    ]
+    then, now = (next(member for member in compare.members(matrix) if member.method == method) for matrix in matrices)
+    folder = tmp_path / then.name
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(then.resolved()))
+    assert compare.made_with_other_settings(then, tmp_path) is None
+    problem = compare.made_with_other_settings(now, tmp_path)
+    assert (problem is not None) == is_other
+    assert problem is None or problem.startswith("critic.learning_rate: found a run with 0.001; allowed 0.01")
 
 
 def test_what_was_interrupted_is_resumed(tmp_path, monkeypatch):
@@ -396,6 +414,38 @@ def read_events(folder):
 def test_without_a_dial_the_board_has_the_members_alone(tmp_path):
     compare.write_board(compare.load_matrix(write(tmp_path)), [row()], {}, tmp_path / "board")
     assert [path.name for path in (tmp_path / "board").iterdir() if path.is_dir()] == ["members"]
+
+
+def test_the_expected_horizon_is_asked_once_and_foretells_what_was_not_yet_learned(tmp_path):
+    logged = [
+        {"step": 300, "credit/expected_horizon": 1.0},
+        {"step": 400},
+        {"step": 500, "credit/expected_horizon": 9.0},
+    ]
+    assert compare._expected_horizon(logged, 1000, None) == compare._expected_horizon(logged, 1000, 600) == 9.0
+    assert compare._expected_horizon(logged, 1000, 500) is None, "had been learned by then"
+    assert compare._expected_horizon(logged, 2000, None) is None, "was not asked so late"
+
+    matrix = compare.load_matrix(
+        write(tmp_path, dial="env.kwargs.corridor_length", tasks={"ten": {"env.kwargs.corridor_length": 10}})
+    )
+    rows = [
+        row(task="ten", seed=0, expected_horizon=9.0),
+        row(task="ten", seed=1, expected_horizon=8.9),
+        row(task="ten", seed=2, expected_horizon=12.0, curve=(0.5, 0.5)),
+        row(task="ten", seed=3, expected_horizon=12.0, finished=False),
+        row(task="ten", seed=4),
+    ]
+    (told,) = compare.foretelling(matrix, rows)
+    assert told == {
+        "method": "critic",
+        "foretold, learned": 1,
+        "foretold, not learned": 1,
+        "not foretold, learned": 1,
+        "not foretold, not learned": 0,
+    }
+    page = compare.markdown(matrix, rows, compare.summarise(matrix, rows, {}), {}, "compare.py")
+    assert "| critic | 1 | 1 | 1 | 0 |" in page
 
 
 def test_horizons_are_read_from_training_or_measured_once(tmp_path, monkeypatch):
