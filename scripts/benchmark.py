@@ -305,11 +305,11 @@ def methods(
     return {
         PLAIN: Method(run("none"), kind="none"),
         "dni": Method(run("dni"), kind="dni"),
-        "dni, linear, one target per window": Method(run("dni", hidden_sizes=(), dense_targets=False)),
-        "dni, linear, one target, rare yardstick": Method(
-            run("dni", hidden_sizes=(), dense_targets=False, yardstick_interval=32)
+        "dni, linear path and MLP of 128": Method(run("dni", hidden_sizes=(128,))),
+        "dni, one target per window": Method(run("dni", dense_targets=False)),
+        "dni, one target, every second update": Method(
+            run("dni", dense_targets=False, fit_interval=2, yardstick_interval=16)
         ),
-        "dni, two targets, rare yardstick": Method(run("dni", targets_per_window=2, yardstick_interval=32)),
         "cdni": Method(run("cdni"), kind="cdni"),
         "dni_aux": Method(run("dni_aux"), kind="dni_aux"),
         "loss_critic": Method(run("loss_critic"), kind="loss_critic"),

@@ -51,10 +51,8 @@ def train(critic_kind: str, num_steps: int, seed: int) -> tuple[Agent, dni_rl.Gr
     optimizer = torch.optim.Adam(agent.parameters(), lr=5e-3, betas=(0.9, 0.99))
     critic = critic_optimizer = None
     if critic_kind == "dni":
-        critic = dni_rl.GradientCritic(
-            state_sizes=agent.core.state_sizes, hidden_sizes=(128,), gradient_discount=0.95, max_norm_ratio=1.0
-        )
-        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3, betas=(0.9, 0.99))
+        critic = dni_rl.GradientCritic(state_sizes=agent.core.state_sizes, gradient_discount=0.95, max_norm_ratio=1.0)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=3e-2, betas=(0.9, 0.99))
     torch.manual_seed(seed + 1)  # the same draws with and without a critic
 
     state, step = agent.core.initial_state(NUM_ENVS), env.reset()

@@ -135,15 +135,17 @@ def test_baselines_differ_in_the_method_alone_and_every_kind_of_configuration_is
 
 
 @pytest.mark.parametrize(
-    ("name", "interval"),
-    [("dni", 8), ("dni, two targets, rare yardstick", 32), ("dni, linear, one target, rare yardstick", 32)],
+    ("name", "interval", "looks"),
+    [("dni", 8, DUE_EVERY // 8), ("dni, one target, every second update", 16, DUE_EVERY // 2 // 16)],
 )
-def test_every_turn_of_the_overhead_benchmark_looks_at_the_yardstick_as_often_as_training(monkeypatch, name, interval):
+def test_every_turn_of_the_overhead_benchmark_looks_at_the_yardstick_as_often_as_training(
+    monkeypatch, name, interval, looks
+):
     stored, observed = StoredRollout(MATRIX[name].config), []
     monkeypatch.setattr(
         dni_rl.GradientCritic, "observe_window", lambda self, gradient, stands_for=1: observed.append(stands_for)
     )
-    turn = [interval] * (DUE_EVERY // interval)
+    turn = [interval] * looks
     stored.seconds_per_update()
     assert observed == turn
     stored.seconds_per_update()
