@@ -528,7 +528,7 @@ def sequence_peak(kind: str, length: int, hidden_size: int, batch_size: int, dev
     core, head = dni_rl.LSTM(64, hidden_size).to(device), nn.Linear(hidden_size, 1).to(device)
     critic = None
     if kind == "dni":
-        critic = dni_rl.GradientCritic(state_sizes=core.state_sizes, hidden_sizes=(128,), max_norm_ratio=1.0).to(device)
+        critic = dni_rl.GradientCritic(state_sizes=core.state_sizes, max_norm_ratio=1.0).to(device)
     core.targets_per_window = 0 if critic is None else None
     optimizer = torch.optim.Adam([*core.parameters(), *head.parameters(), *(critic.parameters() if critic else ())])
 
