@@ -26,7 +26,7 @@ def config_of(kind: str, corridor: int, steps: int, folder: Path) -> TrainConfig
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("kind", "corridor", "steps"), [("cdni", 40, 1_500_000), ("dni", 20, 2_000_000)])
+@pytest.mark.parametrize(("kind", "corridor", "steps"), [("cdni", 40, 2_500_000), ("dni", 20, 2_000_000)])
 def test_a_critic_learns_across_a_corridor_of_several_windows_and_plain_bptt_does_not(tmp_path, kind, corridor, steps):
     success = {}
     for arm in (kind, "none"):
