@@ -538,7 +538,7 @@ class Experiment:
 
 
 run = functools.partial(common.carry_out, Experiment)
-"""One run, of a `AlignmentConfig`: see `common.carry_out`."""
+"""One run, of an `AlignmentConfig`: see `common.carry_out`."""
 
 
 # Summary
