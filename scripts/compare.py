@@ -650,7 +650,8 @@ def figure(matrix: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -
     """Curves: a panel per task, a colour per method, a line per seed and a thick one for their mean."""
     plt = _pyplot()
     tasks, methods = list(matrix["tasks"]), list(matrix["methods"])
-    chart, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), sharey=True, squeeze=False)
+    size = (4.2 * len(tasks) + 2.8, 3.4)  # the names of the methods stand at the right
+    chart, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for panel, task in zip(panels[0], tasks, strict=True):
         for method, colour in zip(methods, _colours(plt, len(methods)), strict=True):
             chosen = [row for row in rows if (row["method"], row["task"]) == (method, task)]
@@ -665,8 +666,7 @@ def figure(matrix: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -
     panels[0][0].set_ylabel(matrix["metric"])
     lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines() if line.get_label()[0] != "_"}
     if lines:  # of all panels, as a method need not be in each
-        panels[0][-1].legend(lines.values(), lines, fontsize=7, loc="lower right")
-    chart.tight_layout()
+        chart.legend(lines.values(), lines, fontsize=7, loc="outside right upper")
     chart.savefig(path, dpi=110)
     plt.close(chart)
 
