@@ -158,6 +158,13 @@ class BatchedGridworld(ABC):
             *draws: this step's share of `_draw`, [B, ...] each. They must be copied, not kept.
         """
 
+    def _draw_distractors(self, num_steps: int, count: int) -> Tensor:
+        """[num_steps, B, count] values of +-1, for `_draw`."""
+        bits = torch.randint(
+            2, (num_steps, self.num_envs, count), generator=self._generator, device=self.device, dtype=torch.float32
+        )
+        return bits.mul_(2.0).sub_(1.0)
+
     def _refill(self) -> None:
         self._generator_state = self._generator.get_state()
         self._draws = list(zip(*(draw.unbind() for draw in self._draw(_STEPS_PER_DRAW)), strict=True))

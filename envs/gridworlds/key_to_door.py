@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from envs.gridworlds.batched import BatchedGridworld, check_integer, check_number
+from envs.gridworlds.rooms import SquareRoom
 from envs.timestep import EnvSpec, TimeStep
 
 KEY_ROOM, APPLE_ROOM, DOOR_ROOM, _NOWHERE = range(4)
-RIGHT, UP, LEFT, DOWN = range(4)
 
 
 class KeyToDoor(BatchedGridworld):
@@ -130,7 +130,7 @@ class KeyToDoor(BatchedGridworld):
         in_door_room = self._room.index_select(0, self._time) == DOOR_ROOM
         door_cell = torch.where(self._key_colour > 0, self._door_cells[-1], self._door_cells[0])
         target = torch.where(in_door_room, door_cell, self._key_cell)
-        return self._action_towards[self._cell, target]
+        return self._map.action_towards[self._cell, target]
 
     def _draw(self, num_steps: int) -> tuple[Tensor, ...]:
         shape, num_cells = (num_steps, self.num_envs), self.room_size**2
@@ -157,7 +157,7 @@ class KeyToDoor(BatchedGridworld):
         # What the move did, in the room in which it was made. A place is a cell of a room; rows that start anew are
         # nowhere, so that nothing happens to them.
         room = self._room.index_select(0, self._time).masked_fill_(first, _NOWHERE)
-        cell = self._next_cell.index_select(0, torch.add(actions, self._cell, alpha=4))  # 4 actions
+        cell = self._map.move(self._cell, actions)
         place = torch.add(cell, room, alpha=self.room_size**2)
         takes_key = place == self._key_cell  # the key room comes first: there a cell is its place
         self._has_key = self._has_key.masked_fill(first, False).logical_or_(takes_key)
@@ -177,8 +177,8 @@ class KeyToDoor(BatchedGridworld):
     def _observe(self, room: Tensor) -> Tensor:
         key = self._key_colour * (room == KEY_ROOM).logical_and_(~self._has_key)
         maps = (
-            self._one_hot.index_select(0, self._cell),
-            self._one_hot.index_select(0, self._key_cell).mul_(key.unsqueeze(1)),
+            self._map.one_hot.index_select(0, self._cell),
+            self._map.one_hot.index_select(0, self._key_cell).mul_(key.unsqueeze(1)),
             self._apples & (room == APPLE_ROOM).unsqueeze(1),
             self._room_view.index_select(0, room),
         )
@@ -189,32 +189,20 @@ class KeyToDoor(BatchedGridworld):
             self._clock.index_select(0, self._time),
             self._has_key.unsqueeze(1),
             self._key_colour.unsqueeze(1),
-            self._coordinates.index_select(0, self._cell),
-            self._coordinates.index_select(0, self._key_cell),
+            self._map.coordinates.index_select(0, self._cell),
+            self._map.coordinates.index_select(0, self._key_cell),
             self._apples.sum(dim=1, keepdim=True, dtype=torch.float32).div_(max(self.num_apples, 1)),
         )
         return torch.cat(parts, dim=1)
 
     def _build_tables(self, room_steps: tuple[int, int, int]) -> None:
-        size = self.room_size
-        num_cells = size * size
-        cell = torch.arange(num_cells)
-        row, column = cell // size, cell % size
-        steps = torch.tensor([[0, 1], [-1, 0], [0, -1], [1, 0]])  # row and column of right, up, left, down
-        next_row = (row[:, None] + steps[:, 0]).clamp(0, size - 1)
-        next_column = (column[:, None] + steps[:, 1]).clamp(0, size - 1)
-        self._next_cell = (next_row * size + next_column).flatten().to(self.device)  # [cells * 4]
-        sideways = torch.where(column[None] > column[:, None], RIGHT, LEFT)
-        upright = torch.where(row[None] < row[:, None], UP, DOWN)
-        action_towards = torch.where(column[None] == column[:, None], upright, sideways)
-        self._action_towards = action_towards.to(self.device)  # [cells, cells]
-
+        square = self._map = SquareRoom(self.room_size, self.device)
+        size, num_cells = square.size, square.num_cells
         self._start_cell = num_cells - size + size // 2
         doors = {size // 2: 1.0} if self.num_doors == 1 else {0: -1.0, size - 1: 1.0}
         self._door_cells = list(doors)
         door_colour = torch.zeros(num_cells)
         door_colour[list(doors)] = torch.tensor(list(doors.values()))
-        self._one_hot = torch.eye(num_cells, device=self.device)
         door_place = torch.zeros(4, num_cells)  # key, apple and door room, and nowhere
         door_place[DOOR_ROOM] = door_colour
         self._door_place = door_place.flatten().to(self.device)
@@ -222,8 +210,6 @@ class KeyToDoor(BatchedGridworld):
         apple_place[APPLE_ROOM] = torch.eye(num_cells).bool()
         self._apple_place = apple_place.flatten(0, 1).to(self.device)  # [4 * cells, cells]
         self._room_view = torch.cat((door_place[:3], torch.eye(3)), dim=1).to(self.device)  # [3, cells + 3]
-        coordinates = torch.stack((row, column), dim=1) * 2.0 / (size - 1) - 1.0
-        self._coordinates = coordinates.to(self.device)  # [cells, 2]
 
         # By time: the room, whether it was just entered, and the clocks; the last step still belongs to the door room.
         lengths = torch.tensor(room_steps)

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from envs.gridworlds.batched import BatchedGridworld, check_integer
+from envs.gridworlds.rooms import SquareRoom
 from envs.timestep import EnvSpec, TimeStep
 
 SAMPLE_ROOM, WAITING_ROOM, CHOICE_ROOM = range(3)
-RIGHT, UP, LEFT, DOWN = range(4)
 
 
 class MatchToSample(BatchedGridworld):
@@ -149,7 +149,8 @@ class MatchToSample(BatchedGridworld):
         """Goes to the sample, waits for the choice room, aligns with the right column there and goes up: [B] actions."""
         in_choice_room = self._room() == CHOICE_ROOM
         target = torch.where(in_choice_room, self._target_column(), self._sample_cell)  # top row: a cell is its column
-        return self._action_towards[self._cell, target]
+        # Sideways first: the way through the rows below the top one is free.
+        return self._map.action_towards[self._cell, target]
 
     def _room(self) -> Tensor:
         waits = self._time >= self.sample_steps
@@ -174,10 +175,7 @@ class MatchToSample(BatchedGridworld):
         columns = column_ranks.topk(self.num_choices, largest=False).indices
         choices = torch.full((*shape, self.room_size), self.num_colours, device=device).scatter_(-1, columns, colours)
         decoy = torch.randint(self.num_colours * num_cells, shape, generator=generator, device=device)
-        distractors = torch.randint(
-            2, (*shape, self.num_distractors), generator=generator, device=device, dtype=torch.float32
-        )
-        return colour, sample_cell, delay, choices, decoy, distractors.mul_(2.0).sub_(1.0)
+        return colour, sample_cell, delay, choices, decoy, self._draw_distractors(num_steps, self.num_distractors)
 
     def _advance(self, actions: Tensor, *draws: Tensor) -> TimeStep:
         new_colour, new_sample_cell, new_delay, new_choices, decoy, distractors = draws
@@ -191,7 +189,7 @@ class MatchToSample(BatchedGridworld):
         self._time = time
 
         # What the move did, in the room in which it was made.
-        cell = self._next_cell.index_select(0, torch.add(actions, self._cell, alpha=4))  # 4 actions
+        cell = self._map.move(self._cell, actions)
         column = cell.clamp(max=self.room_size - 1).unsqueeze(1)
         in_top_row = cell < self.room_size
         chosen = self._choices.gather(1, column).squeeze(1).masked_fill_(~(in_top_row & acts_in_choice_room), -1)
@@ -213,10 +211,10 @@ class MatchToSample(BatchedGridworld):
 
     def _observe(self, room: Tensor, in_sight: Tensor, decoy: Tensor, distractors: Tensor) -> Tensor:
         num_cells, nothing = self.room_size**2, self._num_places
-        parts = [self._one_hot_cell.index_select(0, self._cell)]
+        parts = [self._map.one_hot.index_select(0, self._cell)]
         if self.hidden_sample:
             covered = (room == SAMPLE_ROOM).logical_and_(~in_sight)
-            parts.append(self._one_hot_cell.index_select(0, self._sample_cell).mul_(covered.unsqueeze(1)))
+            parts.append(self._map.one_hot.index_select(0, self._sample_cell).mul_(covered.unsqueeze(1)))
         # A place is a cell in the map of a colour. The sample or the decoy is one place, the choices are a row of them.
         sample = torch.add(self._sample_cell, self._colour, alpha=num_cells).masked_fill_(~in_sight, nothing)
         place = torch.where(room == WAITING_ROOM, decoy, sample)
@@ -236,31 +234,17 @@ class MatchToSample(BatchedGridworld):
             self._one_hot_room.index_select(0, room),
             torch.stack(clock, dim=1),
             self._one_hot_colour.index_select(0, self._colour),
-            self._coordinates.index_select(0, self._cell),
-            self._coordinates.index_select(0, self._sample_cell),
-            self._coordinates.index_select(0, self._target_column())[:, 1:],  # the top row: a column is its cell
+            self._map.coordinates.index_select(0, self._cell),
+            self._map.coordinates.index_select(0, self._sample_cell),
+            self._map.coordinates.index_select(0, self._target_column())[:, 1:],  # the top row: a column is its cell
         )
         return torch.cat(parts, dim=1)
 
     def _build_tables(self) -> None:
-        size = self.room_size
-        num_cells = size * size
-        cell = torch.arange(num_cells)
-        row, column = cell // size, cell % size
-        steps = torch.tensor([[0, 1], [-1, 0], [0, -1], [1, 0]])  # row and column of right, up, left, down
-        next_row = (row[:, None] + steps[:, 0]).clamp(0, size - 1)
-        next_column = (column[:, None] + steps[:, 1]).clamp(0, size - 1)
-        self._next_cell = (next_row * size + next_column).flatten().to(self.device)  # [cells * 4]
-        # Sideways first: in the choice room the way through the rows below the top one is free.
-        sideways = torch.where(column[None] > column[:, None], RIGHT, LEFT)
-        upright = torch.where(row[None] < row[:, None], UP, DOWN)
-        action_towards = torch.where(column[None] == column[:, None], upright, sideways)
-        self._action_towards = action_towards.to(self.device)  # [cells, cells]
+        square = self._map = SquareRoom(self.room_size, self.device)
+        size, num_cells = square.size, square.num_cells
         self._start_cell = num_cells - size + size // 2
         self._num_places = self.num_colours * num_cells
         self._columns = torch.arange(size, device=self.device)
-        self._one_hot_cell = torch.eye(num_cells, device=self.device)
         self._one_hot_room = torch.eye(3, device=self.device)
         self._one_hot_colour = torch.eye(self.num_colours, device=self.device)
-        coordinates = torch.stack((row, column), dim=1) * 2.0 / (size - 1) - 1.0
-        self._coordinates = coordinates.to(self.device)  # [cells, 2]

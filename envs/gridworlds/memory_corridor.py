@@ -151,10 +151,7 @@ class MemoryCorridor(BatchedGridworld):
         shape, generator, device = (num_steps, self.num_envs), self._generator, self.device
         low, high = self._num_entries - self._num_starts, self._num_entries
         starts = torch.randint(low, high, shape, generator=generator, device=device)
-        distractors = torch.randint(
-            2, (*shape, self.num_distractors), generator=generator, device=device, dtype=torch.float32
-        )
-        return starts, distractors.mul_(2.0).sub_(1.0)
+        return starts, self._draw_distractors(num_steps, self.num_distractors)
 
     def _advance(self, actions: Tensor, *draws: Tensor) -> TimeStep:
         start, distractors = draws

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from envs.gridworlds.batched import BatchedGridworld, check_integer
+from envs.gridworlds.rooms import RIGHT, SquareRoom
 from envs.timestep import EnvSpec, TimeStep
 
 FIRST_ROOM, MIDDLE_ROOM, LAST_ROOM = range(3)
-RIGHT, UP, LEFT, DOWN = range(4)
 
 
 class MultiRoomKeyDoor(BatchedGridworld):
@@ -129,8 +129,8 @@ class MultiRoomKeyDoor(BatchedGridworld):
         way_on = self._way_on_row() * self.room_size + (self.room_size - 1)
         fetches = (self._room == 0) & ~self._has_key
         target = torch.where(fetches, self._key_cell, way_on)
-        # On its exit the agent is where it wants to be, and the table says right: out.
-        return self._action_towards[self._cell, target]
+        # Sideways first: in the last room the way along the middle row passes no door. On its exit the agent goes out.
+        return self._map.action_towards[self._cell, target].masked_fill_(self._cell == target, RIGHT)
 
     def _kind(self) -> Tensor:
         return torch.where(self._room == self._num_rooms - 1, LAST_ROOM, (self._room > 0).long())
@@ -146,10 +146,7 @@ class MultiRoomKeyDoor(BatchedGridworld):
         key_cell += key_cell >= self._start_cell  # every cell but the entrance
         colour = torch.randint(2, shape, generator=generator, device=device).mul_(2).sub_(1).float()
         exit_row = torch.randint(self.room_size, shape, generator=generator, device=device)
-        distractors = torch.randint(
-            2, (*shape, self.num_distractors), generator=generator, device=device, dtype=torch.float32
-        )
-        return num_rooms, key_cell, colour, exit_row, distractors.mul_(2.0).sub_(1.0)
+        return num_rooms, key_cell, colour, exit_row, self._draw_distractors(num_steps, self.num_distractors)
 
     def _advance(self, actions: Tensor, *draws: Tensor) -> TimeStep:
         new_num_rooms, new_key_cell, new_colour, new_exit_row, distractors = draws
@@ -162,7 +159,7 @@ class MultiRoomKeyDoor(BatchedGridworld):
         in_last_room = (self._room == self._num_rooms - 1) & goes_on
         exit_cell = self._exit_row * size + (size - 1)
         leaves = (self._cell == exit_cell) & (actions == RIGHT) & goes_on & ~in_last_room
-        cell = self._next_cell.index_select(0, torch.add(actions, self._cell, alpha=4))  # 4 actions
+        cell = self._map.move(self._cell, actions)
         takes_key = (cell == self._key_cell) & (self._room == 0) & goes_on
         has_key = (self._has_key & goes_on) | takes_key
         door = self._upper_or_lower.index_select(0, cell) * self._colour * in_last_room  # its colour, or 0
@@ -189,46 +186,32 @@ class MultiRoomKeyDoor(BatchedGridworld):
         is_last = kind == LAST_ROOM
         shows_key = ~is_last & ~((kind == FIRST_ROOM) & self._has_key)
         return (
-            self._one_hot_cell.index_select(0, self._cell),
-            self._one_hot_cell.index_select(0, self._key_cell).mul_((self._colour * shows_key).unsqueeze(1)),
+            self._map.one_hot.index_select(0, self._cell),
+            self._map.one_hot.index_select(0, self._key_cell).mul_((self._colour * shows_key).unsqueeze(1)),
             self._one_hot_row.index_select(0, self._exit_row).mul_((~is_last).unsqueeze(1)),
             self._doors * (self._colour * is_last).unsqueeze(1),
         )
 
     def _describe(self, kind: Tensor) -> Tensor:
         rooms_left = (self._num_rooms - 1 - self._room) / self.num_rooms
-        key_place = self._coordinates.index_select(0, self._key_cell) * (kind != LAST_ROOM).unsqueeze(1)
+        key_place = self._map.coordinates.index_select(0, self._key_cell) * (kind != LAST_ROOM).unsqueeze(1)
         parts = (
             self._one_hot_room.index_select(0, kind),
             torch.stack((rooms_left, self._has_key.float(), self._key_colour), dim=1),
-            self._coordinates.index_select(0, self._cell),
+            self._map.coordinates.index_select(0, self._cell),
             key_place,
-            self._coordinates.index_select(0, self._way_on_row() * self.room_size)[:, :1],
+            self._map.coordinates.index_select(0, self._way_on_row() * self.room_size)[:, :1],
             (1.0 - self._time / self.time_limit).unsqueeze(1),
         )
         return torch.cat(parts, dim=1)
 
     def _build_tables(self) -> None:
-        size = self.room_size
-        num_cells = size * size
-        cell = torch.arange(num_cells)
-        row, column = cell // size, cell % size
-        steps = torch.tensor([[0, 1], [-1, 0], [0, -1], [1, 0]])  # row and column of right, up, left, down
-        next_row = (row[:, None] + steps[:, 0]).clamp(0, size - 1)
-        next_column = (column[:, None] + steps[:, 1]).clamp(0, size - 1)
-        self._next_cell = (next_row * size + next_column).flatten().to(self.device)  # [cells * 4]
-        # Sideways first: in the last room the way along the middle row passes no door.
-        sideways = torch.where(column[None] > column[:, None], RIGHT, LEFT)
-        upright = torch.where(row[None] < row[:, None], UP, DOWN)
-        action_towards = torch.where(column[None] == column[:, None], upright, sideways)
-        self._action_towards = action_towards.fill_diagonal_(RIGHT).to(self.device)  # [cells, cells]
+        square = self._map = SquareRoom(self.room_size, self.device)
+        size = square.size
         self._start_cell = size // 2 * size
         doors = torch.zeros(size)
         doors[0], doors[-1] = 1.0, -1.0
         self._doors = doors.to(self.device)  # [size], times the colour of the upper door
-        self._upper_or_lower = torch.where(column == size - 1, doors[row], 0.0).to(self.device)  # [cells]
-        self._one_hot_cell = torch.eye(num_cells, device=self.device)
+        self._upper_or_lower = torch.where(square.column == size - 1, self._doors[square.row], 0.0)  # [cells]
         self._one_hot_row = torch.eye(size, device=self.device)
         self._one_hot_room = torch.eye(3, device=self.device)
-        coordinates = torch.stack((row, column), dim=1) * 2.0 / (size - 1) - 1.0
-        self._coordinates = coordinates.to(self.device)  # [cells, 2]

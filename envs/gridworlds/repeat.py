@@ -90,10 +90,7 @@ class _Repeat(BatchedGridworld):
         shape, generator, device = (num_steps, self.num_envs), self._generator, self.device
         symbol = torch.randint(self.num_symbols, shape, generator=generator, device=device)
         wait = torch.randint(self._shortest_wait, self._longest_wait + 1, shape, generator=generator, device=device)
-        distractors = torch.randint(
-            2, (*shape, self.num_distractors), generator=generator, device=device, dtype=torch.float32
-        )
-        return symbol, wait, distractors.mul_(2.0).sub_(1.0)
+        return symbol, wait, self._draw_distractors(num_steps, self.num_distractors)
 
     def _advance(self, actions: Tensor, *draws: Tensor) -> TimeStep:
         symbol, new_wait, distractors = draws

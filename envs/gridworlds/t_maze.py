@@ -109,13 +109,11 @@ class _TMaze(BatchedGridworld):
             generator=self._generator,
             device=self.device,
         )
-        distractors = torch.randint(
-            2, (*shape, self.num_distractors), generator=self._generator, device=self.device, dtype=torch.float32
-        )
+        distractors = self._draw_distractors(num_steps, self.num_distractors)
         if not self.max_cue_delay:
-            return starts, distractors.mul_(2.0).sub_(1.0)
+            return starts, distractors
         cue_times = torch.randint(self.max_cue_delay + 1, shape, generator=self._generator, device=self.device)
-        return starts, distractors.mul_(2.0).sub_(1.0), cue_times
+        return starts, distractors, cue_times
 
     def _advance(self, actions: Tensor, *draws: Tensor) -> TimeStep:
         start, distractors, *cue_time = draws

@@ -1,7 +1,8 @@
 import torch
 
 from envs.gridworlds import MultiRoomKeyDoor
-from envs.gridworlds.multi_room import DOWN, FIRST_ROOM, LAST_ROOM, LEFT, MIDDLE_ROOM, RIGHT, UP
+from envs.gridworlds.multi_room import FIRST_ROOM, LAST_ROOM, MIDDLE_ROOM
+from envs.gridworlds.rooms import DOWN, LEFT, RIGHT, UP
 
 
 def play(env, *, fetch_key: bool = True, right_door: bool = True) -> list:
