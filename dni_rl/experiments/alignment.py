@@ -341,7 +341,7 @@ def cosines(predicted: Tensor, true: Tensor) -> list[float]:
 # Run
 
 
-class Experiment:
+class Experiment(common.Experiment):
     """The net of a run with its critic, what it reads, and how far it has come. float64: far from the end gradients are small."""
 
     def __init__(self, config: AlignmentConfig):
@@ -484,18 +484,12 @@ class Experiment:
         true = true_gradients(self.core, self.readout, states, targets, self.points.told)
         return cosines(F.linear(states[:-1], *rest), true)
 
-    def evaluate_when_due(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
-        if not common.due(self.step - 1, self.step, self.config.eval_every_steps, self.config.num_steps):
-            return {}
         found = self.evaluate()
         self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), **found})
         row = {f"test/{name}": value for name, value in found.items() if name != "cosines"}
         return row | {f"cosine/lag_{i}": value for i, value in enumerate(found.get("cosines", ()), start=1)}
-
-    def figures(self) -> dict[str, float]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def note(self) -> str:
         """The last evaluation."""

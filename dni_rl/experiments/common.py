@@ -18,10 +18,11 @@ import sys
 import time
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,29 +216,46 @@ class Progress:
 # One run
 
 
-class Experiment(Protocol):
-    """What `carry_out` needs of a run in the making."""
+class Experiment(ABC):
+    """A run in the making, as `carry_out` needs it.
 
+    Attributes:
+        config: its settings, with `num_steps` and, unless `evaluation_is_due` is overridden, `eval_every_steps`.
+        step: how far it has come.
+    """
+
+    config: Any
     step: int
 
+    @abstractmethod
     def update(self) -> dict[str, Tensor]:
         """Learns, and moves `step` on; returns metrics, still on the device."""
 
     def figures(self) -> dict[str, float]:
         """What else to log with the metrics."""
+        return {}
 
-    def evaluate_when_due(self) -> dict[str, float]:
-        """Evaluates if this step is one to do so, and returns what to log; called after every update."""
+    def evaluation_is_due(self, before: int) -> bool:
+        """Whether to evaluate behind the update that began at step `before`."""
+        return due(before, self.step, self.config.eval_every_steps, self.config.num_steps)
 
+    def evaluation(self) -> dict[str, float]:
+        """Evaluates, keeps what the result needs, and returns what to log."""
+        return {}
+
+    @abstractmethod
     def note(self) -> str:
         """A few words for the line of progress."""
 
+    @abstractmethod
     def result(self) -> dict[str, Any]:
         """What result.json holds; called at the end."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, `step` as "step" and the config as "config"."""
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
 
@@ -290,7 +308,7 @@ def carry_out(
             if due(before, step, config.log_every_steps, config.num_steps):
                 log.write(step, {name: value.item() for name, value in metrics.items()} | experiment.figures())
                 bar.show(step, experiment.note())
-            if evaluation := experiment.evaluate_when_due():
+            if experiment.evaluation_is_due(before) and (evaluation := experiment.evaluation()):
                 log.write(step, evaluation)
             if due(before, step, config.checkpoint_every_steps, config.num_steps):
                 save_checkpoint(folder / CHECKPOINT_FILE, experiment.state_dict())

@@ -538,7 +538,7 @@ def _scalars(fit: CriticFit) -> dict[str, Tensor]:
 # Run
 
 
-class Training:
+class Training(common.Experiment):
     """A run in the making: the net, its images, and how far it has come."""
 
     def __init__(self, config: ImagesConfig):
@@ -558,17 +558,11 @@ class Training:
         self.seconds += time.monotonic() - started
         return metrics
 
-    def evaluate_when_due(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, float]:
         """Tests, and appends to the curve."""
-        if not common.due(self.step - 1, self.step, self.config.eval_every_steps, self.config.num_steps):
-            return {}
         error = self.experiment.test_error(self.test)
         self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "error": error})
         return {"test/error": error}
-
-    def figures(self) -> dict[str, float]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def note(self) -> str:
         """The last test."""

@@ -168,7 +168,7 @@ def evaluation_windows(tokens: Tensor, columns: int, num_steps: int) -> Iterator
 # Run
 
 
-class Experiment:
+class Experiment(common.Experiment):
     """The net of a run, its text, and how far it has come."""
 
     def __init__(self, config: PtbConfig):
@@ -218,11 +218,9 @@ class Experiment:
                 nats += losses.double().masked_fill(~inside.flatten(), 0.0).sum()
         return nats.item() * BITS_PER_NAT / (len(tokens) - 1)
 
-    def evaluate_when_due(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, float]:
         """Validates, appends to the curve, and keeps the parameters if they are the best so far."""
         config = self.config
-        if not common.due(self.step - config.steps_per_update, self.step, config.eval_every_steps, config.num_steps):
-            return {}
         started = time.monotonic()
         if config.device.startswith("cuda"):
             torch.cuda.synchronize(config.device)  # what is still under way belongs to training
@@ -243,10 +241,6 @@ class Experiment:
             return self.evaluate("test")
         finally:
             self.learner.net.load_state_dict(present)
-
-    def figures(self) -> dict[str, float]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def note(self) -> str:
         """The best validation."""

@@ -133,7 +133,7 @@ def as_rows(pixels: Tensor, num_rows: int) -> Tensor:
 # Run
 
 
-class Experiment:
+class Experiment(common.Experiment):
     """The net of a run with its critic, what it reads, and how far it has come."""
 
     def __init__(self, config: SequentialMnistConfig):
@@ -255,17 +255,11 @@ class Experiment:
                 wrong += (self.net["readout"](outputs[-1]).argmax(-1) != labels).sum()
         return wrong.item() / len(self.test_labels)
 
-    def evaluate_when_due(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
-        if not common.due(self.step - 1, self.step, self.config.eval_every_steps, self.config.num_steps):
-            return {}
         error = self.evaluate()
         self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "error": error})
         return {"test/error": error}
-
-    def figures(self) -> dict[str, float]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def note(self) -> str:
         """The last test."""

@@ -241,7 +241,7 @@ def _detached(state: dni_rl.State) -> dni_rl.State:
 # Run
 
 
-class Experiment:
+class Experiment(common.Experiment):
     """The networks of a run, the interface between them, and how far it has come."""
 
     def __init__(self, config: TimescalesConfig):
@@ -361,18 +361,11 @@ class Experiment:
         scored = config.eval_windows * config.batch_size
         return wrong_a.item() / (scored * config.window), wrong_b.item() / scored
 
-    def evaluate_when_due(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
-        config = self.config
-        if not common.due(self.step - config.window**2, self.step, config.eval_every_steps, config.num_steps):
-            return {}
         a, b = self.evaluate()
         self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "a_error": a, "b_error": b})
         return {"test/a_error": a, "test/b_error": b}
-
-    def figures(self) -> dict[str, float]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def note(self) -> str:
         """Both errors."""

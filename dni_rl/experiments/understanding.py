@@ -421,7 +421,7 @@ def predicted_gap(x: Tensor, y: Tensor) -> float:
     return least_log_loss(direction, y) - least_log_loss(x, y)
 
 
-class Artificial:
+class Artificial(common.Experiment):
     """All cases of one data set side by side: parts linear and surface."""
 
     def __init__(self, config: UnderstandingConfig):
@@ -444,14 +444,16 @@ class Artificial:
         self.seconds += time.monotonic() - started
         return metrics
 
-    def evaluate_when_due(self) -> dict[str, float]:
-        """Linear: the losses. Surface: recovers it after 10, 100, ... steps."""
-        config = self.config
-        if config.part == "surface":
-            if self.step >= 10 and math.log10(self.step).is_integer():
-                self.surfaces += self._surfaces()
-            return {}
-        if not common.due(self.step - 1, self.step, config.eval_every_steps, config.num_steps):
+    def evaluation_is_due(self, before: int) -> bool:
+        """Surface: after 10, 100, ... steps."""
+        if self.config.part == "surface":
+            return self.step >= 10 and math.log10(self.step).is_integer()
+        return super().evaluation_is_due(before)
+
+    def evaluation(self) -> dict[str, float]:
+        """Linear: the losses. Surface: recovers it."""
+        if self.config.part == "surface":
+            self.surfaces += self._surfaces()
             return {}
         found = {str(student.case): student.loss(self.x, self.y) for student in self.students}
         self.curve.append({"step": self.step, **found})
@@ -459,10 +461,6 @@ class Artificial:
 
     def _surfaces(self) -> list[dict[str, Any]]:
         return [{"step": self.step, **surface(student, self.x, self.y)} for student in self.students]
-
-    def figures(self) -> dict[str, float]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def note(self) -> str:
         """The data set."""
@@ -618,7 +616,7 @@ def probe_error(
     return (predicted != test[1]).double().mean().item()
 
 
-class Deep:
+class Deep(common.Experiment):
     """A net of dense layers that learns from one signal: parts rdm and signals.
 
     Part rdm tells ten classes apart, with batch normalisation. Part signals tells odd from even labels, with one output and without
@@ -719,10 +717,8 @@ class Deep:
         )
         return [F.cosine_similarity(a, b, dim=1, eps=1e-30).mean().item() for a, b in zip(found, true, strict=True)]
 
-    def evaluate_when_due(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
-        if not common.due(self.step - 1, self.step, self.config.eval_every_steps, self.config.num_steps):
-            return {}
         point: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 3), "error": self.evaluate()}
         metrics = {"test/error": point["error"]}
         if not self.is_rdm:  # without normalisation a pass leaves nothing behind
@@ -730,10 +726,6 @@ class Deep:
             metrics |= {f"cosine/layer_{i + 1}": cosine for i, cosine in enumerate(point["cosines"])}
         self.curve.append(point)
         return metrics
-
-    def figures(self) -> dict[str, float]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def note(self) -> str:
         """The last test."""

@@ -158,7 +158,7 @@ def test_the_user_comes_before_the_preset_in_a_plan_of_cells():
         plan("a", "--cells", "y@3", "y@3")
 
 
-class Count:
+class Count(common.Experiment):
     """Counts its updates."""
 
     def __init__(self, config):
@@ -170,9 +170,6 @@ class Count:
 
     def figures(self):
         return {"double": 2 * self.step}
-
-    def evaluate_when_due(self):
-        return {}
 
     def note(self):
         return ""

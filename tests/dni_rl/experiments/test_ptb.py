@@ -123,13 +123,13 @@ def test_the_test_takes_the_parameters_of_the_best_validation_and_gives_them_bac
     experiment = ptb.Experiment(small())
     for _ in range(4):
         experiment.update()
-    experiment.evaluate_when_due()
+    experiment.evaluation()
     best = experiment.evaluate("test")
     experiment.learner.net["readout"].weight.data.normal_(std=30.0)  # ruined after the best validation
     for _ in range(4):
         experiment.update()
     ruined = experiment.evaluate("test")
-    experiment.evaluate_when_due()
+    experiment.evaluation()
     assert len(experiment.curve) == 2 and experiment.curve[1]["bits"] > experiment.curve[0]["bits"]
     assert experiment.curve[0]["tokens"] == 4 * 3 * 4
     assert experiment.test() == best != ruined and experiment.evaluate("test") == ruined
