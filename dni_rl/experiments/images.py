@@ -264,6 +264,8 @@ def make_config(preset: str, **overrides: Any) -> ImagesConfig:
     if model == "cnn":
         settings.setdefault("hidden_size", 128 if settings.get("dataset") == "cifar10" else 64)
         settings.setdefault("critic_hidden_sizes", (settings["hidden_size"],) * 2)
+    if model == "dense" and settings.get("dataset") == "cifar10":
+        settings.setdefault("hidden_size", 1_000)
     return ImagesConfig(**settings)
 
 

@@ -160,6 +160,12 @@ def test_the_greedy_net_is_the_published_one():
     assert (config.batch_size, config.learning_rate, config.augment) == (256, 3e-5, True)
 
 
+def test_dense_nets_have_the_papers_units_unless_told_otherwise():
+    units = {dataset: images.make_config("paper", dataset=dataset).hidden_size for dataset in ("mnist", "cifar10")}
+    assert units == {"mnist": 256, "cifar10": 1_000}
+    assert images.make_config("paper", dataset="cifar10", hidden_size=8).hidden_size == 8
+
+
 @pytest.mark.parametrize(("dataset", "pixels", "filters"), [("mnist", 28 * 28, 64), ("cifar10", 3 * 32 * 32, 128)])
 def test_the_cnn_and_its_critics_are_the_papers(dataset, pixels, filters):
     for num_layers in (3, 4):
