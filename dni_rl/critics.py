@@ -616,19 +616,7 @@ class GradientCritic(GradientRegression):
     Args:
         state_sizes: width of each state tensor, as in `core.state_sizes`.
         hidden_sizes: widths of the hidden layers (tanh) beside the linear path; () is linear alone.
-        context_size: Z, width of the context; 0 for none. With context this is cDNI.
-        normalize_context: as all that follow, see `ErrorCritic`.
-        normalize_targets: divide targets by a running RMS of them.
-        dense_targets: learn at every step of a window.
-        gradient_discount: g, per cut.
-        scale: of the synthetic gradient.
-        max_norm_ratio: bound of the synthetic gradient.
-        warmup_updates: updates before it is applied.
-        statistics_decay: decay per update of the running statistics.
-        slow_copy_rate: of a slow copy for bootstrapping, or None.
-        target_lambda: mixes targets over shorter windows.
-        targets_per_window: how many dense targets, or None for one at every step.
-        yardstick_interval: windows between two looks at the yardstick of the bound.
+        **settings: see `ErrorCritic`; with a context_size this is cDNI.
 
     Raises:
         ValueError: if a size, discount, scale, bound or count is out of range.
@@ -639,38 +627,11 @@ class GradientCritic(GradientRegression):
         *,
         state_sizes: Sequence[int],
         hidden_sizes: Sequence[int] = (),
-        context_size: int = 0,
-        normalize_context: bool = False,
-        normalize_targets: bool = True,
-        dense_targets: bool = True,
-        gradient_discount: float = 1.0,
-        scale: float = 1.0,
-        max_norm_ratio: float | None = None,
-        warmup_updates: int = 0,
-        statistics_decay: float = 0.99,
-        slow_copy_rate: float | None = None,
-        target_lambda: float = 1.0,
-        targets_per_window: int | None = None,
-        yardstick_interval: int = 8,
+        **settings: Unpack[CriticSettings],
     ):
         check_sizes(state_sizes, hidden_sizes)
-        super().__init__(
-            state_sizes=state_sizes,
-            context_size=context_size,
-            normalize_context=normalize_context,
-            normalize_targets=normalize_targets,
-            dense_targets=dense_targets,
-            gradient_discount=gradient_discount,
-            scale=scale,
-            max_norm_ratio=max_norm_ratio,
-            warmup_updates=warmup_updates,
-            statistics_decay=statistics_decay,
-            slow_copy_rate=slow_copy_rate,
-            target_lambda=target_lambda,
-            targets_per_window=targets_per_window,
-            yardstick_interval=yardstick_interval,
-        )
-        inputs, outputs = sum(self.state_sizes) + context_size, sum(self.state_sizes)
+        super().__init__(state_sizes=state_sizes, **settings)
+        inputs, outputs = sum(self.state_sizes) + self.context_size, sum(self.state_sizes)
         self._set_net(dense_net(inputs, hidden_sizes, outputs))
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
