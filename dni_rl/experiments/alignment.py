@@ -344,8 +344,10 @@ def cosines(predicted: Tensor, true: Tensor) -> list[float]:
 class Experiment(common.Experiment):
     """The net of a run with its critic, what it reads, and how far it has come. float64: far from the end gradients are small."""
 
+    config: AlignmentConfig
+
     def __init__(self, config: AlignmentConfig):
-        self.config = config
+        super().__init__(config)
         self.points = Points.of(config)
         torch.manual_seed(config.seed)  # the net depends on it alone, not on the arm
         self.core = LinearCore(config.input_size, config.hidden_size, config.spectral_radius)
@@ -364,8 +366,6 @@ class Experiment(common.Experiment):
                 state_sizes=self.core.state_sizes, normalize_targets=False, dense_targets=False
             ).to(config.device, torch.float64)
             self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_learning_rate)
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []  # step, seconds, loss and cosines, of every evaluation
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Inputs [T, B, D] and targets [T, B, 2] of the next update; they depend on the seed and the step alone."""
@@ -487,7 +487,7 @@ class Experiment(common.Experiment):
     def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
         found = self.evaluate()
-        self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), **found})
+        self.add_to_curve(**found)
         row = {f"test/{name}": value for name, value in found.items() if name != "cosines"}
         return row | {f"cosine/lag_{i}": value for i, value in enumerate(found.get("cosines", ()), start=1)}
 
@@ -507,28 +507,12 @@ class Experiment(common.Experiment):
             result["relative_error"] = self.curve[-1]["relative_error"]
             result["aligned_after"] = common.reached(self.curve, "misalignment", 1.0 - ALIGNED, "step")
         result["at_rest"] = self.cosines_at_rest()
-        return result | {"steps": self.step, "seconds": round(self.seconds, 3), "curve": self.curve}
+        return result | self.account()
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "config": dataclasses.asdict(self.config),
-            "net": self.net.state_dict(),
-            "critic": None if self.critic is None else self.critic.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
-        self.net.load_state_dict(state["net"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    def parts(self) -> dict[str, Any]:
+        """Net, critic and optimisers."""
+        optimizers = {"optimizer": self.optimizer, "critic_optimizer": self.critic_optimizer}
+        return {"net": self.net, "critic": self.critic, **optimizers}
 
 
 run = functools.partial(common.carry_out, Experiment)

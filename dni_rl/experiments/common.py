@@ -220,16 +220,20 @@ class Experiment(ABC):
     """A run in the making, as `carry_out` needs it.
 
     Attributes:
-        config: its settings, with `num_steps` and, unless `evaluation_is_due` is overridden, `eval_every_steps`.
+        config: its settings, a dataclass with `num_steps` and, unless `evaluation_is_due` is overridden, `eval_every_steps`.
         step: how far it has come.
+        seconds: that updates took so far.
+        curve: a point for every evaluation.
     """
 
-    config: Any
-    step: int
+    def __init__(self, config: Any):
+        self.config = config
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, Any]] = []
 
     @abstractmethod
     def update(self) -> dict[str, Tensor]:
-        """Learns, and moves `step` on; returns metrics, still on the device."""
+        """Learns, moves `step` and `seconds` on, and returns metrics, still on the device."""
 
     def figures(self) -> dict[str, float]:
         """What else to log with the metrics."""
@@ -243,6 +247,10 @@ class Experiment(ABC):
         """Evaluates, keeps what the result needs, and returns what to log."""
         return {}
 
+    def add_to_curve(self, **found: Any) -> None:
+        """Appends a point, with step and seconds."""
+        self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), **found})
+
     @abstractmethod
     def note(self) -> str:
         """A few words for the line of progress."""
@@ -251,13 +259,30 @@ class Experiment(ABC):
     def result(self) -> dict[str, Any]:
         """What result.json holds; called at the end."""
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, `step` as "step" and the config as "config"."""
+    def account(self) -> dict[str, Any]:
+        """What every result holds: steps, seconds and the curve."""
+        return {"steps": self.step, "seconds": round(self.seconds, 3), "curve": self.curve}
 
     @abstractmethod
+    def parts(self) -> dict[str, Any]:
+        """What a resumed run needs, by name: objects with `state_dict` and `load_state_dict`, or None for what this run does not have."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "config": dataclasses.asdict(self.config),
+            **{name: part.state_dict() for name, part in self.parts().items() if part is not None},
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
+        for name, part in self.parts().items():
+            if part is not None:
+                part.load_state_dict(state[name])
 
 
 def carry_out(

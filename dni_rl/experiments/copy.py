@@ -17,7 +17,6 @@ the published figures: those of repeat copy, less 3, are all k^2 or k (k + 1). A
 on; reading takes N more.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -270,13 +269,14 @@ class Curriculum:
 class Experiment(common.Experiment):
     """The net of a run, what it reads, and how far it has come."""
 
+    config: CopyConfig
+
     def __init__(self, config: CopyConfig):
-        self.config = config
+        super().__init__(config)
         self.learner = Learner(config, nn.Identity, config.num_symbols + 2, config.num_symbols + 1)
         self.streams = Streams(config.task, config.batch_size, config.num_symbols, config.seed)
         self.curriculum = Curriculum(config.solved_bits, config.average_episodes)
         self.batch = self.streams.take(config.steps_per_update)
-        self.step, self.seconds = 0, 0.0
         self.solved: list[dict[str, float]] = []  # length, step and seconds, of every level
 
     def update(self) -> dict[str, Tensor]:
@@ -335,25 +335,18 @@ class Experiment(common.Experiment):
             "final_average_bits": self.curriculum.last_average,
         }
 
+    def parts(self) -> dict[str, Any]:
+        """Learner, streams and curriculum."""
+        return {"learner": self.learner, "streams": self.streams, "curriculum": self.curriculum}
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "solved": self.solved,
-            "config": dataclasses.asdict(self.config),
-            "learner": self.learner.state_dict(),
-            "streams": self.streams.state_dict(),
-            "curriculum": self.curriculum.state_dict(),
-            "batch": tuple(self.batch),
-        }
+        """The score and the next batch, too."""
+        return {**super().state_dict(), "solved": self.solved, "batch": tuple(self.batch)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.solved = state["step"], state["seconds"], list(state["solved"])
-        self.learner.load_state_dict(state["learner"])
-        self.streams.load_state_dict(state["streams"])
-        self.curriculum.load_state_dict(state["curriculum"])
+        super().load_state_dict(state)
+        self.solved = list(state["solved"])
         self.batch = Batch(*(part.cpu() for part in state["batch"]))
 
 

@@ -543,14 +543,14 @@ def _scalars(fit: CriticFit) -> dict[str, Tensor]:
 class Training(common.Experiment):
     """A run in the making: the net, its images, and how far it has come."""
 
+    config: ImagesConfig
+
     def __init__(self, config: ImagesConfig):
-        self.config = config
+        super().__init__(config)
         train, test = load(config.dataset, "train"), load(config.dataset, "test")
         self.batches = Batches(train, config.batch_size, config.seed, config.device, config.augment)
         self.test = data.Images(test.images.to(config.device), test.labels.to(config.device))
         self.experiment = Experiment(config, train.images[0].numel())
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, float]] = []  # step, seconds and error, of every test
 
     def update(self) -> dict[str, Tensor]:
         """Learns from the next batch; returns metrics, still on the device."""
@@ -563,7 +563,7 @@ class Training(common.Experiment):
     def evaluation(self) -> dict[str, float]:
         """Tests, and appends to the curve."""
         error = self.experiment.test_error(self.test)
-        self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "error": error})
+        self.add_to_curve(error=error)
         return {"test/error": error}
 
     def note(self) -> str:
@@ -572,27 +572,11 @@ class Training(common.Experiment):
 
     def result(self) -> dict[str, Any]:
         """The test error at the end, with its curve."""
-        return {
-            "error": self.curve[-1]["error"],
-            "steps": self.step,
-            "seconds": round(self.seconds, 3),
-            "curve": self.curve,
-        }
+        return {"error": self.curve[-1]["error"], **self.account()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "config": dataclasses.asdict(self.config),
-            "net": self.experiment.net.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
-        self.experiment.net.load_state_dict(state["net"])
+    def parts(self) -> dict[str, Any]:
+        """The net, which holds critics and optimisers."""
+        return {"net": self.experiment.net}
 
 
 run = functools.partial(common.carry_out, Training, free=(*common.FREE_FIELDS, "eval_every_steps"))

@@ -13,7 +13,6 @@ in `dni_rl.experiments.copy`.
 What the paper leaves open, and is assumed here: batch 64, an embedding of 128, no dropout and no clipping, the length of training.
 """
 
-import dataclasses
 import functools
 import math
 import time
@@ -171,8 +170,10 @@ def evaluation_windows(tokens: Tensor, columns: int, num_steps: int) -> Iterator
 class Experiment(common.Experiment):
     """The net of a run, its text, and how far it has come."""
 
+    config: PtbConfig
+
     def __init__(self, config: PtbConfig):
-        self.config = config
+        super().__init__(config)
         splits: tuple[data.Split, ...] = ("train", "valid", "test")
         texts = {split: load(config.dataset, config.level, split) for split in splits}
         self.text: dict[str, Tensor] = {split: text.tokens.to(config.device) for split, text in texts.items()}
@@ -181,8 +182,6 @@ class Experiment(common.Experiment):
             raise ValueError(f"batch_size: found {config.batch_size}, allowed at most {len(self.text['train'])} tokens")
         size = len(texts["train"].vocabulary)
         self.learner = Learner(config, lambda: nn.Embedding(size, config.embedding_size), config.embedding_size, size)
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, float]] = []  # step, tokens, seconds and bits, of every validation
         self.best: dict[str, Tensor] = {}  # parameters at the best validation
         self.best_bits = math.inf
 
@@ -227,7 +226,7 @@ class Experiment(common.Experiment):
         self.seconds += time.monotonic() - started
         bits = self.evaluate("valid")
         tokens = self.step * config.batch_size
-        self.curve.append({"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 3), "bits": bits})
+        self.add_to_curve(tokens=tokens, bits=bits)
         if bits < self.best_bits:
             self.best_bits = bits
             self.best = {name: value.clone() for name, value in self.learner.net.state_dict().items()}
@@ -254,27 +253,21 @@ class Experiment(common.Experiment):
             "test_perplexity": 2.0**test_bits,
             "best_valid_bits": self.best_bits,
             "tokens": self.step * self.config.batch_size,
-            "seconds": round(self.seconds, 3),
-            "curve": self.curve,
+            **self.account(),
         }
 
+    def parts(self) -> dict[str, Any]:
+        """The learner."""
+        return {"learner": self.learner}
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "best": self.best,
-            "best_bits": self.best_bits,
-            "config": dataclasses.asdict(self.config),
-            "learner": self.learner.state_dict(),
-        }
+        """The parameters of the best validation, too."""
+        return {**super().state_dict(), "best": self.best, "best_bits": self.best_bits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
+        super().load_state_dict(state)
         self.best, self.best_bits = dict(state["best"]), state["best_bits"]
-        self.learner.load_state_dict(state["learner"])
 
 
 run = functools.partial(common.carry_out, Experiment)

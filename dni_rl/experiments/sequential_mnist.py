@@ -24,7 +24,6 @@ code that belongs to Pemberton, Boven, Apps & Costa, "Cortico-cerebellar network
 over here; the critic's settings are assumed.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -136,8 +135,10 @@ def as_rows(pixels: Tensor, num_rows: int) -> Tensor:
 class Experiment(common.Experiment):
     """The net of a run with its critic, what it reads, and how far it has come."""
 
+    config: SequentialMnistConfig
+
     def __init__(self, config: SequentialMnistConfig):
-        self.config = config
+        super().__init__(config)
         train, test = load(config.dataset, "train"), load(config.dataset, "test")
         self.batches = images.Batches(train, config.batch_size, config.seed, config.device)
         self.test_images, self.test_labels = test.images.to(config.device), test.labels.to(config.device)
@@ -154,8 +155,6 @@ class Experiment(common.Experiment):
         if self.critic is not None:
             self.critic.to(config.device)
             self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_learning_rate)
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, float]] = []  # step, seconds and error, of every evaluation
 
     def _make_critic(self) -> dni_rl.ErrorCritic | None:
         config, sizes = self.config, self.core.state_sizes
@@ -258,7 +257,7 @@ class Experiment(common.Experiment):
     def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
         error = self.evaluate()
-        self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "error": error})
+        self.add_to_curve(error=error)
         return {"test/error": error}
 
     def note(self) -> str:
@@ -267,34 +266,12 @@ class Experiment(common.Experiment):
 
     def result(self) -> dict[str, Any]:
         """The final error, with its curve."""
-        return {
-            "error": common.final(self.curve, "error"),
-            "steps": self.step,
-            "seconds": round(self.seconds, 3),
-            "curve": self.curve,
-        }
+        return {"error": common.final(self.curve, "error"), **self.account()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "config": dataclasses.asdict(self.config),
-            "net": self.net.state_dict(),
-            "critic": None if self.critic is None else self.critic.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.critic is not None and self.critic_optimizer is not None:
-            self.critic.load_state_dict(state["critic"])
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+    def parts(self) -> dict[str, Any]:
+        """Net, critic and optimisers."""
+        optimizers = {"optimizer": self.optimizer, "critic_optimizer": self.critic_optimizer}
+        return {"net": self.net, "critic": self.critic, **optimizers}
 
 
 run = functools.partial(common.carry_out, Experiment)

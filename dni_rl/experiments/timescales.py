@@ -244,8 +244,10 @@ def _detached(state: dni_rl.State) -> dni_rl.State:
 class Experiment(common.Experiment):
     """The networks of a run, the interface between them, and how far it has come."""
 
+    config: TimescalesConfig
+
     def __init__(self, config: TimescalesConfig):
-        self.config = config
+        super().__init__(config)
         train, test = load(config.dataset, "train"), load(config.dataset, "test")
         B, T = config.batch_size, config.window
         self.train_streams = Streams(train, B, T, config.seed + 1, config.device)
@@ -271,8 +273,6 @@ class Experiment(common.Experiment):
         if self.critic is not None:
             self.optimizers["critic"] = torch.optim.Adam(self.critic.parameters(), config.critic_learning_rate)
         self.states = self._empty()
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, float]] = []  # step, seconds and both errors, of every evaluation
 
     def _empty(self) -> dict[str, dni_rl.State]:
         return {name: net.core.initial_state(self.config.batch_size) for name, net in (("a", self.a), ("b", self.b))}
@@ -364,7 +364,7 @@ class Experiment(common.Experiment):
     def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
         a, b = self.evaluate()
-        self.curve.append({"step": self.step, "seconds": round(self.seconds, 3), "a_error": a, "b_error": b})
+        self.add_to_curve(a_error=a, b_error=b)
         return {"test/a_error": a, "test/b_error": b}
 
     def note(self) -> str:
@@ -376,34 +376,21 @@ class Experiment(common.Experiment):
         return {
             "a_error": common.final(self.curve, "a_error"),
             "b_error": common.final(self.curve, "b_error"),
-            "steps": self.step,
-            "seconds": round(self.seconds, 3),
-            "curve": self.curve,
+            **self.account(),
         }
 
+    def parts(self) -> dict[str, Any]:
+        """Both networks, the critic and optimisers."""
+        optimizers = {f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
+        return {"a": self.a, "b": self.b, "critic": self.critic, **optimizers}
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "config": dataclasses.asdict(self.config),
-            "a": self.a.state_dict(),
-            "b": self.b.state_dict(),
-            "critic": None if self.critic is None else self.critic.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "states": {name: tuple(state) for name, state in self.states.items()},
-        }
+        """The states of both cores, too."""
+        return {**super().state_dict(), "states": {name: tuple(state) for name, state in self.states.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
-        self.a.load_state_dict(state["a"])
-        self.b.load_state_dict(state["b"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        super().load_state_dict(state)
         self.states = dict(state["states"])
 
 

@@ -24,7 +24,6 @@ probes by least squares.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import math
@@ -424,13 +423,13 @@ def predicted_gap(x: Tensor, y: Tensor) -> float:
 class Artificial(common.Experiment):
     """All cases of one data set side by side: parts linear and surface."""
 
+    config: UnderstandingConfig
+
     def __init__(self, config: UnderstandingConfig):
-        self.config = config
+        super().__init__(config)
         x, y = points(config.arm, config.num_points, config.seed)
         self.x, self.y = x.to(config.device), y.to(config.device)
         self.students = [Student(case, x.shape[1], config) for case in cases(config.part)]
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, float]] = []  # step and the loss of every case
         self.surfaces: list[dict[str, Any]] = []
 
     def update(self) -> dict[str, Tensor]:
@@ -456,7 +455,7 @@ class Artificial(common.Experiment):
             self.surfaces += self._surfaces()
             return {}
         found = {str(student.case): student.loss(self.x, self.y) for student in self.students}
-        self.curve.append({"step": self.step, **found})
+        self.add_to_curve(**found)
         return {f"eval/{name}": loss for name, loss in found.items()}
 
     def _surfaces(self) -> list[dict[str, Any]]:
@@ -468,10 +467,9 @@ class Artificial(common.Experiment):
 
     def result(self) -> dict[str, Any]:
         """Linear: losses, and gaps to backpropagation. Surface: all surfaces."""
-        shared = {"steps": self.step, "seconds": round(self.seconds, 3)}
         if self.config.part == "surface":
             last = [] if self.surfaces and self.surfaces[-1]["step"] == self.step else self._surfaces()
-            return {**shared, "surfaces": self.surfaces + last}
+            return {**self.account(), "surfaces": self.surfaces + last}
         losses = {student.case: student.loss(self.x, self.y) for student in self.students}
         gaps = {
             str(case): loss - losses[Case(case.model, case.loss, "backprop")]
@@ -479,30 +477,24 @@ class Artificial(common.Experiment):
             if case.form != "backprop"
         }
         return {
-            **shared,
+            **self.account(),
             "losses": {str(case): loss for case, loss in losses.items()},
             "gaps": gaps,
             "predicted_gap": predicted_gap(self.x, self.y),  # of linear_log_linear, after training without end
-            "curve": self.curve,
         }
 
+    def parts(self) -> dict[str, Any]:
+        """The students."""
+        return {str(student.case): student for student in self.students}
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "surfaces": self.surfaces,
-            "config": dataclasses.asdict(self.config),
-            "students": [student.state_dict() for student in self.students],
-        }
+        """The surfaces, too."""
+        return {**super().state_dict(), "surfaces": self.surfaces}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.curve, self.surfaces = list(state["curve"]), list(state["surfaces"])
-        for student, saved in zip(self.students, state["students"], strict=True):
-            student.load_state_dict(saved)
+        super().load_state_dict(state)
+        self.surfaces = list(state["surfaces"])
 
 
 def _set_learning_rates(
@@ -627,8 +619,11 @@ class Deep(common.Experiment):
         folder: where rdm puts its matrices.
     """
 
+    config: UnderstandingConfig
+
     def __init__(self, config: UnderstandingConfig, folder: Path):
-        self.config, self.folder = config, folder
+        super().__init__(config)
+        self.folder = folder
         self.train, self.test = load(config.dataset, "train"), load(config.dataset, "test")
         self.batches = images.Batches(self.train, config.batch_size, config.seed, config.device)
         self.is_rdm = config.part == "rdm"
@@ -650,8 +645,6 @@ class Deep(common.Experiment):
         self.optimizers = [torch.optim.Adam(self.net.parameters(), config.learning_rate)]
         if list(self.signal.parameters()):
             self.optimizers.append(torch.optim.Adam(self.signal.parameters(), config.critic_learning_rate))
-        self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
 
     def _targets(self, labels: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """The losses, and the context of critics, for labels [B]."""
@@ -719,13 +712,13 @@ class Deep(common.Experiment):
 
     def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""
-        point: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 3), "error": self.evaluate()}
-        metrics = {"test/error": point["error"]}
-        if not self.is_rdm:  # without normalisation a pass leaves nothing behind
-            point["cosines"] = self.alignment()
-            metrics |= {f"cosine/layer_{i + 1}": cosine for i, cosine in enumerate(point["cosines"])}
-        self.curve.append(point)
-        return metrics
+        error = self.evaluate()
+        if self.is_rdm:
+            self.add_to_curve(error=error)
+            return {"test/error": error}
+        cosines = self.alignment()  # without normalisation a pass leaves nothing behind
+        self.add_to_curve(error=error, cosines=cosines)
+        return {"test/error": error} | {f"cosine/layer_{i}": cosine for i, cosine in enumerate(cosines, start=1)}
 
     def note(self) -> str:
         """The last test."""
@@ -733,12 +726,7 @@ class Deep(common.Experiment):
 
     def result(self) -> dict[str, Any]:
         """The final error with its curve; rdm: what each layer represents as well."""
-        found = {
-            "error": self.evaluate(),
-            "steps": self.step,
-            "seconds": round(self.seconds, 3),
-            "curve": self.curve,
-        }
+        found = {"error": self.evaluate(), **self.account()}
         return found | ({"layers": self._representations()} if self.is_rdm else {"cosines": self.alignment()})
 
     @torch.no_grad()
@@ -782,25 +770,10 @@ class Deep(common.Experiment):
             for matrix, error in zip(matrices, errors, strict=True)
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "config": dataclasses.asdict(self.config),
-            "net": self.net.state_dict(),
-            "signal": self.signal.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
-        self.net.load_state_dict(state["net"])
-        self.signal.load_state_dict(state["signal"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    def parts(self) -> dict[str, Any]:
+        """Net, signal and optimisers."""
+        optimizers = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+        return {"net": self.net, "signal": self.signal, **optimizers}
 
 
 def run(config: UnderstandingConfig, folder: Path, **how: Any) -> dict[str, Any]:
