@@ -166,6 +166,14 @@ def test_dense_nets_have_the_papers_units_unless_told_otherwise():
     assert images.make_config("paper", dataset="cifar10", hidden_size=8).hidden_size == 8
 
 
+def test_layers_have_as_many_updates_where_they_learn_now_and_then_unless_told_otherwise():
+    whole, part = (images.make_config("laptop", update_probability=p) for p in (1.0, 0.2))
+    assert part.num_steps == 5 * whole.num_steps
+    assert part.learning_rate_drop_steps == tuple(5 * step for step in whole.learning_rate_drop_steps)
+    assert images.make_config("laptop", update_probability=0.2, num_steps=10).num_steps == 10
+    assert images.make_config("paper", update_probability=0.2).num_steps == 500_000
+
+
 @pytest.mark.parametrize(("dataset", "pixels", "filters"), [("mnist", 28 * 28, 64), ("cifar10", 3 * 32 * 32, 128)])
 def test_the_cnn_and_its_critics_are_the_papers(dataset, pixels, filters):
     for num_layers in (3, 4):
