@@ -24,13 +24,28 @@ def config_of(kind: str, corridor: int, steps: int, folder: Path) -> TrainConfig
     )
 
 
+def success_of(config: TrainConfig) -> float:
+    return read_metrics(train(config))[-1]["charts/success_rate"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("kind", "corridor", "steps"), [("cdni", 40, 2_500_000), ("dni", 20, 2_000_000)])
 def test_a_critic_learns_across_a_corridor_of_several_windows_and_plain_bptt_does_not(tmp_path, kind, corridor, steps):
-    success = {}
-    for arm in (kind, "none"):
-        rows = read_metrics(train(config_of(arm, corridor, steps, tmp_path)))
-        success[arm] = rows[-1]["charts/success_rate"]
+    success = {arm: success_of(config_of(arm, corridor, steps, tmp_path)) for arm in (kind, "none")}
     assert success[kind] > 0.95, success
     assert success["none"] < 0.7, success
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_critic_learns_which_of_two_doors_a_key_taken_windows_ago_opens_and_plain_bptt_does_not(tmp_path):
+    config = load_config(ROOT / "configs" / "gridworlds.yaml")
+    env = replace(config.env, id="KeyToDoor", kwargs={"num_doors": 2, "room_size": 3})
+    config = replace(config, env=env, model=replace(config.model, chrono_max=80.0))
+    success = {}
+    for arm in ("cdni", "none"):
+        run = replace(config.run, total_steps=2_000_000, output_dir=str(tmp_path), name=arm, tensorboard=False)
+        success[arm] = success_of(replace(config, critic=replace(config.critic, kind=arm), run=run))
+    assert success["cdni"] > 0.85, success
+    assert success["none"] < 0.5, success  # chance, once the agent takes the key and goes to a door
