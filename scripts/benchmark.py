@@ -559,8 +559,24 @@ def overhead(
     rollout_length: int = 64,
     lengths: Sequence[int] = (64, 128, 256, 512, 1024),
     threads: int = 1,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measures time and memory per learner update, and memory by length of the sequence; prints tables, returns all figures."""
+    """Measures time and memory per learner update, and memory by length of the sequence; prints tables, returns all figures.
+
+    Args:
+        hidden_sizes: widths of the LSTM.
+        rounds: behind the warm-up.
+        device: where everything lives.
+        num_envs: as all that follow, see `methods`.
+        online_envs: B for BP(lambda).
+        rollout_length: T.
+        lengths: of the sequences; those are left out where only some methods are asked for.
+        threads: of PyTorch on the CPU.
+        only: names of methods, which are measured beside their baselines and plain truncated BPTT; all of them if empty.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
     torch.set_num_threads(threads)
     settings = {"num_envs": num_envs, "online_envs": online_envs, "rollout_length": rollout_length}
     results: dict[str, Any] = {
@@ -573,6 +589,11 @@ def overhead(
         matrix = methods(hidden_size, device=str(device), threads=threads, **settings)
         if device.type == "cpu":
             matrix[UNFUSED] = matrix[PLAIN]
+        if unknown := [name for name in only if name not in matrix]:
+            raise ValueError(f"--methods: found {unknown[0]!r}, allowed {', '.join(map(repr, matrix))}")
+        if only:
+            wanted = {PLAIN, *only, *(matrix[name].baseline for name in only)}
+            matrix = {name: method for name, method in matrix.items() if name in wanted}
         refused: dict[str, str] = {}
         learners: dict[str, StoredRollout] = {}
         for name, method in matrix.items():
@@ -591,6 +612,8 @@ def overhead(
         ]
         print(f"\n### LSTM {hidden_size}\n\n{overhead_table(rows)}")
         results["rows"] += rows
+    if only:
+        return results
     results["sequences"] = {
         kind: {str(length): sequence_peak(kind, length, 128, num_envs, device) for length in lengths}
         for kind in ("none", "dni", "full")
@@ -1013,6 +1036,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--output", type=Path, help="writes every measurement as JSON")
     command = commands.add_parser("overhead", help="time and memory per learner update, beside plain truncated BPTT")
     command.add_argument("--sizes", type=int, nargs="+", default=[128, 512], help="widths of the LSTM")
+    command.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="rows of the table; by default all")
     _measuring_options(command, rounds=5)
     command = commands.add_parser("gpu", help="the whole battery on one device; without one, its small form")
     _measuring_options(command, rounds=3)
@@ -1030,7 +1054,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     if arguments.command == "overhead":
-        results = overhead(arguments.sizes, arguments.rounds, device, threads=arguments.threads)
+        try:
+            results = overhead(
+                arguments.sizes, arguments.rounds, device, threads=arguments.threads, only=arguments.methods
+            )
+        except ValueError as error:
+            print(f"benchmark.py: {error}", file=sys.stderr)
+            return 2
     else:
         form = DEVICE_FORM if device.type == "cuda" else CPU_FORM
         results = gpu(form, arguments.rounds, device, arguments.threads)

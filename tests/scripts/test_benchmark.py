@@ -212,6 +212,17 @@ def test_overhead_measures_every_method(capsys, short):
     assert results["machine"]["torch"] == torch.__version__
 
 
+def test_overhead_of_one_method_is_measured_beside_its_baselines(capsys, short):
+    sizes = {"num_envs": 1, "online_envs": 1, "rollout_length": 16}
+    results = overhead([4], 1, CPU, only=["rtrl"], **sizes)
+    assert [row["method"] for row in results["rows"]] == [PLAIN, "none, elementwise_lstm", "rtrl"]
+    assert "sequences" not in results
+    capsys.readouterr()
+    assert main(["overhead", "--device", "cpu", "--sizes", "4", "--methods", "nothing"]) == 2
+    message = capsys.readouterr().err
+    assert "--methods: found 'nothing'" in message and "'rtrl'" in message
+
+
 def test_a_trace_that_would_not_fit_is_a_row_and_no_failure():
     with pytest.raises(ValueError) as error:
         StoredRollout(
