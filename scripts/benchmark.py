@@ -250,7 +250,7 @@ UNFUSED = (
     "none, without the fused kernel"  # on the CPU: which part of a critic's time is that of the kernel it cannot use
 )
 KINDS = Path(__file__).resolve().parent.parent / "configs" / "kinds"
-DUE_EVERY = 32  # a multiple of all windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
+DUE_EVERY = 64  # a multiple of all windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
 MIB = 2**20
 
 Result = TypeVar("Result")
@@ -308,7 +308,7 @@ def methods(
         "dni, linear path and MLP of 128": Method(run("dni", hidden_sizes=(128,))),
         "dni, one target per window": Method(run("dni", dense_targets=False)),
         "dni, one target, every second update": Method(
-            run("dni", dense_targets=False, fit_interval=2, yardstick_interval=16)
+            run("dni", dense_targets=False, fit_interval=2, yardstick_interval=32)
         ),
         "cdni": Method(run("cdni"), kind="cdni"),
         "dni_aux": Method(run("dni_aux"), kind="dni_aux"),

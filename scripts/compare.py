@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
 OPTIONAL = {"windows", "dial", "overrides"}
 WINDOW = "algorithm.bptt_horizon"
-ASKED_AT, REACHES = 0.4, 0.9  # what the horizon foretells: of the budget, and of the dial; see `foretelling`
+REACHES = 0.9  # of the dial: an expected horizon that long foretells success; see `foretelling`
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
 NUM_RESAMPLES = 9999
@@ -338,6 +338,14 @@ def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
         steps, curve = [int(row["step"]) for row in metrics], [row[matrix["metric"]] for row in metrics]
         reached = next((s for s, x in zip(steps, curve, strict=True) if x >= matrix["bar"]), None)
         learning = [value for step, value in horizons.items() if reached is None or step < reached]
+        expected = {
+            int(row["step"]): row["credit/expected_horizon"]
+            for row in logged
+            if row["step"] > 0
+            and (reached is None or row["step"] < reached)
+            and math.isfinite(row.get("credit/expected_horizon", math.nan))
+        }
+        dial = matrix["dials"].get(member.task, math.inf)
         rows.append(
             {
                 "method": member.method,
@@ -353,7 +361,8 @@ def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
                 "peak_memory_bytes": record.get("peak_memory_bytes"),
                 "horizon": horizons[max(horizons)] if horizons else record.get("horizon"),
                 "horizon_learning": float(np.median(learning)) if learning else None,
-                "expected_horizon": _expected_horizon(logged, member.total_steps, reached),
+                "expected_horizon": max(expected.values(), default=None),  # before the bar was reached
+                "foretold_at": min((step for step, value in expected.items() if value >= REACHES * dial), default=None),
                 "steps": steps,
                 "curve": [round(x, 4) for x in curve],
             }
@@ -369,14 +378,6 @@ def _logged_horizons(folder: Path) -> dict[int, float]:
         return {}
     measured = {int(row["step"]): row.get("credit/horizon", math.nan) for row in rows if row["step"]}
     return {step: value for step, value in measured.items() if math.isfinite(value)}
-
-
-def _expected_horizon(logged: Sequence[Mapping[str, float]], total_steps: int, reached: int | None) -> float | None:
-    """What training first measured from `ASKED_AT` of the budget on, in steps; None if nothing, or the bar had been reached."""
-    for row in logged:
-        if row["step"] >= ASKED_AT * total_steps and math.isfinite(row.get("credit/expected_horizon", math.nan)):
-            return None if reached is not None and reached <= row["step"] else row["credit/expected_horizon"]
-    return None
 
 
 def area_under(steps: Sequence[int], curve: Sequence[float], total_steps: int) -> float:
@@ -446,7 +447,13 @@ def summarise(
                 "surely_solved": end is not None and not num_failed and (end.low or -math.inf) >= matrix["bar"],
                 **{
                     name: _median(row[name] for row in chosen)
-                    for name in ("steps_per_second", "peak_memory_bytes", "horizon", "horizon_learning")
+                    for name in (
+                        "steps_per_second",
+                        "peak_memory_bytes",
+                        "horizon",
+                        "horizon_learning",
+                        "expected_horizon",
+                    )
                 },
             }
         whole = len(cells) == len(matrix["tasks"]) and all(cell["end"] is not None for cell in cells.values())
@@ -579,6 +586,8 @@ def _costs(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[st
         parts.append("largest resident memory of the process in MiB (without what it holds on a GPU)")
     if any(cell["horizon"] is not None for cell in cells):
         parts.append("effective credit horizon in steps, at the end (and its median before the bar was reached)")
+    if any(cell["expected_horizon"] is not None for cell in cells):
+        parts.append("the longest expected credit horizon measured before that")
     lines = [
         f"Cost: {'; '.join(parts)}. Medians over finished seeds; runs side by side slow each other down.",
         "",
@@ -599,51 +608,65 @@ def _costs(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[st
             if cell["horizon"] is not None:
                 learning = "" if cell["horizon_learning"] is None else f" ({cell['horizon_learning']:g})"
                 text += f", horizon {cell['horizon']:g}{learning}"
+            if cell["expected_horizon"] is not None:
+                text += f", expected {cell['expected_horizon']:g}"
             texts.append(text)
         lines.append(f"| {row['method']} | {' | '.join(texts)} |")
     return lines
 
 
 def foretelling(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whether the expected horizon foretold what was learned, by method; of finished runs whose bar was not reached when it was asked.
+    """Whether the expected horizon foretold what was learned, by method; of finished runs with a measurement before the bar was reached.
 
-    A horizon of at least `REACHES` of the dial says that the bar will be reached.
+    A horizon of at least `REACHES` of the dial, at any of those measurements, says that the bar will be reached. `leads` are the shares
+    of the budget from the first of them to the bar, of runs that were foretold and learned.
     """
     told = []
     for method in matrix["methods"]:
-        verdicts = [
-            (row["expected_horizon"] >= REACHES * matrix["dials"][row["task"]], row["steps_to_bar"] is not None)
-            for row in rows
-            if row["method"] == method and row["finished"] and row["expected_horizon"] is not None and matrix["dials"]
+        chosen = [
+            row for row in rows if row["method"] == method and row["finished"] and row["expected_horizon"] is not None
         ]
-        if verdicts:
-            told.append(
-                {
-                    "method": method,
-                    **{
-                        f"{'' if yes else 'not '}foretold, {'' if learned else 'not '}learned": verdicts.count(
-                            (yes, learned)
-                        )
-                        for yes in (True, False)
-                        for learned in (True, False)
-                    },
-                }
-            )
+        if not chosen or not matrix["dials"]:
+            continue
+        verdicts = [(row["foretold_at"] is not None, row["steps_to_bar"] is not None) for row in chosen]
+        told.append(
+            {
+                "method": method,
+                **{
+                    f"{'' if yes else 'not '}foretold, {'' if learned else 'not '}learned": verdicts.count(
+                        (yes, learned)
+                    )
+                    for yes in (True, False)
+                    for learned in (True, False)
+                },
+                "leads": [
+                    (row["steps_to_bar"] - row["foretold_at"]) / row["total_steps"]
+                    for row, verdict in zip(chosen, verdicts, strict=True)
+                    if all(verdict)
+                ],
+            }
+        )
     return told
 
 
 def _foretelling(matrix: dict[str, Any], told: Sequence[dict[str, Any]]) -> list[str]:
     kinds = [name for name in told[0] if "learned" in name]
-    lines = [
-        f"What the expected credit horizon foretells: at {ASKED_AT:.0%} of the budget, in runs that had not reached {matrix['bar']:g} by "
-        f"then, a horizon of at least {REACHES:g} of the {matrix['dial_name']} says that they will. Runs:",
+
+    def line(name: str, chosen: Sequence[dict[str, Any]]) -> str:
+        leads = [lead for row in chosen for lead in row["leads"]]
+        counts = " | ".join(str(sum(row[kind] for row in chosen)) for kind in kinds)
+        return f"| {name} | {counts} | {f'{np.median(leads):.0%}' if leads else ''} |"
+
+    return [
+        f"What the expected credit horizon foretells: one of at least {REACHES:g} of the {matrix['dial_name']}, at any measurement "
+        f"before {matrix['bar']:g} was reached, says that it will be; if there is none, that it will not. Runs, and the median share "
+        "of the budget between the first such measurement and the bar:",
         "",
-        f"| method | {' | '.join(kinds)} |",
-        f"|{'---|' * (len(kinds) + 1)}",
-        *(f"| {row['method']} | {' | '.join(str(row[kind]) for kind in kinds)} |" for row in told),
-        f"| all | {' | '.join(str(sum(row[kind] for row in told)) for kind in kinds)} |",
+        f"| method | {' | '.join(kinds)} | lead |",
+        f"|{'---|' * (len(kinds) + 2)}",
+        *(line(row["method"], [row]) for row in told),
+        line("all", told),
     ]
-    return lines
 
 
 def figure(matrix: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -678,9 +701,13 @@ def dial_figure(matrix: dict[str, Any], summary: Sequence[dict[str, Any]], path:
     ):
         return False
     all_cells = [cell for row in summary for cell in row["tasks"].values()]
-    has_learning = any(cell["horizon_learning"] is not None for cell in all_cells)
-    horizon = "horizon_learning" if has_learning else "horizon"
-    has_horizon = any(cell[horizon] is not None for cell in all_cells)
+    kinds = {
+        "expected_horizon": "longest expected credit horizon before the bar",
+        "horizon_learning": "effective credit horizon while learning",
+        "horizon": "effective credit horizon at the end",
+    }
+    horizon = next((kind for kind in kinds if any(cell[kind] is not None for cell in all_cells)), None)
+    has_horizon = horizon is not None
     plt = _pyplot()
     size = (4.0 * (2 + has_horizon) + 2.8, 3.4)  # the names of the methods stand at the right
     chart, panels = plt.subplots(1, 2 + has_horizon, figsize=size, squeeze=False, layout="constrained")
@@ -696,12 +723,11 @@ def dial_figure(matrix: dict[str, Any], summary: Sequence[dict[str, Any]], path:
                 for place, cell in zip(x, cells, strict=True):
                     if cell[name].low is not None:
                         panel.plot([place] * 2, [cell[name].low, cell[name].high], color=colour, linewidth=1.2)
-        if has_horizon:
+        if horizon is not None:
             points = sorted((c["dial"], c[horizon]) for c in row["tasks"].values() if c[horizon] is not None)
             if points:
                 panels[0][2].plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=row["method"])
-    when = "while learning" if has_learning else "at the end"
-    titles = [f"{matrix['metric']} at the end", "area under the curve", f"credit horizon {when}, in steps"]
+    titles = [f"{matrix['metric']} at the end", "area under the curve", f"{kinds.get(horizon or '')}, in steps"]
     for panel, title in zip(panels[0], titles, strict=False):
         if dials[0] > 0:
             panel.set_xscale("log", base=2)
@@ -789,11 +815,15 @@ def write_board(
                 [f"dial/end{e}" for e in ("", "_low", "_high")],
             ],
             f"area under the curve against {dial}": ["Margin", [f"dial/area{e}" for e in ("", "_low", "_high")]],
-            f"credit horizon while learning, in steps, against {dial}": [
+            f"longest expected credit horizon before the bar, in steps, against {dial}": [
+                "Multiline",
+                ["dial/expected_credit_horizon$"],
+            ],
+            f"effective credit horizon while learning, in steps, against {dial}": [
                 "Multiline",
                 ["dial/credit_horizon_learning$"],
             ],
-            f"credit horizon at the end, in steps, against {dial}": ["Multiline", ["dial/credit_horizon$"]],
+            f"effective credit horizon at the end, in steps, against {dial}": ["Multiline", ["dial/credit_horizon$"]],
             f"agent steps per second against {dial}": ["Multiline", ["dial/steps_per_second$"]],
             f"memory in MiB against {dial}": ["Multiline", ["dial/memory_mib$"]],
         }
@@ -823,6 +853,7 @@ def write_board(
                 "report/memory_mib": _or_nan(row["peak_memory_bytes"]) / 2**20,
                 "report/credit_horizon": _or_nan(row["horizon"]),
                 "report/credit_horizon_learning": _or_nan(row["horizon_learning"]),
+                "report/expected_credit_horizon": _or_nan(row["expected_horizon"]),
             }
             writer.add_hparams(hyperparameters, results, run_name=names[key].name, global_step=row["steps"][-1])
 
@@ -840,6 +871,7 @@ def _dial_scalars(cell: Mapping[str, Any]) -> dict[str, float]:
     others = {
         "credit_horizon": cell["horizon"],
         "credit_horizon_learning": cell["horizon_learning"],
+        "expected_credit_horizon": cell["expected_horizon"],
         "steps_per_second": cell["steps_per_second"],
         "memory_mib": None if memory is None else memory / 2**20,
     }

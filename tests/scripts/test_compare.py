@@ -1,6 +1,7 @@
 """The matrix runner: what runs, what is skipped, what is reported."""
 
 import json
+import math
 import sys
 import threading
 import time
@@ -63,6 +64,7 @@ def row(method="critic", seed=0, curve=(0.5, 0.97), finished=True, total=1000, t
         "horizon": None,
         "horizon_learning": None,
         "expected_horizon": None,
+        "foretold_at": None,
         "steps": steps,
         "curve": list(curve),
     } | changes
@@ -416,36 +418,54 @@ def test_without_a_dial_the_board_has_the_members_alone(tmp_path):
     assert [path.name for path in (tmp_path / "board").iterdir() if path.is_dir()] == ["members"]
 
 
-def test_the_expected_horizon_is_asked_once_and_foretells_what_was_not_yet_learned(tmp_path):
-    logged = [
-        {"step": 300, "credit/expected_horizon": 1.0},
-        {"step": 400},
-        {"step": 500, "credit/expected_horizon": 9.0},
-    ]
-    assert compare._expected_horizon(logged, 1000, None) == compare._expected_horizon(logged, 1000, 600) == 9.0
-    assert compare._expected_horizon(logged, 1000, 500) is None, "had been learned by then"
-    assert compare._expected_horizon(logged, 2000, None) is None, "was not asked so late"
+def test_an_expected_horizon_of_the_dial_before_the_bar_foretells_success(tmp_path):
+    task = {"env.kwargs.corridor_length": 10, "run.total_steps": 1000}
+    matrix = compare.load_matrix(write(tmp_path, dial="env.kwargs.corridor_length", tasks={"ten": task}, seeds=[0]))
+    folder = tmp_path / next(compare.members(matrix)).name
+    folder.mkdir()
 
+    def collected(horizons, success):
+        lines = [
+            {"step": step, "charts/success_rate": rate, "charts/SPS": 1.0}
+            | ({} if horizon is None else {"credit/expected_horizon": horizon})
+            for step, horizon, rate in zip((0, 300, 400, 500, 1000), horizons, success, strict=True)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (found,) = compare.collect(matrix, tmp_path)
+        return found["expected_horizon"], found["foretold_at"]
+
+    learns, fails = (0.5, 0.5, 0.5, 0.5, 0.96), (0.5,) * 5
+    assert collected((12.0, 1.0, 9.0, 4.0, 12.0), learns) == (9.0, 400), (
+        "neither before the first update, nor after the bar"
+    )
+    assert collected((12.0, 1.0, 8.9, 4.0, 12.0), learns) == (8.9, None)
+    assert collected((12.0, 1.0, 8.9, 4.0, 12.0), fails) == (12.0, 1000)
+    assert collected((12.0, None, None, math.nan, 12.0), learns) == (None, None), "not measured in time"
+
+
+def test_verdicts_of_the_expected_horizon_are_counted_by_method(tmp_path):
     matrix = compare.load_matrix(
         write(tmp_path, dial="env.kwargs.corridor_length", tasks={"ten": {"env.kwargs.corridor_length": 10}})
     )
     rows = [
-        row(task="ten", seed=0, expected_horizon=9.0),
+        row(task="ten", seed=0, expected_horizon=9.0, foretold_at=256),
         row(task="ten", seed=1, expected_horizon=8.9),
-        row(task="ten", seed=2, expected_horizon=12.0, curve=(0.5, 0.5)),
-        row(task="ten", seed=3, expected_horizon=12.0, finished=False),
+        row(task="ten", seed=2, expected_horizon=12.0, foretold_at=256, curve=(0.5, 0.5)),
+        row(task="ten", seed=3, expected_horizon=12.0, foretold_at=256, finished=False),
         row(task="ten", seed=4),
     ]
     (told,) = compare.foretelling(matrix, rows)
+    lead = (rows[0]["steps_to_bar"] - 256) / rows[0]["total_steps"]
     assert told == {
         "method": "critic",
         "foretold, learned": 1,
         "foretold, not learned": 1,
         "not foretold, learned": 1,
         "not foretold, not learned": 0,
+        "leads": [lead],
     }
     page = compare.markdown(matrix, rows, compare.summarise(matrix, rows, {}), {}, "compare.py")
-    assert "| critic | 1 | 1 | 1 | 0 |" in page
+    assert f"| critic | 1 | 1 | 1 | 0 | {lead:.0%} |" in page
 
 
 def test_horizons_are_read_from_training_or_measured_once(tmp_path, monkeypatch):
