@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python scripts/benchmark.py speed --output docs/results/speed.json
     OMP_NUM_THREADS=1 python scripts/benchmark.py overhead --output docs/results/overhead.json
     python scripts/benchmark.py gpu --output gpu.json
+    python scripts/benchmark.py workers --config configs/tmaze.yaml --output docs/results/workers.json
 
 `speed` trains on MiniGrid-MemoryS7-v0 and on Breakout (LSTM-128, 8 environments, rollout 128, one thread) with this project and with
 sb3-contrib's RecurrentPPO at the same settings, and on our own T-maze (64 environments). Both sides have one LSTM shared by
@@ -16,6 +17,9 @@ with the same window, without environments and acting. Beside it the memory of o
 `gpu` trains each method with environments, acting and learning on one device, beside the same run without a critic and beside PyTorch's
 LSTM (cuDNN) alone; measures how fast the gridworlds train, peak memory and waits of the host; and lets each method learn an easy
 task for seconds. In under eight minutes; without a CUDA device the same in a small form.
+
+`workers` trains a configuration in one process, in several that learn together under torchrun, and in as many that know nothing of each
+other, which is the most that the machine has to give. What it does not know are options of train.py: --env.num_envs 256.
 """
 
 import argparse
@@ -26,6 +30,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -53,6 +58,7 @@ from agents.config import (
     load_config,
     require_device,
 )
+from agents.metrics import read_metrics
 from agents.train import Trainer
 
 REFERENCE = "sb3-contrib RecurrentPPO, 4 epochs"
@@ -249,7 +255,8 @@ PLAIN = "none"
 UNFUSED = (
     "none, without the fused kernel"  # on the CPU: which part of a critic's time is that of the kernel it cannot use
 )
-KINDS = Path(__file__).resolve().parent.parent / "configs" / "kinds"
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ROOT / "configs" / "kinds"
 DUE_EVERY = 64  # a multiple of all windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
 MIB = 2**20
 
@@ -1024,6 +1031,88 @@ def gpu_table(results: Mapping[str, Any]) -> str:
     return markdown(header, lines)
 
 
+# workers
+
+
+def workers(options: Sequence[str], processes: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Steps per second of one process, of several together, and of several apart; prints a table, returns all figures.
+
+    Args:
+        options: of train.py.
+        processes: how many.
+        steps: of each process.
+        rounds: after one of warm-up.
+    """
+    forms = {"one process": (1, False), "together": (processes, True), "apart": (processes, False)}
+    speeds = in_turns(
+        {
+            name: lambda count=count, joined=joined: train_speed(options, count, joined, steps)
+            for name, (count, joined) in forms.items()
+        },
+        rounds,
+        "workers",
+    )
+    rows = [
+        {
+            "run": name,
+            "processes": forms[name][0],
+            "steps_per_second": statistics.median(values),
+            "ratio": vars(Ratio.of(values, speeds["one process"])),
+            "measurements": values,
+        }
+        for name, values in speeds.items()
+    ]
+    print(
+        markdown(
+            ("run", "processes", "steps/s", "ratio to one process"),
+            [
+                (row["run"], str(row["processes"]), f"{row['steps_per_second']:,.0f}", str(Ratio(**row["ratio"])))
+                for row in rows
+            ],
+        )
+    )
+    settings = {"options": list(options), "steps": steps, "rounds": rounds}
+    return {"command": "workers", "machine": machine(torch.device("cpu"), 1), "settings": settings, "rows": rows}
+
+
+def train_speed(options: Sequence[str], processes: int, together: bool, steps: int) -> float:
+    """Agent steps per second of training in so many processes, without their start; RuntimeError if one fails.
+
+    Args:
+        options: of train.py.
+        processes: how many.
+        together: whether they learn as one, under torchrun, or each runs by itself at the same time.
+        steps: of each process.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        train = [str(ROOT / "scripts" / "train.py"), *options, "--run.output_dir", scratch]
+        train += ["--run.tensorboard", "false", "--run.progress", "false"]
+        if together:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            torchrun += ["--nproc-per-node", str(processes)]
+            commands = [[*torchrun, *train, "--run.name", "0", "--run.total_steps", str(processes * steps)]]
+        else:
+            commands = [
+                [sys.executable, *train, "--run.name", str(i), "--run.total_steps", str(steps), "--run.seed", str(i)]
+                for i in range(processes)
+            ]
+        started = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={"OMP_NUM_THREADS": "1", **os.environ},
+            )
+            for command in commands
+        ]
+        errors = [process.communicate()[1] for process in started]
+        if any(process.returncode for process in started):
+            said = [error.strip().splitlines()[-1] for error in errors if error.strip()]
+            raise RuntimeError(f"train.py: {said[0] if said else 'failed'}")
+        return sum(read_metrics(Path(scratch) / str(i))[-1]["charts/SPS"] for i in range(len(commands)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1040,10 +1129,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     _measuring_options(command, rounds=5)
     command = commands.add_parser("gpu", help="the whole battery on one device; without one, its small form")
     _measuring_options(command, rounds=3)
-    arguments = parser.parse_args(argv)
+    command = commands.add_parser("workers", help="steps per second of several processes beside one")
+    command.add_argument("--processes", type=int, default=2)
+    command.add_argument("--steps", type=int, default=500_000, help="of each process")
+    command.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up")
+    command.add_argument("--output", type=Path, help="writes every measurement as JSON")
+    arguments, options = parser.parse_known_args(argv)
+    if options and arguments.command != "workers":
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     warnings.filterwarnings("ignore", module="gymnasium|stable_baselines3|pygame")
     if arguments.command == "speed":
         speed(arguments.tasks, arguments.rounds, arguments.output)
+        return 0
+    if arguments.command == "workers":
+        try:
+            results = workers(options, arguments.processes, arguments.steps, arguments.rounds)
+        except RuntimeError as error:
+            print(f"benchmark.py: {error}", file=sys.stderr)
+            return 2
+        write(results, arguments.output)
         return 0
     try:
         device = require_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -331,3 +331,23 @@ def test_a_device_with_little_memory_gets_fewer_environments(monkeypatch, capsys
     assert tried == [(8, 8), (4, 4), (2, 2)]
     assert results["settings"]["num_envs"] == 2
     assert "out of memory; once more with 2 environments" in capsys.readouterr().err
+
+
+def test_workers_are_measured_together_and_apart(tmp_path, capsys):
+    output = tmp_path / "workers.json"
+    options = ["--config", "configs/tmaze.yaml", "--env.num_envs", "8", "--run.log_every_steps", "64"]
+    assert main(["workers", *options, "--steps", "128", "--rounds", "1", "--output", str(output)]) == 0
+    results = json.loads(output.read_text())
+    assert [(row["run"], row["processes"]) for row in results["rows"]] == [
+        ("one process", 1),
+        ("together", 2),
+        ("apart", 2),
+    ]
+    assert all(row["steps_per_second"] > 0 and len(row["measurements"]) == 1 for row in results["rows"])
+    assert results["settings"]["options"] == options
+    assert "| together | 2 |" in capsys.readouterr().out
+
+    assert main(["workers", "--steps", "128", "--rounds", "1", "--env.num_envs", "0"]) == 2
+    assert "env.num_envs: found 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["gpu", "--env.num_envs", "8"])
