@@ -91,19 +91,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cells": common.grid(("none", "dni"), (2, 3, 4, 5)),
         "seeds": (0, 1, 2),
         "jobs": 2,
-        # A critic must learn much faster than the core, whose gradient it predicts (docs/results/learning_rate.md).
         "arms": {
-            "bp_lambda": _BP_LAMBDA,
-            "dni": {"critic_learning_rate": 1e-2},
-            "dni_aux": {"critic_learning_rate": 1e-2},
-            "sobolev": {"critic_learning_rate": 1e-2},
+            "bp_lambda": {**_BP_LAMBDA, "critic_learning_rate": 1e-3, "critic_scale": 0.1, "gradient_discount": 1.0}
         },
         "num_symbols": 2,
         "hidden_size": 64,
         "batch_size": 32,
         "learning_rate": 2e-3,
-        "critic_learning_rate": 1e-3,
+        # A critic must learn much faster than the core, whose gradient it predicts (docs/results/learning_rate.md); bounded, it can
+        # then be believed in full.
+        "critic_learning_rate": 3e-2,
         "critic_hidden_sizes": (64,),
+        "critic_scale": 1.0,
+        "gradient_discount": 0.9,
+        "max_norm_ratio": 0.5,
         "num_steps": 100_000,
         "checkpoint_every_steps": 20_000,
     },

@@ -91,8 +91,8 @@ def test_models_of_a_kind_start_alike_and_only_the_lower_half_sees_the_critic():
 @pytest.fixture(scope="module")
 def converged():
     """A data set that is not separable, learned to the end."""
-    rates = {"learning_rate": 3e-3, "critic_learning_rate": 3e-2, "learning_rate_drop_steps": (300, 400)}
-    run = trained("noisy100", 0, num_points=500, **rates)
+    rates = {"learning_rate": 3e-3, "critic_learning_rate": 3e-2, "linear_learning_rate": 3e-2}
+    run = trained("noisy100", 0, num_points=500, learning_rate_drop_steps=(300, 400), **rates)
     run.students = [s for s in run.students if s.case.model == "linear" or s.case.loss == "mse"]
     for _ in range(450):
         run.update()
