@@ -257,7 +257,7 @@ UNFUSED = (
 )
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ROOT / "configs" / "kinds"
-DUE_EVERY = 64  # a multiple of all windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
+DUE_EVERY = 32  # a multiple of all windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
 MIB = 2**20
 
 Result = TypeVar("Result")
@@ -315,7 +315,7 @@ def methods(
         "dni, linear path and MLP of 128": Method(run("dni", hidden_sizes=(128,))),
         "dni, one target per window": Method(run("dni", dense_targets=False)),
         "dni, one target, every second update": Method(
-            run("dni", dense_targets=False, fit_interval=2, yardstick_interval=32)
+            run("dni", dense_targets=False, fit_interval=2, yardstick_interval=16)
         ),
         "cdni": Method(run("cdni"), kind="cdni"),
         "dni_aux": Method(run("dni_aux"), kind="dni_aux"),
