@@ -702,7 +702,7 @@ def dial_figure(matrix: dict[str, Any], summary: Sequence[dict[str, Any]], path:
         return False
     all_cells = [cell for row in summary for cell in row["tasks"].values()]
     kinds = {
-        "expected_horizon": "longest expected credit horizon before the bar",
+        "expected_horizon": "expected credit horizon before the bar",
         "horizon_learning": "effective credit horizon while learning",
         "horizon": "effective credit horizon at the end",
     }
@@ -732,7 +732,8 @@ def dial_figure(matrix: dict[str, Any], summary: Sequence[dict[str, Any]], path:
         if dials[0] > 0:
             panel.set_xscale("log", base=2)
         panel.set_xticks(dials, [str(dial) for dial in dials], minor=False)
-        panel.set(title=title, xlabel=matrix["dial_name"])
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(matrix["dial_name"])
         panel.grid(alpha=0.3)
     panels[0][0].axhline(matrix["bar"], color="grey", linewidth=0.8, linestyle="--")
     chart.legend(*panels[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
