@@ -246,7 +246,7 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
         record["peak_memory_bytes"] = max(memory, record.get("peak_memory_bytes", 0))
         record["failure"] = None if code in (130, -2, -15) else problem  # an interrupted run has not failed
         write_record(folder, record)
-    if problem is None and measure and "horizon" not in read_record(folder) and not _logged_horizons(folder):
+    if problem is None and measure and "horizon" not in read_record(folder) and not _has_logged_horizons(folder):
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "horizon.json"
             _, problem, _ = execute(
@@ -334,16 +334,14 @@ def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
         metrics = [row for row in logged if np.isfinite(row.get(matrix["metric"], np.nan))]
         if not metrics or made_with_other_settings(member, runs):
             continue
-        record, horizons = read_record(folder), _logged_horizons(folder)
+        record, horizons = read_record(folder), _measured(logged, "credit/horizon")
         steps, curve = [int(row["step"]) for row in metrics], [row[matrix["metric"]] for row in metrics]
         reached = next((s for s, x in zip(steps, curve, strict=True) if x >= matrix["bar"]), None)
         learning = [value for step, value in horizons.items() if reached is None or step < reached]
         expected = {
-            int(row["step"]): row["credit/expected_horizon"]
-            for row in logged
-            if row["step"] > 0
-            and (reached is None or row["step"] < reached)
-            and math.isfinite(row.get("credit/expected_horizon", math.nan))
+            step: value
+            for step, value in _measured(logged, "credit/expected_horizon").items()
+            if reached is None or step < reached
         }
         dial = matrix["dials"].get(member.task, math.inf)
         rows.append(
@@ -370,14 +368,16 @@ def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _logged_horizons(folder: Path) -> dict[int, float]:
-    """Effective horizons that training measured after its first update, in steps, by agent step."""
+def _measured(logged: Sequence[Mapping[str, float]], name: str) -> dict[int, float]:
+    """What training measured after its first update, by agent step."""
+    return {int(row["step"]): row[name] for row in logged if row["step"] and math.isfinite(row.get(name, math.nan))}
+
+
+def _has_logged_horizons(folder: Path) -> bool:
     try:
-        rows = read_metrics(folder)
+        return bool(_measured(read_metrics(folder), "credit/horizon"))
     except ValueError:
-        return {}
-    measured = {int(row["step"]): row.get("credit/horizon", math.nan) for row in rows if row["step"]}
-    return {step: value for step, value in measured.items() if math.isfinite(value)}
+        return False
 
 
 def area_under(steps: Sequence[int], curve: Sequence[float], total_steps: int) -> float:
