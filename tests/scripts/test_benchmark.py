@@ -9,29 +9,12 @@ import torch
 
 import dni_rl
 from agents.train import Trainer
-from scripts.benchmark import (
-    CPU_FORM,
-    DUE_EVERY,
-    PLAIN,
-    REFERENCE,
-    UNFUSED,
-    Form,
-    Ratio,
-    StoredRollout,
-    _peak,
-    comparable,
-    gpu,
-    host_reads,
-    in_turns,
-    main,
-    methods,
-    overhead,
-    overhead_table,
-    peak_bytes,
-    sequence_peak,
-    table,
-    tensor_bytes,
-)
+from benchmarks.gpu import CPU_FORM, Form, gpu, host_reads
+from benchmarks.measuring import Ratio, _peak, in_turns, peak_bytes, tensor_bytes
+from benchmarks.methods import DUE_EVERY, PLAIN, UNFUSED, comparable, methods
+from benchmarks.overhead import StoredRollout, overhead, overhead_table, sequence_peak
+from benchmarks.speed import REFERENCE, table
+from scripts.benchmark import main
 
 CPU = torch.device("cpu")
 MATRIX = methods(4, num_envs=2, online_envs=2, rollout_length=64, device="cpu", threads=1)
@@ -188,8 +171,8 @@ def test_host_reads_are_found():
 @pytest.fixture
 def short(monkeypatch):
     """Rollouts of two windows, for all methods."""
-    monkeypatch.setattr("scripts.benchmark.PERIODS", (1, 2))
-    monkeypatch.setattr("scripts.benchmark.SPEED_HORIZON", 16)
+    monkeypatch.setattr("benchmarks.methods.PERIODS", (1, 2))
+    monkeypatch.setattr("benchmarks.gpu.SPEED_HORIZON", 16)
 
 
 def test_overhead_measures_every_method(capsys, short):
@@ -323,10 +306,10 @@ def test_a_device_with_little_memory_gets_fewer_environments(monkeypatch, capsys
             raise torch.OutOfMemoryError
         return [{"run": name, "baseline": name} for name in matrix]
 
-    monkeypatch.setattr("scripts.benchmark._compare", compare)
-    monkeypatch.setattr("scripts.benchmark._gridworld_speed", lambda *_: [])
-    monkeypatch.setattr("scripts.benchmark.learn_shortly", lambda *_: {"steps": 1, "seconds": 1.0, "success": 1.0})
-    monkeypatch.setattr("scripts.benchmark.gpu_table", lambda _: "")
+    monkeypatch.setattr("benchmarks.gpu._compare", compare)
+    monkeypatch.setattr("benchmarks.gpu._gridworld_speed", lambda *_: [])
+    monkeypatch.setattr("benchmarks.gpu.learn_shortly", lambda *_: {"steps": 1, "seconds": 1.0, "success": 1.0})
+    monkeypatch.setattr("benchmarks.gpu.gpu_table", lambda _: "")
     results = gpu(replace(CPU_FORM, num_envs=8), 1, CPU)
     assert tried == [(8, 8), (4, 4), (2, 2)]
     assert results["settings"]["num_envs"] == 2
