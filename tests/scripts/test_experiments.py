@@ -6,13 +6,19 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from papers import estimates, tables
+from papers.entries import ENTRIES, PRESETS, Entry
+from papers.estimates import Estimate
+from papers.findings import MAX_POINTS, planned
+from papers.pages import LIST_END, LIST_START, MADE_BY, _pages
+from papers.running import run_entry
 from scripts import experiments
-from scripts.experiments import ENTRIES, Entry, Estimate
 
 pytestmark = pytest.mark.timeout(120)
 OF_NAME = {entry.name: entry for entry in ENTRIES}
@@ -29,7 +35,7 @@ def report(runs, pages, preset="laptop"):
 
 def fabricate(runs, name, results, preset="laptop"):
     """Leaves what finished runs leave; results by name of the member, or a function of it that returns None for no run."""
-    for member in experiments.planned(OF_NAME[name], preset):
+    for member in planned(OF_NAME[name], preset):
         result = results(member) if callable(results) else results.get(member.name)
         if result is None:
             continue
@@ -154,7 +160,7 @@ def test_a_stop_reaches_the_program_which_saves_and_goes_on_later(tmp_path, monk
     assert (folder / "output.log").read_text().strip().endswith("copy: stopped; continue with --resume")
     reached = json.loads((folder / "none-4-seed0" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     entry = Entry("long", "copy", f"{options} {reached + 400}")
-    assert experiments.run_entry(entry, "smoke", tmp_path) is None
+    assert run_entry(entry, "smoke", tmp_path) is None
     steps = [json.loads(line)["step"] for line in (folder / "none-4-seed0" / "metrics.jsonl").read_text().splitlines()]
     assert steps[0] == 40 and steps[-1] == reached + 400 and steps == sorted(steps)  # it did not start anew
 
@@ -174,42 +180,40 @@ def test_unknown_names_are_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.is_matrix], ids=lambda entry: entry.name)
 def test_every_entry_has_runs_in_every_preset_with_three_seeds_beyond_smoke(entry):
-    for preset in experiments.PRESETS:
-        matrix = experiments.planned(entry, preset)
+    for preset in PRESETS:
+        matrix = planned(entry, preset)
         assert len({member.name for member in matrix}) == len(matrix)
         assert len({member.config.seed for member in matrix}) == (1 if preset == "smoke" else 3)
 
 
 def test_options_that_a_program_refuses_are_an_error(capsys):
     with pytest.raises(ValueError, match="wrong: its program refuses the options: --cells nobody@3"):
-        experiments.planned(Entry("wrong", "ptb", "--cells nobody@3"), "smoke")
+        planned(Entry("wrong", "ptb", "--cells nobody@3"), "smoke")
 
 
 # Statistics
 
 
 def test_intervals_are_those_of_the_t_distribution():
-    estimate = experiments.mean([1.0, 2.0, 3.0])
+    estimate = estimates.mean([1.0, 2.0, 3.0])
     half = 4.302653 / 3**0.5  # Student's t, two degrees of freedom, 97.5 %
     assert (estimate.value, estimate.std) == (2.0, 1.0)
     assert (estimate.low, estimate.high) == pytest.approx((2.0 - half, 2.0 + half), rel=1e-6)
-    assert experiments.mean([5.0]) == Estimate(5.0)
-    assert (
-        experiments.mean([5.0, None]) == experiments.mean([5.0, float("nan")]) == experiments.mean([]) == Estimate(None)
-    )
+    assert estimates.mean([5.0]) == Estimate(5.0)
+    assert estimates.mean([5.0, None]) == estimates.mean([5.0, float("nan")]) == estimates.mean([]) == Estimate(None)
 
 
 def test_differences_are_taken_seed_by_seed():
-    found = experiments.difference({"0": 1.5, "1": 2.5, "3": 9.0}, {"0": 1.0, "1": 2.0, "2": 0.0})
+    found = estimates.difference({"0": 1.5, "1": 2.5, "3": 9.0}, {"0": 1.0, "1": 2.0, "2": 0.0})
     assert found == Estimate(0.5, 0.5, 0.5, 0.0)  # the spread over seeds is in both, and falls out
 
 
 def test_ratios_of_means_have_bootstrap_intervals():
-    assert experiments.ratio([16, 16], [8, 8]) == Estimate(2.0, 2.0, 2.0)
-    found = experiments.ratio([10, 20, 30], [10, 10, 10])
+    assert estimates.ratio([16, 16], [8, 8]) == Estimate(2.0, 2.0, 2.0)
+    found = estimates.ratio([10, 20, 30], [10, 10, 10])
     assert found.value == 2.0 and 1.0 <= found.low < 2.0 < found.high <= 3.0
-    assert experiments.ratio([10], [5]) == Estimate(2.0)
-    assert experiments.ratio([10], [0]) == experiments.ratio([], [1]) == Estimate(None)
+    assert estimates.ratio([10], [5]) == Estimate(2.0)
+    assert estimates.ratio([10], [0]) == estimates.ratio([], [1]) == Estimate(None)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_ratios_of_means_have_bootstrap_intervals():
     ],
 )
 def test_a_bar_is_kept_by_the_whole_interval_or_on_average(estimate, bars, verdict):
-    assert experiments.Comparison("", estimate, **bars).verdict() == verdict
+    assert tables.Comparison("", estimate, **bars).verdict() == verdict
 
 
 # Pages
@@ -253,7 +257,7 @@ def test_the_page_of_images_compares_arms_and_entries_seed_by_seed(tmp_path):
     content = (tmp_path / "pages" / "images.json").read_text()
     assert len(content) < 1_000_000 and "images_unlocked" not in content
     curve = json.loads(content)["presets"]["laptop"]["images"]["curves"]["cdni-seed1"]
-    assert len(curve["step"]) == len(curve["error"]) == experiments.MAX_POINTS
+    assert len(curve["step"]) == len(curve["error"]) == MAX_POINTS
     assert (curve["step"][0], curve["step"][-1], curve["error"][-1]) == (
         10,
         1990,
@@ -328,7 +332,7 @@ def test_figures_of_a_program_are_taken_over_and_large_ones_made_smaller(tmp_pat
 
 def test_parts_with_errors_by_seed_have_intervals():
     row = {"arm": "sg", "per_seed": [0.01, 0.02, 0.03]}
-    (table,) = experiments._part_tables({"rdm": {"rows": [row]}, "linear": {"rows": [{"data": "xor2"}]}})
+    (table,) = tables._part_tables({"rdm": {"rows": [row]}, "linear": {"rows": [{"data": "xor2"}]}})
     assert table.splitlines()[-1] == "| `sg` | 1.00 2.00 3.00 | 2.00 | 1.00 | [-0.48, 4.48] |"
 
 
@@ -339,7 +343,7 @@ def test_what_was_written_by_hand_stays(tmp_path, capsys):
     pages.mkdir()
     (pages / "images.md").write_text("# Old\n\nnumbers\n\n**Reading.** My thoughts.\n\n- and more\n")
     (pages / "copy.md").write_text("# All of it is mine\n")
-    start, end = experiments.LIST_START, experiments.LIST_END
+    start, end = LIST_START, LIST_END
     (pages / "README.md").write_text(
         f"# Results\n\n- [a](a.md)\n{start}\n- [ptb](ptb.md): older.\n{end}\n- [z](z.md)\n"
     )
@@ -381,9 +385,9 @@ def test_nothing_to_report_is_one_line(tmp_path, capsys):
 def test_a_program_without_a_view_has_its_own_table(monkeypatch):
     found = {"program": "understanding", "summary": {"parts": {}}}
     monkeypatch.setattr("dni_rl.experiments.understanding.table", lambda summary: f"its own, {len(summary['parts'])}")
-    assert list(experiments.tables(found)) == ["its own, 0"]
-    monkeypatch.delitem(experiments.VIEWS, "understanding")
-    assert list(experiments.tables(found)) == ["its own, 0"]
+    assert list(tables.tables(found)) == ["its own, 0"]
+    monkeypatch.delitem(tables.VIEWS, "understanding")
+    assert list(tables.tables(found)) == ["its own, 0"]
 
 
 def test_asynchronous_rows_are_taken_from_its_one_file(tmp_path, capsys):
@@ -406,6 +410,6 @@ def test_asynchronous_rows_are_taken_from_its_one_file(tmp_path, capsys):
 
 
 def test_no_page_takes_the_name_of_one_that_is_made_otherwise():
-    pages = (experiments.ROOT / "docs" / "results").glob("*.md")
-    others = {page.stem for page in pages if experiments.MADE_BY not in page.read_text()} - {"asynchronous"}
-    assert "timescales" in others and not others & set(experiments._pages())
+    pages = (Path(__file__).parents[2] / "docs" / "results").glob("*.md")
+    others = {page.stem for page in pages if MADE_BY not in page.read_text()} - {"asynchronous"}
+    assert "timescales" in others and not others & set(_pages())

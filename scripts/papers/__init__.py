@@ -1,0 +1,1 @@
+"""What `scripts/experiments.py` runs and writes."""

@@ -1,0 +1,245 @@
+"""The pages of docs/results, and their list."""
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from papers.entries import ENTRIES, PRESETS, Entry
+from papers.figures import curves_figure, windows_figure
+from papers.findings import FREE_FIELDS, section
+from papers.running import read_json
+from papers.tables import comparison_table, tables, wrapped
+
+READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
+MADE_BY = "python scripts/experiments.py report"  # stands on every page of this script
+LIST_START, LIST_END = "<!-- written by scripts/experiments.py report -->", "<!-- end -->"  # in the list of pages
+MAX_PICTURE_BYTES = 250_000  # of a program's own figure; larger ones are stored in fewer colours
+
+# Title of a page, and what else to say of it; a page that is not here has its program's own words.
+TITLES = {
+    "images": (
+        "Images with every layer decoupled",
+        "Fully connected nets whose layers learn from synthetic gradients; now and then, in random order (p = 0.2), and on synthetic "
+        'inputs as well ("complete unlock"). Jaderberg et al. (2017), sec. 3.1 and appendix, report about 2 % error on MNIST at p = 0.2 '
+        "and about 2 % unlocked.",
+    ),
+    "greedy_cnn": (
+        "A published negative result, run again",
+        "Belilovsky et al. (2020) report that on CIFAR-10 a net of three convolutions reaches with DNI far less than by backpropagation. "
+        'The arms "published" have the critic as they published it, the others start at zero and have normalised targets.',
+    ),
+    "copy": (
+        "Copy and repeat copy with short windows",
+        "Length of the longest episode solved, after Jaderberg et al. (2017), sec. 3.2. `none` is truncated BPTT.",
+    ),
+    "ptb": (
+        "Penn Treebank, character by character",
+        "Bits per character with short windows, after Jaderberg et al. (2017), sec. 3.2. `none` is truncated BPTT.",
+    ),
+    "two_networks": (
+        "Two networks at two speeds",
+        "Network A ticks at every step and counts odd digits, network B ticks every T steps and counts 3s; what A learns from B's error "
+        "is the arm. Jaderberg et al. (2017), sec. 3.3.",
+    ),
+    "sequential_mnist": (
+        "Sequential MNIST",
+        "Digits read row by row by a small LSTM, after Pemberton & Costa (2024), whose results no source at hand gives in numbers. "
+        "`none` is truncated BPTT, and at the longest window full BPTT.",
+    ),
+    "understanding": ("Understanding synthetic gradients", "The studies of Czarnecki et al. (2017), part by part."),
+    "asynchronous": (
+        "Asynchronous layers",
+        "Layers that learn in random order in one process, and in processes of their own with messages that are late.",
+    ),
+}
+
+
+Content = dict[str, dict[str, dict[str, Any]]]  # sections by preset and entry
+
+
+def page_text(page: str, content: Content, pictures: Mapping[str, Sequence[str]]) -> str:
+    """A page without what is written by hand.
+
+    Args:
+        page: its name.
+        content: all that it shows.
+        pictures: file names by preset.
+    """
+    title, intro = _words(page, content)
+    lines = [
+        f"# {title}",
+        "",
+        wrapped(intro),
+        "",
+        wrapped(
+            f"Made by `{MADE_BY}` from the runs of the commands below; settings, curves and all figures are in [{page}.json]({page}.json). "
+            "Intervals over seeds are t intervals, those of ratios percentile bootstraps. Seconds are of one run's training. Published "
+            "figures are of the papers' settings, whatever the preset."
+        ),
+    ]
+    for preset, sections in content.items():
+        lines += ["", f"## Preset `{preset}`"]
+        for entry, found in sections.items():
+            lines += ["", f"### {entry}"] if len(sections) > 1 else []
+            lines += ["", f"    {found['command']}", "", _about(found)]
+            for table in tables(found):
+                lines += ["", table]
+        compared = comparison_table(sections)
+        lines += ["", *(["### Compared", ""] if len(sections) > 1 else []), compared] if compared else []
+        for picture in pictures[preset]:
+            lines += ["", f"![{Path(picture).stem.replace('_', ' ')}]({picture})"]
+    return "\n".join(lines) + "\n"
+
+
+def _words(page: str, content: Content) -> tuple[str, str]:
+    """Title and introduction."""
+    if page in TITLES:
+        return TITLES[page]
+    found = next(iter(next(iter(content.values())).values()))
+    documentation = importlib.import_module(f"dni_rl.experiments.{found['program']}").__doc__ or ""
+    return page.replace("_", " ").capitalize(), documentation.strip().partition("\n")[0]
+
+
+def _about(found: Mapping[str, Any]) -> str:
+    """How complete the runs of an entry are, where they were made, and what they have in common."""
+    seeds = ", ".join(map(str, found["seeds"]))
+    state = "All" if found["finished"] == found["planned"] else "**Not complete:**"
+    lines = [f"{state} {found['finished']} of {found['planned']} runs, seeds: {seeds}."]
+    if found["missing"]:
+        lines.append(wrapped(f"Not finished when this page was made: {', '.join(found['missing'])}."))
+    for name, why in found["left_out"].items():
+        lines.append(f"Left out: {name} ({why}).")
+    lines += _made_on(found["machines"])
+    hidden = (*FREE_FIELDS, "arm", "seed")
+    settings = [f"{name} {_setting(value)}" for name, value in found["settings"].items() if name not in hidden]
+    return "\n".join(lines) + "\n\n" + wrapped(f"Settings of all of them: {', '.join(settings)}.")
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "(" + " ".join(map(str, value)) + ")"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _made_on(machines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each machine that made runs, with the days."""
+    days: dict[str, list[str]] = {}
+    for call in machines:
+        gpu = f"{call['gpu']}, " if call["gpu"] else ""
+        what = f"{gpu}{call['processor']}, {call['cores']} cores, PyTorch {call['torch']}"
+        days.setdefault(what, []).append(call["date"][:10])
+    for what, dates in days.items():
+        span = min(dates) if min(dates) == max(dates) else f"{min(dates)} to {max(dates)}"
+        yield f"Made on {what}, {span}."
+
+
+def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs: Path, output: Path) -> str | None:
+    """Writes a page with its figures and its JSON.
+
+    Args:
+        page: its name.
+        entries: that it shows.
+        presets: whose runs to look for.
+        runs: folder of all.
+        output: folder of the pages.
+
+    Returns:
+        In one line what there is, for the list of pages; None if there is nothing, or the page was written by hand.
+
+    Raises:
+        ValueError: if a program refuses an entry's options.
+    """
+    file, beside = output / f"{page}.md", output / f"{page}.json"
+    earlier = file.read_text(encoding="utf-8") if file.exists() else ""
+    new: Content = {}
+    for preset in presets:
+        found = {entry.name: section(entry, preset, runs / preset / entry.name) for entry in entries}
+        new[preset] = {name: of_entry for name, of_entry in found.items() if of_entry is not None}
+    if not any(new.values()):
+        return None
+    if earlier and MADE_BY not in earlier and READING not in earlier:
+        print(
+            f"{file}: found a page written by hand; left alone. Put {READING} before what is to stay, and it is made anew above it",
+            file=sys.stderr,
+        )
+        return None
+    kept = read_json(beside, {}).get("presets", {})
+    content: Content = {}
+    for preset in PRESETS:
+        of_old = {} if preset == "smoke" else kept.get(preset, {})
+        both = {**of_old, **new.get(preset, {})}
+        if both:
+            content[preset] = {entry.name: both[entry.name] for entry in entries if entry.name in both}
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = {preset: _draw(page, preset, content[preset], runs, output) for preset in content}
+    text = page_text(page, content, pictures)
+    _, mark, reading = earlier.partition(READING)
+    file.write_text(text + (f"\n{mark}{reading}" if mark else ""), encoding="utf-8")
+    beside.write_text(json.dumps({"presets": content}, indent=None) + "\n", encoding="utf-8")
+    of_presets = []
+    for preset, sections in content.items():
+        finished, all_of_them = (sum(found[key] for found in sections.values()) for key in ("finished", "planned"))
+        of_presets.append(f"`{preset}`, {finished} of {all_of_them} runs")
+    return f"- [{page}]({page}.md): {_words(page, content)[0]}; {'; '.join(of_presets)}."
+
+
+def _draw(page: str, preset: str, sections: Mapping[str, dict[str, Any]], runs: Path, output: Path) -> list[str]:
+    """Draws the figures of a preset, takes over those that its programs drew, and returns the names of all that there are."""
+    stem = f"{page}_{preset}"
+    curves_figure(sections, output / f"{stem}.png")
+    windows_figure(sections, output / f"{stem}_windows.png")
+    for entry in sections:
+        for drawn in (runs / preset / entry).glob("*.png"):
+            copy = output / f"{stem}_{drawn.name}"
+            shutil.copyfile(drawn, copy)
+            if copy.stat().st_size > MAX_PICTURE_BYTES:
+                with Image.open(drawn) as picture:
+                    picture.convert("RGB").quantize(64).save(copy, optimize=True)
+    return sorted(picture.name for picture in output.glob(f"{stem}*.png"))
+
+
+def write_list(output: Path, lines: Mapping[str, str]) -> None:
+    """Puts lines into the list of pages, README.md, between two marks; those of pages that were not made now stay."""
+    path = output / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if LIST_START not in text or LIST_END not in text:
+        return
+    before, _, rest = text.partition(LIST_START)
+    block, _, after = rest.partition(LIST_END)
+    there = {line[3:].partition("]")[0]: line for line in block.strip().splitlines() if line.startswith("- [")}
+    there |= lines
+    block = "\n".join(there[page] for page in [*dict.fromkeys(_pages())] if page in there)
+    path.write_text(f"{before}{LIST_START}\n\n{block}\n\n{LIST_END}{after}", encoding="utf-8")
+
+
+def _pages() -> list[str]:
+    return list(dict.fromkeys(entry.page or entry.name for entry in ENTRIES))
+
+
+def report(presets: Sequence[str], runs: Path, output: Path) -> int:
+    """Writes all pages. Returns 1 if there was nothing to write, otherwise 0."""
+    lines: dict[str, str] = {}
+    for page in _pages():
+        of_page = [entry for entry in ENTRIES if (entry.page or entry.name) == page]
+        try:
+            line = write_page(page, of_page, presets, runs, output)
+        except ValueError as problem:
+            print(f"experiments.py: {problem}", file=sys.stderr)
+            continue
+        if line is not None:
+            lines[page] = line
+            print(line)
+    if not lines:
+        print(
+            f"--runs: found no finished runs of preset {' or '.join(presets)} in {runs}; make some with `experiments.py run`",
+            file=sys.stderr,
+        )
+        return 1
+    write_list(output, lines)
+    return 0
