@@ -8,7 +8,7 @@ import pytest
 
 from agents.config import CriticConfig, from_dict, load_config, to_dict
 from agents.train import Trainer
-from scripts.compare import load_matrix, members
+from comparison.matrix import load_matrix, members
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("kinds/*.yaml")])

@@ -13,6 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from agents.checkpoint import CHECKPOINT_FILE
+from comparison.board import write_board
+from comparison.matrix import WINDOW, load_matrix, members
+from comparison.outcome import area_under, collect, interquartile_mean, summarise
+from comparison.report import figure, foretelling, markdown, write_report
+from comparison.running import execute, made_with_other_settings, read_record, run, run_all
 from scripts import compare
 
 MATRIX = {
@@ -57,7 +63,7 @@ def row(method="critic", seed=0, curve=(0.5, 0.97), finished=True, total=1000, t
         "finished": finished,
         "end": curve[-1],
         "best": max(curve),
-        "area": compare.area_under(steps, curve, total),
+        "area": area_under(steps, curve, total),
         "steps_to_bar": reached,
         "steps_per_second": 1000.0,
         "peak_memory_bytes": 300 * 2**20,
@@ -73,16 +79,14 @@ def row(method="critic", seed=0, curve=(0.5, 0.97), finished=True, total=1000, t
 def test_members_are_every_combination_with_the_most_special_setting_last(tmp_path):
     tasks = {"a": {"x": 1, "y": 1}, "b": {"x": 2, "y": 2}}
     methods = {"m": {"y": 3}, "n": {}}
-    matrix = compare.load_matrix(
-        write(tmp_path, tasks=tasks, methods=methods, overrides={"m / b": {"y": 4}, "n / a": None})
-    )
-    found = [(m.seed, m.task, m.method, m.settings) for m in compare.members(matrix)]
+    matrix = load_matrix(write(tmp_path, tasks=tasks, methods=methods, overrides={"m / b": {"y": 4}, "n / a": None}))
+    found = [(m.seed, m.task, m.method, m.settings) for m in members(matrix)]
     assert found == [
         (seed, *rest)
         for seed in (0, 1)
         for rest in (("a", "m", {"x": 1, "y": 3}), ("b", "m", {"x": 2, "y": 4}), ("b", "n", {"x": 2, "y": 2}))
     ]  # fmt: skip
-    names = [m.name for m in compare.members(matrix)]
+    names = [m.name for m in members(matrix)]
     assert len(set(names)) == 6 and all("/" not in name and " " not in name for name in names)
 
 
@@ -90,19 +94,19 @@ def test_unknown_and_missing_keys_are_one_line(tmp_path):
     path = tmp_path / "matrix.yaml"
     path.write_text("title: x\ncolour: red\n")
     with pytest.raises(SystemExit, match=r"unknown keys \['colour'\], missing keys \['bar', 'config'"):
-        compare.load_matrix(path)
+        load_matrix(path)
 
 
 def test_the_page_counts_ends_marks_the_unfinished_and_names_who_fell(tmp_path):
-    matrix = compare.load_matrix(write(tmp_path))
+    matrix = load_matrix(write(tmp_path))
     rows = [row(), row(seed=1, curve=(0.99, 0.4)), row("plain", curve=(0.5,), finished=False)]
-    page = compare.markdown(matrix, rows, compare.summarise(matrix, rows, {}), {"name": "why"}, "COMMAND")
+    page = markdown(matrix, rows, summarise(matrix, rows, {}), {"name": "why"}, "COMMAND")
     assert "**1 of 2**, mean 0.685 (0.97 0.40)" in page
     assert "**0 of 1**, mean 0.500 (0.50*)" in page
     assert "ended below it: critic, short, seed 1 (0.99 to 0.40)" in page
     assert "unfinished when this page was made: plain, short, seed 0 at step 1,000" in page
     assert "first reached: 500 to 1,000" in page and "COMMAND" in page and "name: why" in page
-    compare.figure(matrix, rows, tmp_path / "curves.png")
+    figure(matrix, rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -125,7 +129,7 @@ def test_a_matrix_runs_survives_a_failing_member_and_skips_what_is_done(tmp_path
     assert content["failures"].keys() == {"broken_short_seed0"}
 
     trained = []
-    monkeypatch.setattr(compare, "execute", lambda command: trained.append(command))
+    monkeypatch.setattr("comparison.running.execute", lambda command: trained.append(command))
     assert main(monkeypatch, path, "--runs", runs, "--methods", "plain", "critic") == 0  # nothing is left to do
     assert main(monkeypatch, path, "--runs", runs, "--report-only") == 0
     assert not trained
@@ -146,56 +150,54 @@ def test_a_matrix_runs_survives_a_failing_member_and_skips_what_is_done(tmp_path
 def test_a_run_with_other_settings_is_no_member_unless_they_are_those_of_a_critic_that_is_not_there(
     tmp_path, method, is_other
 ):
-    matrices = [
-        compare.load_matrix(write(tmp_path, tasks={"short": {"critic.learning_rate": rate}})) for rate in (0.001, 0.01)
-    ]
-    then, now = (next(member for member in compare.members(matrix) if member.method == method) for matrix in matrices)
+    matrices = [load_matrix(write(tmp_path, tasks={"short": {"critic.learning_rate": rate}})) for rate in (0.001, 0.01)]
+    then, now = (next(member for member in members(matrix) if member.method == method) for matrix in matrices)
     folder = tmp_path / then.name
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(then.resolved()))
-    assert compare.made_with_other_settings(then, tmp_path) is None
-    problem = compare.made_with_other_settings(now, tmp_path)
+    assert made_with_other_settings(then, tmp_path) is None
+    problem = made_with_other_settings(now, tmp_path)
     assert (problem is not None) == is_other
     assert problem is None or problem.startswith("critic.learning_rate: found a run with 0.001; allowed 0.01")
 
 
 def test_what_was_interrupted_is_resumed(tmp_path, monkeypatch):
-    matrix = compare.load_matrix(write(tmp_path, seeds=[0]))
-    member = next(compare.members(matrix))
+    matrix = load_matrix(write(tmp_path, seeds=[0]))
+    member = next(members(matrix))
     folder = tmp_path / member.name
     folder.mkdir()
     commands = []
-    monkeypatch.setattr(compare, "execute", lambda command: commands.append(command) or (0, None, 5))
+    monkeypatch.setattr("comparison.running.execute", lambda command: commands.append(command) or (0, None, 5))
     (folder / "metrics.jsonl").write_text('{"step": 512}\n')
-    assert compare.run(member, tmp_path) is None
+    assert run(member, tmp_path) is None
     assert not (folder / "metrics.jsonl").exists()  # it had no checkpoint, so it begins again
-    (folder / compare.CHECKPOINT_FILE).touch()
-    assert compare.run(member, tmp_path, "cuda:1") is None
+    (folder / CHECKPOINT_FILE).touch()
+    assert run(member, tmp_path, "cuda:1") is None
     assert "--config" in commands[0] and "--run.device" not in commands[0]
     resumed = ["--resume", str(folder), "--run.total_steps", "1024", "--run.device", "cuda:1"]
     assert commands[1][2:] == resumed
-    assert compare.read_record(folder) == {"peak_memory_bytes": 5, "failure": None}
+    assert read_record(folder) == {"peak_memory_bytes": 5, "failure": None}
 
 
 @pytest.mark.parametrize(("code", "kept"), [(1, "no"), (-9, "no"), (130, None), (-15, None)])
 def test_an_interrupted_member_is_not_kept_as_failed(tmp_path, monkeypatch, code, kept):
-    member = next(compare.members(compare.load_matrix(write(tmp_path))))
-    monkeypatch.setattr(compare, "execute", lambda command: (code, "no", 5))
-    assert compare.run(member, tmp_path) == "no"
-    assert compare.read_record(tmp_path / member.name)["failure"] == kept
+    member = next(members(load_matrix(write(tmp_path))))
+    monkeypatch.setattr("comparison.running.execute", lambda command: (code, "no", 5))
+    assert run(member, tmp_path) == "no"
+    assert read_record(tmp_path / member.name)["failure"] == kept
 
 
 def test_a_command_gives_its_code_its_last_line_and_its_memory():
-    code, problem, memory = compare.execute(
+    code, problem, memory = execute(
         [sys.executable, "-c", "import sys; x = bytearray(64 * 2**20); print('a\\nb', file=sys.stderr); sys.exit(3)"]
     )
     assert (code, problem) == (3, "b") and memory > 64 * 2**20
-    assert compare.execute([sys.executable, "-c", "pass"])[:2] == (0, None)
-    assert compare.execute([sys.executable, "-c", "import sys; sys.exit(4)"])[:2] == (4, "exit code 4")
+    assert execute([sys.executable, "-c", "pass"])[:2] == (0, None)
+    assert execute([sys.executable, "-c", "import sys; sys.exit(4)"])[:2] == (4, "exit code 4")
 
 
 def test_jobs_are_dealt_to_devices_and_each_has_one_member_at_a_time(tmp_path, monkeypatch):
-    todo = list(compare.members(compare.load_matrix(write(tmp_path, seeds=list(range(6))))))
+    todo = list(members(load_matrix(write(tmp_path, seeds=list(range(6))))))
     busy, most, used, lock = {}, {}, [], threading.Lock()
 
     def run(member, runs, device, measure):
@@ -208,11 +210,11 @@ def test_jobs_are_dealt_to_devices_and_each_has_one_member_at_a_time(tmp_path, m
             busy[device] -= 1
         return "bad luck" if member.seed == 3 and member.method == "plain" else None
 
-    monkeypatch.setattr(compare, "run", run)
-    failures = compare.run_all(todo, tmp_path, jobs=3, devices=["cuda:0", "cuda:1"], measure=False)
+    monkeypatch.setattr("comparison.running.run", run)
+    failures = run_all(todo, tmp_path, jobs=3, devices=["cuda:0", "cuda:1"], measure=False)
     assert failures == {"plain_short_seed3": "bad luck"}
     assert len(used) == 12 and set(used) == {"cuda:0", "cuda:1"} and most["cuda:0"] <= 2 and most["cuda:1"] == 1
-    compare.run_all(todo, tmp_path, jobs=2, devices=None, measure=False)
+    run_all(todo, tmp_path, jobs=2, devices=None, measure=False)
     assert set(used[12:]) == {None}
 
 
@@ -225,82 +227,82 @@ def test_ctrl_c_starts_no_further_member(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         time.sleep(0.05)
 
-    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr("comparison.running.run", run)
     assert main(monkeypatch, write(tmp_path, seeds=list(range(20))), "--runs", tmp_path) == 130
     assert len(started) < 10 and "the same command goes on" in capsys.readouterr().err
 
 
 def test_methods_are_run_at_every_window_but_for_those_with_their_own(tmp_path):
-    methods = {"plain": {"critic.kind": "none"}, "full BPTT": {compare.WINDOW: 64}}
-    matrix = compare.load_matrix(write(tmp_path, methods=methods, windows=[4, 8]))
+    methods = {"plain": {"critic.kind": "none"}, "full BPTT": {WINDOW: 64}}
+    matrix = load_matrix(write(tmp_path, methods=methods, windows=[4, 8]))
     assert matrix["methods"] == {
-        "plain, window 4": {"critic.kind": "none", compare.WINDOW: 4},
-        "plain, window 8": {"critic.kind": "none", compare.WINDOW: 8},
-        "full BPTT": {compare.WINDOW: 64},
+        "plain, window 4": {"critic.kind": "none", WINDOW: 4},
+        "plain, window 8": {"critic.kind": "none", WINDOW: 8},
+        "full BPTT": {WINDOW: 64},
     }
     windows = {4: None, 16: {"algorithm.rollout_length": 16}}
-    matrix = compare.load_matrix(write(tmp_path, methods={"plain": None}, windows=windows))
-    assert matrix["methods"]["plain, window 16"] == {compare.WINDOW: 16, "algorithm.rollout_length": 16}
-    assert matrix["methods"]["plain, window 4"] == {compare.WINDOW: 4}
+    matrix = load_matrix(write(tmp_path, methods={"plain": None}, windows=windows))
+    assert matrix["methods"]["plain, window 16"] == {WINDOW: 16, "algorithm.rollout_length": 16}
+    assert matrix["methods"]["plain, window 4"] == {WINDOW: 4}
 
 
 def test_the_dial_is_a_setting_or_a_number_by_task(tmp_path):
-    matrix = compare.load_matrix(write(tmp_path, dial="env.kwargs.corridor_length"))
+    matrix = load_matrix(write(tmp_path, dial="env.kwargs.corridor_length"))
     assert (matrix["dial_name"], matrix["dials"]) == ("corridor length", {"short": 2})
-    assert compare.load_matrix(write(tmp_path, dial={"short": 7}))["dials"] == {"short": 7}
-    assert compare.load_matrix(write(tmp_path))["dials"] == {}
+    assert load_matrix(write(tmp_path, dial={"short": 7}))["dials"] == {"short": 7}
+    assert load_matrix(write(tmp_path))["dials"] == {}
     for dial in ("env.kwargs.delay", {"long": 7}, {"short": 2.5}):
         with pytest.raises(SystemExit, match=r"dial: found .*; allowed an integer for each of the tasks \['short'\]"):
-            compare.load_matrix(write(tmp_path, dial=dial))
+            load_matrix(write(tmp_path, dial=dial))
 
 
 def test_an_override_of_nothing_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="overrides: found 'plian / short'; allowed '<method> / <task>'"):
-        compare.load_matrix(write(tmp_path, overrides={"plian / short": None}))
+        load_matrix(write(tmp_path, overrides={"plian / short": None}))
 
 
 # Statistics
 
 
 def test_the_interquartile_mean_leaves_out_the_outer_quarters():
-    assert compare.interquartile_mean([[9.0, 1.0, 2.0, 3.0, -9.0]]).value == pytest.approx(2.0)
-    assert compare.interquartile_mean([[1.0, 3.0], [2.0, 90.0]]).value == pytest.approx(2.5)  # of 1, 2, 3, 90
-    few = compare.interquartile_mean([[1.0, 2.0, 6.0]])
+    assert interquartile_mean([[9.0, 1.0, 2.0, 3.0, -9.0]]).value == pytest.approx(2.0)
+    assert interquartile_mean([[1.0, 3.0], [2.0, 90.0]]).value == pytest.approx(2.5)  # of 1, 2, 3, 90
+    few = interquartile_mean([[1.0, 2.0, 6.0]])
     assert few.value == pytest.approx(3.0) and few.n == 3  # nothing to cut: the mean
 
 
 def test_without_two_seeds_there_is_no_interval():
-    assert str(compare.interquartile_mean([[0.5]])) == "0.500 no interval n = 1"
-    assert compare.interquartile_mean([[0.5, 0.7], [0.6]]).low is None
+    assert str(interquartile_mean([[0.5]])) == "0.500 no interval n = 1"
+    assert interquartile_mean([[0.5, 0.7], [0.6]]).low is None
 
 
 def test_the_interval_is_that_of_the_percentile_bootstrap():
     values = np.random.default_rng(1).normal(size=12)
-    found = compare.interquartile_mean([values])
+    found = interquartile_mean([values])
     generator = np.random.default_rng(2)
     drawn = np.sort(generator.choice(values, (20_000, 12)), axis=1)[:, 3:9].mean(1)  # the middle half of 12
     low, high = np.quantile(drawn, [0.025, 0.975])
     assert found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
     assert found.low < found.value < found.high
-    assert compare.interquartile_mean([values]) == found  # the page does not change by making it again
+    assert interquartile_mean([values]) == found  # the page does not change by making it again
 
 
 def test_strata_are_drawn_each_for_itself():
     # Within each task all seeds agree, so resampling within tasks changes nothing; across tasks it would.
-    found = compare.interquartile_mean([[0.0] * 4, [1.0] * 4])
+    found = interquartile_mean([[0.0] * 4, [1.0] * 4])
     assert (found.low, found.value, found.high) == (0.5, 0.5, 0.5)
 
 
 def test_the_area_under_a_curve_is_its_mean_over_the_whole_run():
-    assert compare.area_under([50, 100], [0.0, 1.0], 100) == pytest.approx(0.25)
-    assert compare.area_under([25, 75], [0.2, 0.6], 100) == pytest.approx(0.4)
-    assert compare.area_under([50, 104], [1.0, 1.0], 100) == pytest.approx(1.0)
+    assert area_under([50, 100], [0.0, 1.0], 100) == pytest.approx(0.25)
+    assert area_under([25, 75], [0.2, 0.6], 100) == pytest.approx(0.4)
+    assert area_under([50, 104], [1.0, 1.0], 100) == pytest.approx(1.0)
 
 
 def summary_of(tmp_path, rows, failures=()):
     tasks = {name: {"run.total_steps": 1000, "n": n} for name, n in (("short", 2), ("middle", 4), ("long", 8))}
-    matrix = compare.load_matrix(write(tmp_path, tasks=tasks, dial="n"))
-    return matrix, {row["method"]: row for row in compare.summarise(matrix, rows, dict.fromkeys(failures, "why"))}
+    matrix = load_matrix(write(tmp_path, tasks=tasks, dial="n"))
+    return matrix, {row["method"]: row for row in summarise(matrix, rows, dict.fromkeys(failures, "why"))}
 
 
 def test_the_solved_length_is_the_longest_over_the_bar(tmp_path):
@@ -311,7 +313,7 @@ def test_the_solved_length_is_the_longest_over_the_bar(tmp_path):
     assert summary["critic"]["solved_length"] == summary["critic"]["surely_solved_length"] == 4
     assert summary["critic"]["end"].n == 6
     assert summary["plain"]["solved_length"] is None and not summary["plain"]["tasks"]  # unfinished does not count
-    page = compare.markdown(matrix, rows, list(summary.values()), {}, "COMMAND")
+    page = markdown(matrix, rows, list(summary.values()), {}, "COMMAND")
     assert "| critic | 1.000 [1.00, 1.00] n = 2 | 0.960 [0.96, 0.96] n = 2 | 0.750 [0.50, 1.00] n = 2 |" in page
     assert "| 4 (4) |" in page and "| plain | not run | not run | not run | incomplete | none (none) |" in page
 
@@ -325,24 +327,24 @@ def test_a_task_with_a_failed_seed_is_not_solved(tmp_path):
     assert summary_of(tmp_path, rows)[1]["critic"]["solved_length"] == 2
     matrix, summary = summary_of(tmp_path, rows, ["critic_short_seed1"])
     assert summary["critic"]["solved_length"] is None
-    page = compare.markdown(matrix, rows, list(summary.values()), {}, "COMMAND")
+    page = markdown(matrix, rows, list(summary.values()), {}, "COMMAND")
     assert "| critic | 1.000 no interval n = 1, 1 failed |" in page
 
 
 def test_cost_and_horizon_are_medians(tmp_path):
     rows = [row(task="short", seed=s, horizon=10.0 + s, horizon_learning=20.0, peak_memory_bytes=None) for s in (0, 1)]
     matrix, summary = summary_of(tmp_path, rows)
-    page = compare.markdown(matrix, rows, list(summary.values()), {}, "COMMAND")
+    page = markdown(matrix, rows, list(summary.values()), {}, "COMMAND")
     assert "| critic | 1000.0 µs, horizon 10.5 (20) | not run | not run |" in page and "resident" not in page
 
 
 def test_a_page_keeps_what_was_written_by_hand(tmp_path):
-    matrix = compare.load_matrix(write(tmp_path))
+    matrix = load_matrix(write(tmp_path))
     report = tmp_path / "page.v2"  # a dot in the name is part of it
-    compare.write_report(matrix, [row()], {}, "COMMAND", report)
+    write_report(matrix, [row()], {}, "COMMAND", report)
     page = tmp_path / "page.v2.md"
     page.write_text(page.read_text() + "\n**Reading.** It works.\n\nMore.\n")
-    compare.write_report(matrix, [row(), row("plain")], {}, "OTHER COMMAND", report)
+    write_report(matrix, [row(), row("plain")], {}, "OTHER COMMAND", report)
     text = page.read_text()
     assert text.endswith("![curves](page.v2.png)\n\n**Reading.** It works.\n\nMore.\n")
     assert "OTHER COMMAND" in text and text.count("**Reading.**") == 1
@@ -359,10 +361,10 @@ def test_the_board_shows_every_method_against_the_dial_and_every_member_with_its
     tasks = {
         name: {**MATRIX["tasks"]["short"], "env.kwargs.corridor_length": n} for name, n in (("short", 2), ("long", 6))
     }
-    matrix = compare.load_matrix(write(tmp_path, tasks=tasks, dial="env.kwargs.corridor_length"))
+    matrix = load_matrix(write(tmp_path, tasks=tasks, dial="env.kwargs.corridor_length"))
     board = tmp_path / "board"
     for _ in range(2):  # written anew, not added to
-        compare.write_board(matrix, rows, {}, board)
+        write_board(matrix, rows, {}, board)
 
     events = read_events(board / "methods" / "critic")
     end = {name: [(e.step, e.value) for e in events.Scalars(f"dial/{name}")] for name in ("end", "end_low", "end_high")}
@@ -403,7 +405,7 @@ def test_the_board_shows_every_method_against_the_dial_and_every_member_with_its
 
     (board / "notes.txt").touch()
     with pytest.raises(ValueError, match=r"--board: found .*notes.txt; allowed a folder with nothing but TensorBoard"):
-        compare.write_board(matrix, rows, {}, board)
+        write_board(matrix, rows, {}, board)
     assert (board / "notes.txt").exists()
 
 
@@ -414,14 +416,14 @@ def read_events(folder):
 
 
 def test_without_a_dial_the_board_has_the_members_alone(tmp_path):
-    compare.write_board(compare.load_matrix(write(tmp_path)), [row()], {}, tmp_path / "board")
+    write_board(load_matrix(write(tmp_path)), [row()], {}, tmp_path / "board")
     assert [path.name for path in (tmp_path / "board").iterdir() if path.is_dir()] == ["members"]
 
 
 def test_an_expected_horizon_of_the_dial_before_the_bar_foretells_success(tmp_path):
     task = {"env.kwargs.corridor_length": 10, "run.total_steps": 1000}
-    matrix = compare.load_matrix(write(tmp_path, dial="env.kwargs.corridor_length", tasks={"ten": task}, seeds=[0]))
-    folder = tmp_path / next(compare.members(matrix)).name
+    matrix = load_matrix(write(tmp_path, dial="env.kwargs.corridor_length", tasks={"ten": task}, seeds=[0]))
+    folder = tmp_path / next(members(matrix)).name
     folder.mkdir()
 
     def collected(horizons, success):
@@ -431,7 +433,7 @@ def test_an_expected_horizon_of_the_dial_before_the_bar_foretells_success(tmp_pa
             for step, horizon, rate in zip((0, 300, 400, 500, 1000), horizons, success, strict=True)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (found,) = compare.collect(matrix, tmp_path)
+        (found,) = collect(matrix, tmp_path)
         return found["expected_horizon"], found["foretold_at"]
 
     learns, fails = (0.5, 0.5, 0.5, 0.5, 0.96), (0.5,) * 5
@@ -444,7 +446,7 @@ def test_an_expected_horizon_of_the_dial_before_the_bar_foretells_success(tmp_pa
 
 
 def test_verdicts_of_the_expected_horizon_are_counted_by_method(tmp_path):
-    matrix = compare.load_matrix(
+    matrix = load_matrix(
         write(tmp_path, dial="env.kwargs.corridor_length", tasks={"ten": {"env.kwargs.corridor_length": 10}})
     )
     rows = [
@@ -454,7 +456,7 @@ def test_verdicts_of_the_expected_horizon_are_counted_by_method(tmp_path):
         row(task="ten", seed=3, expected_horizon=12.0, foretold_at=256, finished=False),
         row(task="ten", seed=4),
     ]
-    (told,) = compare.foretelling(matrix, rows)
+    (told,) = foretelling(matrix, rows)
     lead = (rows[0]["steps_to_bar"] - 256) / rows[0]["total_steps"]
     assert told == {
         "method": "critic",
@@ -464,12 +466,12 @@ def test_verdicts_of_the_expected_horizon_are_counted_by_method(tmp_path):
         "not foretold, not learned": 0,
         "leads": [lead],
     }
-    page = compare.markdown(matrix, rows, compare.summarise(matrix, rows, {}), {}, "compare.py")
+    page = markdown(matrix, rows, summarise(matrix, rows, {}), {}, "compare.py")
     assert f"| critic | 1 | 1 | 1 | 0 | {lead:.0%} |" in page
 
 
 def test_horizons_are_read_from_training_or_measured_once(tmp_path, monkeypatch):
-    member = next(compare.members(compare.load_matrix(write(tmp_path, seeds=[0]))))
+    member = next(members(load_matrix(write(tmp_path, seeds=[0]))))
     folder = tmp_path / member.name
     folder.mkdir()
     line = {"step": 1024, "charts/success_rate": 0.5, "charts/SPS": 1.0}
@@ -483,16 +485,16 @@ def test_horizons_are_read_from_training_or_measured_once(tmp_path, monkeypatch)
         return 0, None, 0
 
     commands = []
-    monkeypatch.setattr(compare, "execute", execute)
+    monkeypatch.setattr("comparison.running.execute", execute)
     for measure, calls in ((False, 0), (True, 1), (True, 1)):
-        assert compare.run(member, tmp_path, measure=measure) is None and len(commands) == calls
+        assert run(member, tmp_path, measure=measure) is None and len(commands) == calls
     assert commands[0][1].endswith("horizon.py") and commands[0][2] == str(folder)
-    matrix = compare.load_matrix(write(tmp_path, seeds=[0]))
-    assert [(r["horizon"], r["horizon_learning"]) for r in compare.collect(matrix, tmp_path)] == [(7.0, None)]
+    matrix = load_matrix(write(tmp_path, seeds=[0]))
+    assert [(r["horizon"], r["horizon_learning"]) for r in collect(matrix, tmp_path)] == [(7.0, None)]
 
     rows = [{**line, "step": s, "credit/horizon": h} for s, h in ((0, 99.0), (256, 5.0), (512, 7.0), (1024, 3.0))]
     for success, learning in ((0.5, 5.0), (0.97, 6.0)):  # of all after the first update, or of those before the bar
         rows[-1]["charts/success_rate"] = success
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (found,) = compare.collect(matrix, tmp_path)
+        (found,) = collect(matrix, tmp_path)
         assert (found["horizon"], found["horizon_learning"]) == (3.0, learning)

@@ -1,0 +1,121 @@
+"""The matrix of a comparison: methods, windows, tasks and seeds of one YAML file, as runs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agents.config import from_dict, load_config, to_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
+OPTIONAL = {"windows", "dial", "overrides"}
+WINDOW = "algorithm.bptt_horizon"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of the matrix."""
+
+    method: str
+    task: str
+    seed: int
+    config: str
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Folder of the run."""
+        return "_".join(safe_name(part) for part in (self.method, self.task, f"seed{self.seed}"))
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in agent steps."""
+        return int(self.settings["run.total_steps"])
+
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        """The full configuration. ValueError if a setting is unknown or bad."""
+        data = to_dict(load_config(ROOT / self.config))
+        for name, value in {**self.settings, "run.seed": self.seed}.items():
+            section, *inner, key = name.split(".")
+            target = data.setdefault(section, {})
+            for step in inner:
+                target = target.setdefault(step, {})
+            target[key] = value
+        return to_dict(from_dict(data))
+
+
+def load_matrix(path: Path) -> dict[str, Any]:
+    """Reads the YAML file, with every window written out as a method and every dial as a number.
+
+    Raises:
+        SystemExit: with one line, if keys are unknown or missing, or say what cannot be.
+    """
+    matrix = yaml.safe_load(path.read_text(encoding="utf-8"))
+    unknown, missing = set(matrix) - REQUIRED - OPTIONAL, REQUIRED - set(matrix)
+    if unknown or missing:
+        raise SystemExit(
+            f"compare.py: {path}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; allowed {sorted(REQUIRED | OPTIONAL)}"
+        )
+    matrix = {"windows": [], "dial": None, "overrides": {}, **matrix}
+    for group in ("tasks", "methods"):  # a name without settings is one that changes nothing
+        matrix[group] = {str(name): settings or {} for name, settings in matrix[group].items()}
+    matrix["methods"] = _at_windows(matrix["methods"], matrix["windows"])
+    try:
+        matrix["dial_name"], matrix["dials"] = _dials(matrix["dial"], matrix["tasks"])
+        pairs = [f"{method} / {task}" for method in matrix["methods"] for task in matrix["tasks"]]
+        for pair in matrix["overrides"]:
+            if pair not in pairs:
+                raise ValueError(f"overrides: found {pair!r}; allowed '<method> / <task>' of those above")
+    except ValueError as error:
+        raise SystemExit(f"compare.py: {path}: {error}") from None
+    return matrix
+
+
+def _at_windows(methods: Mapping[str, dict[str, Any]], windows: Any) -> dict[str, dict[str, Any]]:
+    """Each method at each window, but for those that bring a window of their own."""
+    if not windows:
+        return dict(methods)
+    if not isinstance(windows, Mapping):
+        windows = dict.fromkeys(windows)
+    expanded: dict[str, dict[str, Any]] = {}
+    for name, settings in methods.items():
+        if WINDOW in settings:
+            expanded[name] = settings
+        else:
+            for window, special in windows.items():
+                expanded[f"{name}, window {window}"] = {WINDOW: window, **(special or {}), **settings}
+    return expanded
+
+
+def _dials(dial: Any, tasks: Mapping[str, dict[str, Any]]) -> tuple[str, dict[str, int]]:
+    """The dial's name and its value by task; no values where there is no dial."""
+    if dial is None:
+        return "", {}
+    if isinstance(dial, Mapping):
+        name, values = "length", dict(dial)
+    else:
+        name, values = str(dial).rsplit(".", 1)[-1].replace("_", " "), {t: s.get(dial) for t, s in tasks.items()}
+    if set(values) != set(tasks) or not all(type(value) is int and value >= 0 for value in values.values()):
+        raise ValueError(
+            f"dial: found {values}; allowed an integer for each of the tasks {list(tasks)}, or a setting that all of them have"
+        )
+    return name, {task: values[task] for task in tasks}
+
+
+def members(matrix: dict[str, Any]) -> Iterator[Member]:
+    """All runs, seeds outermost, so that an interrupted matrix has the same number of seeds everywhere."""
+    for seed in matrix["seeds"]:
+        for task, task_settings in matrix["tasks"].items():
+            for method, method_settings in matrix["methods"].items():
+                special = matrix["overrides"].get(f"{method} / {task}", {})
+                if special is None:  # not to be run
+                    continue
+                yield Member(method, task, seed, matrix["config"], {**task_settings, **method_settings, **special})
+
+
+def safe_name(text: str) -> str:
+    """A text as part of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in text)

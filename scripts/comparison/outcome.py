@@ -1,0 +1,188 @@
+"""What finished runs measured, and its statistics over seeds."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap, trim_mean
+
+from agents.metrics import read_metrics
+from comparison.matrix import members
+from comparison.running import is_done, made_with_other_settings, measured, read_record
+
+REACHES = 0.9  # of the dial: an expected horizon that long foretells success; see `foretelling`
+NUM_RESAMPLES = 9999
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An interquartile mean and its interval.
+
+    Attributes:
+        value: the mean of the middle half.
+        low: lower end of the 95 % interval; None with fewer than two values in a stratum, which say nothing of their spread.
+        high: upper end.
+        n: number of values.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        interval = "no interval" if self.low is None else f"[{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.3f} {interval} n = {self.n}"
+
+
+def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
+    """What is there: one row per member that has begun, with its curve. Runs made with other settings are left out."""
+    rows = []
+    for member in members(matrix):
+        folder = runs / member.name
+        try:
+            logged = read_metrics(folder)
+        except ValueError:
+            continue
+        metrics = [row for row in logged if np.isfinite(row.get(matrix["metric"], np.nan))]
+        if not metrics or made_with_other_settings(member, runs):
+            continue
+        record, horizons = read_record(folder), measured(logged, "credit/horizon")
+        steps, curve = [int(row["step"]) for row in metrics], [row[matrix["metric"]] for row in metrics]
+        reached = next((s for s, x in zip(steps, curve, strict=True) if x >= matrix["bar"]), None)
+        learning = [value for step, value in horizons.items() if reached is None or step < reached]
+        expected = {
+            step: value
+            for step, value in measured(logged, "credit/expected_horizon").items()
+            if reached is None or step < reached
+        }
+        dial = matrix["dials"].get(member.task, math.inf)
+        rows.append(
+            {
+                "method": member.method,
+                "task": member.task,
+                "seed": member.seed,
+                "total_steps": member.total_steps,
+                "finished": is_done(folder, member.total_steps),
+                "end": curve[-1],
+                "best": max(curve),
+                "area": area_under(steps, curve, member.total_steps),
+                "steps_to_bar": reached,
+                "steps_per_second": metrics[-1]["charts/SPS"],
+                "peak_memory_bytes": record.get("peak_memory_bytes"),
+                "horizon": horizons[max(horizons)] if horizons else record.get("horizon"),
+                "horizon_learning": float(np.median(learning)) if learning else None,
+                "expected_horizon": max(expected.values(), default=None),  # before the bar was reached
+                "foretold_at": min((step for step, value in expected.items() if value >= REACHES * dial), default=None),
+                "steps": steps,
+                "curve": [round(x, 4) for x in curve],
+            }
+        )
+    return rows
+
+
+def area_under(steps: Sequence[int], curve: Sequence[float], total_steps: int) -> float:
+    """Mean of a curve over the whole run, by trapezoids; before its first point, and after the last, it is level.
+
+    Args:
+        steps: rising, in agent steps.
+        curve: the value at each.
+        total_steps: length of the run.
+    """
+    first, last = min(steps[0], 0), max(steps[-1], total_steps)
+    return float(np.trapezoid([curve[0], *curve, curve[-1]], [first, *steps, last]) / (last - first))
+
+
+def interquartile_mean(strata: Sequence[Sequence[float]]) -> Estimate:
+    """Mean of the middle half of all values, with a percentile bootstrap interval.
+
+    Seeds are drawn again within each stratum, so that every task keeps its weight (Agarwal et al. 2021, section 4.1). With fewer
+    than four values nothing is cut off, and this is the mean.
+
+    Args:
+        strata: the values of each task, at least one.
+    """
+    samples = [np.asarray(values, float) for values in strata]
+    pooled = np.concatenate(samples)
+    value = float(trim_mean(pooled, 0.25))
+    if min(map(len, samples)) < 2:
+        return Estimate(value, None, None, len(pooled))
+    interval = bootstrap(
+        samples,
+        lambda *drawn, axis: trim_mean(np.concatenate(drawn, axis=axis), 0.25, axis=axis),
+        vectorized=True,
+        n_resamples=NUM_RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), len(pooled))
+
+
+def summarise(
+    matrix: dict[str, Any], rows: Sequence[dict[str, Any]], failures: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Statistics of every method: those of each task under "tasks", and those of all of them.
+
+    Only finished seeds count. A task with a failed seed is not solved, whatever the others did: leaving out the runs that
+    diverged would flatter the method.
+    """
+    failed = {(m.method, m.task, m.seed) for m in members(matrix) if m.name in failures}
+    summary: list[dict[str, Any]] = []
+    for method in matrix["methods"]:
+        cells: dict[str, dict[str, Any]] = {}
+        for task in matrix["tasks"]:
+            chosen = [r for r in rows if (r["method"], r["task"]) == (method, task) and r["finished"]]
+            num_failed = sum((method, task) == key[:2] for key in failed)
+            if not chosen and not num_failed:
+                continue
+            end, area = (
+                interquartile_mean([[row[name] for row in chosen]]) if chosen else None for name in ("end", "area")
+            )
+            cells[task] = {
+                "dial": matrix["dials"].get(task),
+                "num_failed": num_failed,
+                "end": end,
+                "area": area,
+                "solved": end is not None and not num_failed and end.value >= matrix["bar"],
+                "surely_solved": end is not None and not num_failed and (end.low or -math.inf) >= matrix["bar"],
+                **{
+                    name: _median(row[name] for row in chosen)
+                    for name in (
+                        "steps_per_second",
+                        "peak_memory_bytes",
+                        "horizon",
+                        "horizon_learning",
+                        "expected_horizon",
+                    )
+                },
+            }
+        whole = len(cells) == len(matrix["tasks"]) and all(cell["end"] is not None for cell in cells.values())
+        strata = {
+            name: [
+                [r[name] for r in rows if (r["method"], r["task"]) == (method, task) and r["finished"]]
+                for task in matrix["tasks"]
+            ]
+            for name in ("end", "area")
+        }
+        lengths = {name: [c["dial"] for c in cells.values() if c[name]] for name in ("solved", "surely_solved")}
+        summary.append(
+            {
+                "method": method,
+                "tasks": cells,
+                "end": interquartile_mean(strata["end"]) if whole else None,
+                "area": interquartile_mean(strata["area"]) if whole else None,
+                "solved_length": max(lengths["solved"], default=None) if matrix["dials"] else None,
+                "surely_solved_length": max(lengths["surely_solved"], default=None) if matrix["dials"] else None,
+            }
+        )
+    return summary
+
+
+def _median(values: Iterator[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None

@@ -1,0 +1,307 @@
+"""The report: Markdown and figures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comparison.outcome import CONFIDENCE, NUM_RESAMPLES, REACHES, summarise
+
+READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
+
+
+def markdown(
+    matrix: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    summary: Sequence[dict[str, Any]],
+    failures: Mapping[str, str],
+    command: str,
+) -> str:
+    """The report's text."""
+    bar, metric = matrix["bar"], matrix["metric"]
+    lines = [
+        f"# {matrix['title']}",
+        "",
+        f"`{metric}` at the *end* of training: seeds at or above {bar:g}, mean, and every seed. Made by",
+        "",
+        f"    {command}",
+        "",
+        f"| method | {' | '.join(matrix['tasks'])} | steps/s |",
+        f"|---|{'---|' * (len(matrix['tasks']) + 1)}",
+    ]
+    for method in matrix["methods"]:
+        cells = []
+        for task in matrix["tasks"]:
+            chosen = [row for row in rows if (row["method"], row["task"]) == (method, task)]
+            ends = [row["end"] for row in chosen]
+            good = sum(end >= bar for end in ends)
+            each = " ".join(f"{row['end']:.2f}{'' if row['finished'] else '*'}" for row in chosen)
+            cells.append(f"**{good} of {len(ends)}**, mean {np.mean(ends):.3f} ({each})" if ends else "not run")
+        speeds = [row["steps_per_second"] for row in rows if row["method"] == method]
+        lines.append(f"| {method} | {' | '.join(cells)} | {np.median(speeds) if speeds else 0:,.0f} |")
+    budgets = {row["task"]: row["total_steps"] for row in rows}
+    lines += ["", "Steps: " + ", ".join(f"{task} {steps:,}" for task, steps in budgets.items()) + "."]
+    reached = [row["steps_to_bar"] for row in rows if row["steps_to_bar"] is not None]
+    if reached:
+        lines += ["", f"Steps at which {bar:g} was first reached: {min(reached):,} to {max(reached):,}."]
+    fell = [
+        f"{r['method']}, {r['task']}, seed {r['seed']} ({r['best']:.2f} to {r['end']:.2f})"
+        for r in rows
+        if r["best"] >= bar > r["end"]
+    ]
+    lines += ["", f"Runs that reached the bar and ended below it: {'; '.join(fell) or 'none'}."]
+    unfinished = [
+        f"{r['method']}, {r['task']}, seed {r['seed']} at step {r['steps'][-1]:,}" for r in rows if not r["finished"]
+    ]
+    if unfinished:
+        lines += ["", f"\\* unfinished when this page was made: {'; '.join(unfinished)}."]
+    if failures:
+        lines += ["", "Failed: " + "; ".join(f"{name}: {why}" for name, why in failures.items())]
+    if any(row["finished"] for row in rows):
+        lines += ["", *_statistics(matrix, summary), "", *_costs(matrix, summary)]
+        if told := foretelling(matrix, rows):
+            lines += ["", *_foretelling(matrix, told)]
+    return "\n".join(lines) + "\n"
+
+
+def _statistics(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[str]:
+    """Interquartile means of the end and of the area under the curve."""
+    tasks, bar, dial = list(matrix["tasks"]), matrix["bar"], matrix["dial_name"]
+    together = ["all of them"] if len(tasks) > 1 else []
+    lines = [
+        f"Interquartile mean over the n finished seeds, with its {100 * CONFIDENCE:g} % bootstrap interval (percentiles of "
+        f"{NUM_RESAMPLES:,} resamples; over all tasks stratified by task).",
+    ]
+    for name, title in (("end", "at the end"), ("area", "area under the curve")):
+        with_length = name == "end" and bool(dial)
+        columns = [title, *tasks, *together, *([f"solved {dial}"] if with_length else [])]
+        lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        for row in summary:
+            cells = [row["tasks"].get(task) for task in tasks]
+            texts = [
+                "not run"
+                if cell is None
+                else f"{cell[name] or ''}{', ' if cell[name] and cell['num_failed'] else ''}"
+                f"{cell['num_failed'] or ''}{' failed' if cell['num_failed'] else ''}"
+                for cell in cells
+            ]
+            texts += [str(row[name] or "incomplete")] * len(together)
+            if with_length:
+                lengths = [row[name] for name in ("solved_length", "surely_solved_length")]
+                texts.append("{} ({})".format(*("none" if length is None else length for length in lengths)))
+            lines.append(f"| {row['method']} | {' | '.join(texts)} |")
+    if dial:
+        lines += [
+            "",
+            f"Solved {dial}: the longest of those above whose interquartile mean is at least {bar:g}, no seed having failed; in "
+            f"brackets, the longest whose whole interval is. Area under the curve: the mean of `{matrix['metric']}` over the run.",
+        ]
+    else:
+        lines += ["", f"Area under the curve: the mean of `{matrix['metric']}` over the run."]
+    return lines
+
+
+def _costs(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[str]:
+    """Time and memory by task, and the credit horizons where they were measured."""
+    tasks = list(matrix["tasks"])
+    cells = [cell for row in summary for cell in row["tasks"].values()]
+    parts = ["microseconds for each agent step, environments included"]
+    if any(cell["peak_memory_bytes"] is not None for cell in cells):
+        parts.append("largest resident memory of the process in MiB (without what it holds on a GPU)")
+    if any(cell["horizon"] is not None for cell in cells):
+        parts.append("effective credit horizon in steps, at the end (and its median before the bar was reached)")
+    if any(cell["expected_horizon"] is not None for cell in cells):
+        parts.append("the longest expected credit horizon measured before that")
+    lines = [
+        f"Cost: {'; '.join(parts)}. Medians over finished seeds; runs side by side slow each other down.",
+        "",
+        f"| cost | {' | '.join(tasks)} |",
+        f"|{'---|' * (len(tasks) + 1)}",
+    ]
+    for row in summary:
+        texts = []
+        for task in tasks:
+            cell = row["tasks"].get(task)
+            if cell is None or cell["steps_per_second"] is None:
+                texts.append("not run" if cell is None else "none finished")
+                continue
+            memory = cell["peak_memory_bytes"]
+            text = f"{1e6 / cell['steps_per_second']:.1f} µs" + (
+                "" if memory is None else f", {memory / 2**20:,.0f} MiB"
+            )
+            if cell["horizon"] is not None:
+                learning = "" if cell["horizon_learning"] is None else f" ({cell['horizon_learning']:g})"
+                text += f", horizon {cell['horizon']:g}{learning}"
+            if cell["expected_horizon"] is not None:
+                text += f", expected {cell['expected_horizon']:g}"
+            texts.append(text)
+        lines.append(f"| {row['method']} | {' | '.join(texts)} |")
+    return lines
+
+
+def foretelling(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whether the expected horizon foretold what was learned, by method; of finished runs with a measurement before the bar was reached.
+
+    A horizon of at least `REACHES` of the dial, at any of those measurements, says that the bar will be reached. `leads` are the shares
+    of the budget from the first of them to the bar, of runs that were foretold and learned.
+    """
+    told = []
+    for method in matrix["methods"]:
+        chosen = [
+            row for row in rows if row["method"] == method and row["finished"] and row["expected_horizon"] is not None
+        ]
+        if not chosen or not matrix["dials"]:
+            continue
+        verdicts = [(row["foretold_at"] is not None, row["steps_to_bar"] is not None) for row in chosen]
+        told.append(
+            {
+                "method": method,
+                **{
+                    f"{'' if yes else 'not '}foretold, {'' if learned else 'not '}learned": verdicts.count(
+                        (yes, learned)
+                    )
+                    for yes in (True, False)
+                    for learned in (True, False)
+                },
+                "leads": [
+                    (row["steps_to_bar"] - row["foretold_at"]) / row["total_steps"]
+                    for row, verdict in zip(chosen, verdicts, strict=True)
+                    if all(verdict)
+                ],
+            }
+        )
+    return told
+
+
+def _foretelling(matrix: dict[str, Any], told: Sequence[dict[str, Any]]) -> list[str]:
+    kinds = [name for name in told[0] if "learned" in name]
+
+    def line(name: str, chosen: Sequence[dict[str, Any]]) -> str:
+        leads = [lead for row in chosen for lead in row["leads"]]
+        counts = " | ".join(str(sum(row[kind] for row in chosen)) for kind in kinds)
+        return f"| {name} | {counts} | {f'{np.median(leads):.0%}' if leads else ''} |"
+
+    return [
+        f"What the expected credit horizon foretells: one of at least {REACHES:g} of the {matrix['dial_name']}, at any measurement "
+        f"before {matrix['bar']:g} was reached, says that it will be; if there is none, that it will not. Runs, and the median share "
+        "of the budget between the first such measurement and the bar:",
+        "",
+        f"| method | {' | '.join(kinds)} | lead |",
+        f"|{'---|' * (len(kinds) + 2)}",
+        *(line(row["method"], [row]) for row in told),
+        line("all", told),
+    ]
+
+
+def figure(matrix: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Curves: a panel per task, a colour per method, a line per seed and a thick one for their mean."""
+    plt = _pyplot()
+    tasks, methods = list(matrix["tasks"]), list(matrix["methods"])
+    size = (4.2 * len(tasks) + 2.8, 3.4)  # the names of the methods stand at the right
+    chart, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for method, colour in zip(methods, _colours(plt, len(methods)), strict=True):
+            chosen = [row for row in rows if (row["method"], row["task"]) == (method, task)]
+            for row in chosen:
+                panel.plot(np.array(row["steps"]) / 1e6, row["curve"], color=colour, alpha=0.3, linewidth=0.8)
+            if chosen:
+                grid = np.linspace(0, chosen[0]["total_steps"], 200)
+                mean = np.mean([np.interp(grid, row["steps"], row["curve"]) for row in chosen], axis=0)
+                panel.plot(grid / 1e6, mean, color=colour, linewidth=2.2, label=method)
+        panel.set(title=task, xlabel="million agent steps")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel(matrix["metric"])
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines() if line.get_label()[0] != "_"}
+    if lines:  # of all panels, as a method need not be in each
+        chart.legend(lines.values(), lines, fontsize=7, loc="outside right upper")
+    chart.savefig(path, dpi=110)
+    plt.close(chart)
+
+
+def dial_figure(matrix: dict[str, Any], summary: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Interquartile means with their intervals, and credit horizons, against the dial. Returns whether there was anything to draw."""
+    if len(set(matrix["dials"].values())) < 2 or not any(
+        cell["end"] for row in summary for cell in row["tasks"].values()
+    ):
+        return False
+    all_cells = [cell for row in summary for cell in row["tasks"].values()]
+    kinds = {
+        "expected_horizon": "expected credit horizon before the bar",
+        "horizon_learning": "effective credit horizon while learning",
+        "horizon": "effective credit horizon at the end",
+    }
+    horizon = next((kind for kind in kinds if any(cell[kind] is not None for cell in all_cells)), None)
+    has_horizon = horizon is not None
+    plt = _pyplot()
+    size = (4.0 * (2 + has_horizon) + 2.8, 3.4)  # the names of the methods stand at the right
+    chart, panels = plt.subplots(1, 2 + has_horizon, figsize=size, squeeze=False, layout="constrained")
+    dials = sorted(set(matrix["dials"].values()))
+    for number, (row, colour) in enumerate(zip(summary, _colours(plt, len(summary)), strict=True)):
+        shift = 1.0 + 0.012 * (number - (len(summary) - 1) / 2)  # intervals side by side, not on top of each other
+        for panel, name in zip(panels[0], ("end", "area"), strict=False):
+            cells = [cell for cell in row["tasks"].values() if cell[name] is not None]
+            if cells:
+                cells.sort(key=lambda cell: cell["dial"])
+                values, x = [cell[name].value for cell in cells], np.array([cell["dial"] for cell in cells]) * shift
+                panel.plot(x, values, "o-", color=colour, markersize=3, label=row["method"])
+                for place, cell in zip(x, cells, strict=True):
+                    if cell[name].low is not None:
+                        panel.plot([place] * 2, [cell[name].low, cell[name].high], color=colour, linewidth=1.2)
+        if horizon is not None:
+            points = sorted((c["dial"], c[horizon]) for c in row["tasks"].values() if c[horizon] is not None)
+            if points:
+                panels[0][2].plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=row["method"])
+    titles = [f"{matrix['metric']} at the end", "area under the curve", f"{kinds.get(horizon or '')}, in steps"]
+    for panel, title in zip(panels[0], titles, strict=False):
+        if dials[0] > 0:
+            panel.set_xscale("log", base=2)
+        panel.set_xticks(dials, [str(dial) for dial in dials], minor=False)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(matrix["dial_name"])
+        panel.grid(alpha=0.3)
+    panels[0][0].axhline(matrix["bar"], color="grey", linewidth=0.8, linestyle="--")
+    chart.legend(*panels[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+    chart.savefig(path, dpi=110)
+    plt.close(chart)
+    return True
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _colours(plt: Any, count: int) -> list[Any]:
+    """A colour for each method, and none twice as long as there are twenty."""
+    palette = plt.cm.tab10.colors if count <= 10 else plt.cm.tab20.colors
+    return [palette[i % len(palette)] for i in range(count)]
+
+
+def write_report(
+    matrix: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    failures: Mapping[str, str],
+    command: str,
+    report: Path,
+) -> str:
+    """Writes page, figures and JSON beside each other, and keeps what was written by hand on an earlier page. Returns the text."""
+    summary = summarise(matrix, rows, failures)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(matrix, rows, summary, failures, command)
+    page = report.with_name(f"{report.name}.md")
+    figure(matrix, rows, report.with_name(f"{report.name}.png"))
+    pictures = f"![curves]({report.name}.png)\n"
+    if dial_figure(matrix, summary, report.with_name(f"{report.name}_dial.png")):
+        pictures += f"\n![against the {matrix['dial_name']}]({report.name}_dial.png)\n"
+    earlier = page.read_text(encoding="utf-8") if page.exists() else ""
+    _, found, reading = earlier.partition(READING)
+    page.write_text(f"{text}\n{pictures}" + (f"\n{found}{reading}" if found else ""), encoding="utf-8")
+    content = {"rows": rows, "summary": summary, "failures": dict(failures)}
+    report.with_name(f"{report.name}.json").write_text(json.dumps(content, default=vars), encoding="utf-8")
+    return text

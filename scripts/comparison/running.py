@@ -1,0 +1,166 @@
+"""Carries out the runs of a matrix, each in a process of its own; what is done is skipped, what fails is reported."""
+
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from agents.checkpoint import CHECKPOINT_FILE
+from agents.config import CONFIG_FILE, load_config, to_dict
+from agents.metrics import read_metrics
+from comparison.matrix import ROOT, Member
+
+RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
+
+
+def is_done(folder: Path, total_steps: int) -> bool:
+    """Whether the run reached its last step."""
+    try:
+        return read_metrics(folder)[-1]["step"] >= total_steps
+    except (ValueError, IndexError):
+        return False
+
+
+def made_with_other_settings(member: Member, runs: Path) -> str | None:
+    """The first setting in which a run that exists is not the member of the matrix, in one line; None if there is none.
+
+    How long it is, what it logs and on which device it ran make no other experiment, nor do settings of a critic that is not there.
+    """
+    try:
+        now = member.resolved()
+        then = to_dict(load_config(runs / member.name / CONFIG_FILE))
+    except ValueError:  # no such run, or one whose settings train.py refuses
+        return None
+    for section in ("env", "model", "critic", "algorithm"):
+        has_none = section == "critic" and now[section]["kind"] in ("none", "rtrl")
+        for key in ("kind",) if has_none else now[section]:
+            if now[section][key] != then[section][key]:
+                return (
+                    f"{section}.{key}: found a run with {then[section][key]!r}; allowed {now[section][key]!r}, as in the matrix; "
+                    "remove its folder, or choose another with --runs"
+                )
+    return None
+
+
+def run(member: Member, runs: Path, device: str | None = None, measure: bool = False) -> str | None:
+    """Trains one member.
+
+    Args:
+        member: of the matrix.
+        runs: folder of the runs.
+        device: where to run it; None for the configuration's.
+        measure: whether to measure its credit horizon afterwards, unless training did.
+
+    Returns:
+        None, or the reason why it failed in one line. It is also kept beside the run, with the memory that the process took.
+    """
+    folder = runs / member.name
+    problem = made_with_other_settings(member, runs)
+    if problem is None and not is_done(folder, member.total_steps):
+        command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+        if (folder / CHECKPOINT_FILE).exists():
+            command += ["--resume", str(folder), "--run.total_steps", str(member.total_steps)]
+        else:
+            (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            command += ["--config", str(ROOT / member.config), "--run.output_dir", str(runs), "--run.name", member.name]
+            command += ["--run.seed", str(member.seed), "--run.progress", "false"]
+            for key, value in member.settings.items():
+                command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        if device is not None:
+            command += ["--run.device", device]
+        code, problem, memory = execute(command)
+        record = read_record(folder)
+        record["peak_memory_bytes"] = max(memory, record.get("peak_memory_bytes", 0))
+        record["failure"] = None if code in (130, -2, -15) else problem  # an interrupted run has not failed
+        write_record(folder, record)
+    if problem is None and measure and "horizon" not in read_record(folder) and not has_logged_horizons(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "horizon.json"
+            _, problem, _ = execute(
+                [sys.executable, str(ROOT / "scripts" / "horizon.py"), str(folder), "--json", str(file)]
+            )
+            if problem is None:
+                (measured,) = json.loads(file.read_text(encoding="utf-8"))
+                write_record(folder, {**read_record(folder), "horizon": measured["horizon"]})
+    return problem
+
+
+def execute(command: Sequence[str]) -> tuple[int, str | None, int]:
+    """Runs a command. Returns its exit code, None or the last line of its errors, and its largest resident set in bytes."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)  # of this child alone, unlike RUSAGE_CHILDREN
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
+    memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return code, None if code == 0 else (lines or [f"exit code {code}"])[-1], memory
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What earlier calls of this script noted of a run; empty if nothing."""
+    try:
+        return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Notes something of a run, also of one that has left nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_FILE).write_text(json.dumps(dict(record)), encoding="utf-8")
+
+
+def run_all(
+    todo: Sequence[Member], runs: Path, *, jobs: int, devices: Sequence[str] | None, measure: bool
+) -> dict[str, str]:
+    """Runs members side by side, each job on the next free device. Returns the reasons of those that failed, by name.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the members in flight have saved their checkpoints.
+    """
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for job in range(jobs):
+        free.put(devices[job % len(devices)] if devices else None)
+
+    def work(member: Member) -> str | None:
+        device = free.get()  # as many as threads, so there always is one
+        try:
+            return run(member, runs, device, measure)
+        finally:
+            free.put(device)
+
+    failures: dict[str, str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = {pool.submit(work, member): member for member in todo}
+        try:
+            for number, future in enumerate(as_completed(pending), 1):
+                name, problem = pending[future].name, future.result()
+                print(f"{number} of {len(todo)}: {name}: {problem or 'done'}", file=sys.stderr, flush=True)
+                if problem:
+                    failures[name] = problem
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failures
+
+
+def has_logged_horizons(folder: Path) -> bool:
+    """Whether training measured the credit horizon itself."""
+    try:
+        return bool(measured(read_metrics(folder), "credit/horizon"))
+    except ValueError:
+        return False
+
+
+def measured(logged: Sequence[Mapping[str, float]], name: str) -> dict[int, float]:
+    """What training measured after its first update, by agent step."""
+    return {int(row["step"]): row[name] for row in logged if row["step"] and math.isfinite(row.get(name, math.nan))}
