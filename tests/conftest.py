@@ -1,6 +1,33 @@
-"""Settings of every test."""
+"""Settings of every test, and what several of them need."""
 
+import pytest
 import torch
 
 # What tests compute is small, and threads that wait for each other on a busy machine cost a hundred times what they gain.
 torch.set_num_threads(1)
+
+
+class HostGenerator(torch.Generator):
+    """A random stream of the host, whatever the device."""
+
+    def __new__(cls, device: object = None) -> torch.Generator:  # type: ignore[misc]
+        return super().__new__(cls)
+
+
+class UnfusedAdam(torch.optim.Adam):
+    """Adam of single operations."""
+
+    def __init__(self, *arguments, fused=False, **settings):
+        super().__init__(*arguments, **settings)
+
+
+@pytest.fixture
+def device_without_values(monkeypatch):
+    """Makes the device "meta" usable for learning: tensors have shapes there and no values.
+
+    What the host would read is not there, and what was made on the host cannot be mixed with what was not, so code that gets
+    through waits for its device nowhere. Replaced is what this device lacks beside values: random streams, autocast, fused optimisers.
+    """
+    monkeypatch.setattr("torch.Generator", HostGenerator)
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr("torch.optim.Adam", UnfusedAdam)

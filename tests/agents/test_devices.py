@@ -33,28 +33,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 GRIDWORLDS = [name for name in envs.gridworlds.__all__ if name != "BatchedGridworld"]
 
 
-class HostGenerator(torch.Generator):
-    """A random stream of the host, whatever the device."""
-
-    def __new__(cls, device: object = None) -> torch.Generator:  # type: ignore[misc]
-        return super().__new__(cls)
-
-
-class UnfusedAdam(torch.optim.Adam):
-    """Adam of single operations."""
-
-    def __init__(self, *arguments, fused, **settings):
-        super().__init__(*arguments, **settings)
-
-
 @pytest.fixture(autouse=True)
-def device_without_values(monkeypatch):
-    """What "meta" lacks beside values: random streams, autocast, fused optimisers. A device with values has them."""
+def trained_without_values(device_without_values, monkeypatch):
+    """Trainers are on "meta"."""
     monkeypatch.setattr("agents.train.require_device", lambda name: torch.device("meta"))
-    monkeypatch.setattr("torch.Generator", HostGenerator)
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.uniform_())
-    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
-    monkeypatch.setattr("torch.optim.Adam", UnfusedAdam)
     # Actions out of range are looked for on the host, without a wait on CUDA: see `BatchedGridworld.step`.
     monkeypatch.setattr(envs.gridworlds.BatchedGridworld, "_checked", lambda self, actions: actions)
 
