@@ -13,7 +13,7 @@ UNFUSED = (
 )
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ROOT / "configs" / "kinds"
-DUE_EVERY = 32  # a multiple of all windows from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
+DUE_EVERY = 64  # a multiple of all updates from one look at the yardstick of the bound to the next, see `ErrorCritic.window_is_due`
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ def methods(
         "dni, one target per window": Method(run("dni", dense_targets=False)),
         "dni, one target, every second update": Method(
             run("dni", dense_targets=False, fit_interval=2, yardstick_interval=16)
+        ),
+        "dni, one target, every fourth update": Method(
+            run("dni", dense_targets=False, fit_interval=4, yardstick_interval=16)
         ),
         "cdni": Method(run("cdni"), kind="cdni"),
         "dni_aux": Method(run("dni_aux"), kind="dni_aux"),

@@ -119,7 +119,11 @@ def test_baselines_differ_in_the_method_alone_and_every_kind_of_configuration_is
 
 @pytest.mark.parametrize(
     ("name", "interval", "looks"),
-    [("dni", 8, DUE_EVERY // 8), ("dni, one target, every second update", 16, DUE_EVERY // 2 // 16)],
+    [
+        ("dni", 8, DUE_EVERY // 8),
+        ("dni, one target, every second update", 16, DUE_EVERY // 2 // 16),
+        ("dni, one target, every fourth update", 16, DUE_EVERY // 4 // 16),
+    ],
 )
 def test_every_turn_of_the_overhead_benchmark_looks_at_the_yardstick_as_often_as_training(
     monkeypatch, name, interval, looks
