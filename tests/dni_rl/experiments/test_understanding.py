@@ -11,6 +11,22 @@ import torch
 import dni_rl
 from dni_rl import data
 from dni_rl.experiments import common, understanding
+from dni_rl.experiments.theory.artificial import (
+    Artificial,
+    SigmoidGradientCritic,
+    cases,
+    implied_loss,
+    least_log_loss,
+    losses_of,
+    points,
+    predicted_gap,
+    surface,
+)
+from dni_rl.experiments.theory.config import DISSIMILARITY_FILE, PARTS, UnderstandingConfig
+from dni_rl.experiments.theory.deep import Deep, dissimilarity, load, probe_error
+from dni_rl.experiments.theory.figures import dissimilarity_figure, draw
+from dni_rl.experiments.theory.identities import identities
+from dni_rl.experiments.theory.summary import summarize, table
 
 SMALL = {
     "linear": {"arm": "noisy2", "num_layers": 2, "hidden_size": 3, "num_points": 40},
@@ -22,7 +38,7 @@ STEPS = {"num_steps": 12, "log_every_steps": 2, "eval_every_steps": 4, "checkpoi
 
 
 def small(part, **settings):
-    return understanding.UnderstandingConfig(**{"part": part, **SMALL[part], **STEPS, **settings})
+    return UnderstandingConfig(**{"part": part, **SMALL[part], **STEPS, **settings})
 
 
 def without_seconds(result):
@@ -39,9 +55,9 @@ def without_seconds(result):
 
 def test_artificial_data_are_what_their_names_say():
     for size in (2, 100):
-        x, y = understanding.points(f"linear{size}", 500, 0)
+        x, y = points(f"linear{size}", 500, 0)
         assert x.shape == (500, size) and y.shape == (500, 1) and set(y.unique().tolist()) == {0.0, 1.0}
-        noisy_x, noisy_y = understanding.points(f"noisy{size}", 500, 0)
+        noisy_x, noisy_y = points(f"noisy{size}", 500, 0)
         assert torch.equal(x, noisy_x) and 0.07 < (y != noisy_y).double().mean() < 0.13
         # Separable: a perceptron ends.
         signed = torch.cat([x, torch.ones_like(y)], 1) * (2 * y - 1)
@@ -52,17 +68,17 @@ def test_artificial_data_are_what_their_names_say():
                 break
             w += signed[wrong][0]
         assert not (signed @ w <= 0).any()
-        x, y = understanding.points(f"xor{size}", 500, 0)
+        x, y = points(f"xor{size}", 500, 0)
         assert torch.equal(y.squeeze(1) > 0, (x[:, 0] > 0) ^ (x[:, 1] < 0))
-        x, y = understanding.points(f"random{size}", 2_000, 0)
+        x, y = points(f"random{size}", 2_000, 0)
         assert abs(y.mean() - 0.5) < 0.05 and abs(torch.corrcoef(torch.stack([x[:, 0], y[:, 0]]))[0, 1]) < 0.06
-    assert torch.equal(understanding.points("xor2", 50, 1)[0], understanding.points("xor2", 50, 1)[0])
-    assert not torch.equal(understanding.points("xor2", 50, 1)[0], understanding.points("xor2", 50, 2)[0])
+    assert torch.equal(points("xor2", 50, 1)[0], points("xor2", 50, 1)[0])
+    assert not torch.equal(points("xor2", 50, 1)[0], points("xor2", 50, 2)[0])
 
 
 def trained(name, steps, **settings):
     config = small("linear", **{"arm": name, "num_points": 300, "num_layers": 4, "hidden_size": 4, **settings})
-    run = understanding.Artificial(config)
+    run = Artificial(config)
     for _ in range(steps):
         run.update()
     return run
@@ -129,26 +145,26 @@ def test_backprop_reaches_least_squares_and_logistic_regression(converged):
 
 
 def test_the_least_log_loss_is_found():
-    x, y = understanding.points("noisy2", 200, 3)
+    x, y = points("noisy2", 200, 3)
     scores = x[:, :1]
-    found = understanding.least_log_loss(scores, y)
+    found = least_log_loss(scores, y)
     grid = [
-        understanding.losses_of("log", a * scores + b, y).mean().item()
+        losses_of("log", a * scores + b, y).mean().item()
         for a in torch.linspace(-4, 4, 161) for b in torch.linspace(-1, 1, 41)
     ]  # fmt: skip
     assert found <= min(grid) and found == pytest.approx(min(grid), abs=1e-3)
-    assert understanding.least_log_loss(*understanding.points("linear2", 200, 3)) < 1e-4
-    assert understanding.predicted_gap(x, y) > 0
+    assert least_log_loss(*points("linear2", 200, 3)) < 1e-4
+    assert predicted_gap(x, y) > 0
 
 
 def test_the_sigmoid_form_can_be_exact_and_starts_at_zero():
     torch.manual_seed(0)
-    critic = understanding.SigmoidGradientCritic(3).double()
+    critic = SigmoidGradientCritic(3).double()
     h, y = torch.randn(7, 3, dtype=torch.float64), torch.randint(2, (7, 1)).double()
     assert (critic.synthetic_gradient((h,), y)[0] == 0).all()
     upper = torch.nn.Linear(3, 1).double()
     leaf = h.clone().requires_grad_()
-    (true,) = torch.autograd.grad(understanding.losses_of("log", upper(leaf), y).sum(), leaf)
+    (true,) = torch.autograd.grad(losses_of("log", upper(leaf), y).sum(), leaf)
     critic.net.logit.load_state_dict(upper.state_dict())
     critic.net.spread.weight.data.copy_(upper.weight.detach().T)
     torch.testing.assert_close(critic.synthetic_gradient((h,), y)[0], true)
@@ -165,20 +181,20 @@ def test_the_implied_loss_of_a_linear_critic_is_a_quadratic():
     h = torch.linspace(-1, 2, 13, dtype=torch.float64)
     y = torch.tensor([1.0], dtype=torch.float64)
     wanted = a * h.square() / 2 + (b + c) * h
-    torch.testing.assert_close(understanding.implied_loss(critic, h.unsqueeze(1), y), wanted - wanted[0])
+    torch.testing.assert_close(implied_loss(critic, h.unsqueeze(1), y), wanted - wanted[0])
 
 
 def test_the_implied_loss_of_an_exact_critic_is_the_true_one():
     torch.manual_seed(0)
-    critic = understanding.SigmoidGradientCritic(3).double()
+    critic = SigmoidGradientCritic(3).double()
     upper = torch.nn.Linear(3, 1).double()
     critic.net.logit.load_state_dict(upper.state_dict())
     critic.net.spread.weight.data.copy_(upper.weight.detach().T)
     path = torch.linspace(-2, 2, 400, dtype=torch.float64).unsqueeze(1) * torch.randn(3, dtype=torch.float64)
     for label in (0.0, 1.0):
         y = torch.tensor([label], dtype=torch.float64)
-        true = understanding.losses_of("log", upper(path), y.expand(400, 1)).detach()
-        found = understanding.implied_loss(critic, path, y)
+        true = losses_of("log", upper(path), y.expand(400, 1)).detach()
+        found = implied_loss(critic, path, y)
         torch.testing.assert_close(found, true - true[0], atol=1e-5, rtol=1e-5)
 
 
@@ -187,7 +203,7 @@ def test_surfaces_agree_where_a_critic_can_be_exact_and_not_where_it_cannot(conv
     error = {}
     for student in run.students:
         if student.case.model == "linear" and student.critic is not None:
-            found = understanding.surface(student, run.x, run.y)
+            found = surface(student, run.x, run.y)
             assert len(found["along"]) == 41 and [len(c["true"]) for c in found["classes"]] == [41, 41]
             error[student.case.loss, student.case.form] = max(c["error"] for c in found["classes"])
             h = student.lower(run.x)
@@ -202,9 +218,9 @@ def test_surfaces_agree_where_a_critic_can_be_exact_and_not_where_it_cannot(conv
 
 def test_dissimilarity_is_one_minus_correlation():
     features = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    found = understanding.dissimilarity(features)
+    found = dissimilarity(features)
     torch.testing.assert_close(found, 1.0 - torch.corrcoef(features.double()), atol=1e-9, rtol=1e-9)
-    constant = understanding.dissimilarity(torch.cat([features, torch.ones(1, 9)]))
+    constant = dissimilarity(torch.cat([features, torch.ones(1, 9)]))
     assert constant.isfinite().all() and (constant[-1, :-1] == 1).all()
 
 
@@ -214,7 +230,7 @@ def test_probes_read_what_is_linear_and_nothing_else():
     train, test = slice(0, 400), slice(400, 600)
 
     def error(features):
-        return understanding.probe_error((features[train], labels[train]), (features[test], labels[test]), 3)
+        return probe_error((features[train], labels[train]), (features[test], labels[test]), 3)
 
     assert 0.55 < error(features) < 0.8  # chance is 2 / 3
     told = features.clone()
@@ -227,13 +243,13 @@ def test_probes_read_what_is_linear_and_nothing_else():
 @pytest.mark.parametrize("arm", ["backprop", "sg"])
 def test_a_deep_net_learns_and_its_layers_are_described(arm, tmp_path):
     config = small("rdm", arm=arm, learning_rate=1e-2, critic_learning_rate=1e-2, num_layers=2)
-    run = understanding.Deep(config, tmp_path)
+    run = Deep(config, tmp_path)
     before = run.evaluate()
     for _ in range(60):
         run.update()
     result = run.result()
     assert result["error"] < before - 0.15
-    matrices = np.load(tmp_path / understanding.DISSIMILARITY_FILE)
+    matrices = np.load(tmp_path / DISSIMILARITY_FILE)
     assert matrices.shape == (2, 20, 20) and np.allclose(matrices[:, range(20), range(20)], 0, atol=1e-2)
     assert len(result["layers"]) == 2 and result["layers"][-1]["distance_to_last"] == 0
     assert result["layers"][0]["distance_to_last"] > 0
@@ -245,7 +261,7 @@ def test_a_deep_net_learns_and_its_layers_are_described(arm, tmp_path):
 
 
 def test_evaluation_and_alignment_leave_the_net_as_it_is(tmp_path):
-    run = understanding.Deep(small("signals"), tmp_path)
+    run = Deep(small("signals"), tmp_path)
     run.update()
     before = json.dumps([p.tolist() for p in run.net.state_dict().values()])
     cosines = run.alignment()
@@ -255,19 +271,19 @@ def test_evaluation_and_alignment_leave_the_net_as_it_is(tmp_path):
 
 
 def test_the_true_gradient_is_aligned_with_itself_and_random_feedback_is_not(tmp_path):
-    assert understanding.Deep(small("signals", arm="backprop"), tmp_path).alignment() == pytest.approx([1.0] * 3)
-    assert max(map(abs, understanding.Deep(small("signals", arm="fa"), tmp_path).alignment())) < 0.8
+    assert Deep(small("signals", arm="backprop"), tmp_path).alignment() == pytest.approx([1.0] * 3)
+    assert max(map(abs, Deep(small("signals", arm="fa"), tmp_path).alignment())) < 0.8
 
 
 def test_identities_hold():
-    found = understanding.identities()
+    found = identities()
     assert len(found) == 5 and all(0 <= value < 1e-12 for value in found.values())
 
 
 # The program
 
 
-@pytest.mark.parametrize("part", understanding.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_resumed_run_equals_one_that_never_stopped(part, tmp_path):
     whole = understanding.run(small(part), tmp_path / "whole", tensorboard=False, progress=False)
     first = small(part, num_steps=6)
@@ -294,7 +310,7 @@ def smoke(tmp_path_factory):
 def test_the_smoke_preset_writes_everything(smoke):
     summary = json.loads((smoke / "summary.json").read_text())
     parts = summary["parts"]
-    assert list(parts) == list(understanding.PARTS) and summary["preset"] == "smoke"
+    assert list(parts) == list(PARTS) and summary["preset"] == "smoke"
     for name in ("surface-noisy2", "dissimilarity", "layers", "signals"):
         assert (smoke / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert list((smoke / "rdm-sg-seed0").glob("events.out.tfevents.*"))
@@ -330,7 +346,7 @@ def test_runs_are_made_of_parts_arms_and_seeds():
     matrix = understanding.members(("rdm", "signals"), "smoke", {}, arms=("fa", "kickback"), seeds=(4,))
     assert [m.name for m in matrix] == ["rdm-fa-seed4", "signals-fa-seed4", "signals-kickback-seed4"]
     for preset in understanding.PRESETS:
-        for member in understanding.members(understanding.PARTS, preset, {}):
+        for member in understanding.members(PARTS, preset, {}):
             assert member.config.device == "cpu"
     paper = understanding.members(("rdm",), "paper", {})[0].config
     assert (paper.num_layers, paper.dataset, paper.critic_hidden_sizes) == (20, "mnist", ())
@@ -340,13 +356,13 @@ def test_representations_are_drawn_of_the_first_seed(tmp_path, monkeypatch):
     matrix = understanding.members(("linear", "rdm"), "smoke", {}, arms=("linear2", "fa", "sg"), seeds=(1, 0))
     for member in matrix:
         (tmp_path / member.name).mkdir()
-        np.save(tmp_path / member.name / understanding.DISSIMILARITY_FILE, np.full((3, 2, 2), member.config.seed))
-    chart = understanding.dissimilarity_figure({"fa": np.zeros((3, 2, 2))})
+        np.save(tmp_path / member.name / DISSIMILARITY_FILE, np.full((3, 2, 2), member.config.seed))
+    chart = dissimilarity_figure({"fa": np.zeros((3, 2, 2))})
     drawn = []
-    monkeypatch.setattr(understanding, "layers_figure", lambda rows: chart)
-    monkeypatch.setattr(understanding, "dissimilarity_figure", lambda found: drawn.append(found) or chart)
+    monkeypatch.setattr("dni_rl.experiments.theory.figures.layers_figure", lambda rows: chart)
+    monkeypatch.setattr("dni_rl.experiments.theory.figures.dissimilarity_figure", lambda found: drawn.append(found) or chart)
     configs = {member.name: dataclasses.asdict(member.config) for member in matrix}
-    understanding.draw({"parts": {"rdm": {"rows": []}}, "configs": configs}, tmp_path)
+    draw({"parts": {"rdm": {"rows": []}}, "configs": configs}, tmp_path)
     assert [{arm: found.mean() for arm, found in matrices.items()} for matrices in drawn] == [{"fa": 1.0, "sg": 1.0}]
 
 
@@ -371,7 +387,7 @@ def test_wrong_settings_are_one_line(arguments, message, tmp_path, capsys):
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
-    understanding.load.cache_clear()
+    load.cache_clear()
     with pytest.raises(SystemExit):
         understanding.main(["--parts", "signals", "--dataset", "mnist", "--run-folder", str(tmp_path / "run")])
     assert "nowhere: no such folder" in capsys.readouterr().err
@@ -379,16 +395,16 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_gaps_are_spread_over_seeds():
     matrix = understanding.members(("linear",), "smoke", {}, arms=("xor2",), seeds=(0, 1))
-    names = [str(case) for case in understanding.cases("linear") if case.form != "backprop"]
+    names = [str(case) for case in cases("linear") if case.form != "backprop"]
     results = {
         m.name: {"gaps": dict.fromkeys(names, (-1) ** m.config.seed * (1 + m.config.seed)), "predicted_gap": math.pi}
         for m in matrix
     }
-    found = understanding.summarize(matrix, results)["parts"]["linear"]
+    found = summarize(matrix, results)["parts"]["linear"]
     assert found["rows"][0]["gaps"]["deep_log_sigmoid"] == common.spread([1, -2])
     assert found["largest"]["log, sigmoid"] == {"gap": 2, "published": None}
     assert found["rows"][0]["predicted_gap"]["mean"] == math.pi
     results[matrix[0].name]["gaps"]["deep_mse_linear"] = math.nan
-    found = understanding.summarize(matrix, results)
+    found = summarize(matrix, results)
     assert found["parts"]["linear"]["largest"]["mse, linear"] == {"gap": None, "published": 4e-5}
-    assert "| mse, linear | - | 4.0e-05 |" in understanding.table(found)
+    assert "| mse, linear | - | 4.0e-05 |" in table(found)

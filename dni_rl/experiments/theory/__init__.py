@@ -1,0 +1,1 @@
+"""The parts of `dni_rl.experiments.understanding`."""
