@@ -410,18 +410,20 @@ def members(
         cells: as "arm@window".
         seeds: of each cell.
         settings: of all.
-        of_arms: what an arm has otherwise.
+        of_arms: what an arm has otherwise, or one cell of it, by "arm" or "arm@window".
         given: what the user asked for, which comes before both.
 
     Raises:
         ValueError: if cells or seeds are missing, repeated or malformed, or a setting is out of range.
     """
     check_each_once(cells=cells, seeds=seeds)
+    given, of_arms = given or {}, of_arms or {}
     matrix = []
     for seed in seeds:
         for cell in map(parse_cell, cells):
+            of_cell = {**of_arms.get(cell.arm, {}), **of_arms.get(f"{cell.arm}@{cell.window}", {})}
             of_run = {"arm": cell.arm, "window": cell.window, "seed": seed}
-            config = make_config(**{**settings, **(of_arms or {}).get(cell.arm, {}), **(given or {}), **of_run})
+            config = make_config(**{**settings, **of_cell, **given, **of_run})
             matrix.append(Member(f"{cell.arm}-{cell.window}-seed{seed}", cell, config))
     return matrix
 
@@ -620,7 +622,7 @@ def cells_plan(
         name: of the program.
         description: its first line is shown by --help.
         config_class: of one run; `arm`, `window` and `seed` come from the matrix, every other field is an option.
-        presets: settings by name, with "cells" and "seeds", and optionally "jobs" and "arms", settings of single arms.
+        presets: settings by name, with "cells" and "seeds", and optionally "jobs" and "arms", see `members`.
         arguments: of the command line; None for those of the process.
         more_options: of `summarize`, by name, with their settings for `ArgumentParser.add_argument`.
 

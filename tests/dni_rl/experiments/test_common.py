@@ -140,6 +140,7 @@ def test_the_user_comes_before_the_preset_in_a_plan_of_cells():
         size: int = 1
 
     presets = {"a": {"cells": ("x@1", "y@2"), "seeds": (0,), "jobs": 3, "rate": 2.0, "arms": {"y": {"size": 4}}}}
+    presets["a"]["arms"]["y@3"] = {"rate": 7.0}
     presets["b"] = {"cells": ("x@1",), "seeds": (1,)}
 
     def plan(*arguments):
@@ -152,7 +153,8 @@ def test_the_user_comes_before_the_preset_in_a_plan_of_cells():
     assert [member.config for member in asked.matrix] == [Run("x", 1, 0, 2.0), Run("y", 2, 0, 2.0, 4)]
     assert (asked.jobs, asked.more, plan("b").jobs) == (3, {"most_bits": None}, 1)
     asked = plan("a", "--cells", "y@3", "--seeds", "5", "--size", "6", "--most-bits", "0.5", "--jobs", "2")
-    assert [member.config for member in asked.matrix] == [Run("y", 3, 5, 2.0, 6)]
+    assert [member.config for member in asked.matrix] == [Run("y", 3, 5, 7.0, 6)]
+    assert [member.config for member in plan("a", "--cells", "y@3").matrix] == [Run("y", 3, 0, 7.0, 4)]
     assert (asked.option.jobs, asked.more) == (2, {"most_bits": 0.5})
     with pytest.raises(ValueError, match="cells: found y@3 y@3, allowed one or more, each once"):
         plan("a", "--cells", "y@3", "y@3")

@@ -360,7 +360,9 @@ def test_representations_are_drawn_of_the_first_seed(tmp_path, monkeypatch):
     chart = dissimilarity_figure({"fa": np.zeros((3, 2, 2))})
     drawn = []
     monkeypatch.setattr("dni_rl.experiments.theory.figures.layers_figure", lambda rows: chart)
-    monkeypatch.setattr("dni_rl.experiments.theory.figures.dissimilarity_figure", lambda found: drawn.append(found) or chart)
+    monkeypatch.setattr(
+        "dni_rl.experiments.theory.figures.dissimilarity_figure", lambda found: drawn.append(found) or chart
+    )
     configs = {member.name: dataclasses.asdict(member.config) for member in matrix}
     draw({"parts": {"rdm": {"rows": []}}, "configs": configs}, tmp_path)
     assert [{arm: found.mean() for arm, found in matrices.items()} for matrices in drawn] == [{"fa": 1.0, "sg": 1.0}]
