@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, trim_mean
+from scipy.stats import trim_mean
 
 from agents.metrics import read_metrics
 from comparison.matrix import members
 from comparison.running import is_done, made_with_other_settings, measured, read_record
+from intervals import percentile_interval
 
 REACHES = 0.9  # of the dial: an expected horizon that long foretells success; see `foretelling`
-NUM_RESAMPLES = 9999
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,10 @@ def interquartile_mean(strata: Sequence[Sequence[float]]) -> Estimate:
     value = float(trim_mean(pooled, 0.25))
     if min(map(len, samples)) < 2:
         return Estimate(value, None, None, len(pooled))
-    interval = bootstrap(
-        samples,
-        lambda *drawn, axis: trim_mean(np.concatenate(drawn, axis=axis), 0.25, axis=axis),
-        vectorized=True,
-        n_resamples=NUM_RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), len(pooled))
+    low, high = percentile_interval(
+        samples, lambda *drawn, axis: trim_mean(np.concatenate(drawn, axis=axis), 0.25, axis=axis)
+    )
+    return Estimate(value, low, high, len(pooled))
 
 
 def summarise(

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from comparison.outcome import CONFIDENCE, NUM_RESAMPLES, REACHES, summarise
+from comparison.outcome import REACHES, summarise
+from intervals import CONFIDENCE, NUM_RESAMPLES
 
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
 

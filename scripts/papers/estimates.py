@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
 from scipy.stats import t as t_distribution
 
-CONFIDENCE, NUM_RESAMPLES = 0.95, 9999
+from intervals import CONFIDENCE, percentile_interval
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,7 @@ def ratio(of: Sequence[float], baseline: Sequence[float]) -> Estimate:
     if min(len(of), len(baseline)) < 2:
         return Estimate(value)
     with np.errstate(divide="ignore", invalid="ignore"):
-        interval = bootstrap(
-            (np.asarray(of, float), np.asarray(baseline, float)),
-            lambda a, b, axis: a.mean(axis) / b.mean(axis),
-            vectorized=True,
-            n_resamples=NUM_RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))
+        low, high = percentile_interval(
+            (np.asarray(of, float), np.asarray(baseline, float)), lambda a, b, axis: a.mean(axis) / b.mean(axis)
+        )
+    return Estimate(value, low, high)
