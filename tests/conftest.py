@@ -25,8 +25,8 @@ class UnfusedAdam(torch.optim.Adam):
 def device_without_values(monkeypatch):
     """Makes the device "meta" usable for learning: tensors have shapes there and no values.
 
-    What the host would read is not there, and what was made on the host cannot be mixed with what was not, so code that gets
-    through waits for its device nowhere. Replaced is what this device lacks beside values: random streams, autocast, fused optimisers.
+    What the host would read is not there, so code that gets through waits for its device nowhere; and most operations refuse to mix
+    it with what was made on the host. Replaced is what this device lacks beside values: random streams, autocast, fused optimisers.
     """
     monkeypatch.setattr("torch.Generator", HostGenerator)
     monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)

@@ -1,7 +1,7 @@
 """The path of a GPU without one: collecting and learning on the device "meta", whose tensors have shapes and no values.
 
-A tensor made on the host by mistake cannot be mixed with them, and what the host would read of them is not there; so a run that gets
-through makes everything on its device, and waits for it nowhere.
+What the host would read of them is not there, and most operations refuse to mix them with a tensor made on the host by mistake (indices,
+numbers without dimensions and copies pass, as they do on a GPU). It says nothing of a GPU's kernels.
 """
 
 from collections.abc import Mapping
