@@ -382,6 +382,7 @@ class Learner:
                 first=batch.first,
                 alive=batch.alive,
                 weight=weight,
+                jacobian=dni_rl.state_jacobian(model.core, inputs, state, batch.first),
             )
         else:
             report = dni_rl.backward(

@@ -2,7 +2,7 @@
 
 from dni_rl.auxiliary import AuxiliaryTask, later_synthetic_gradients
 from dni_rl.backward import Report, backward, cut
-from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace
+from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace, state_jacobian
 from dni_rl.contexts import future_inputs, past_inputs
 from dni_rl.cores import (
     GRU,
@@ -72,5 +72,6 @@ __all__ = [
     "lambda_targets",
     "later_synthetic_gradients",
     "past_inputs",
+    "state_jacobian",
     "wrap",
 ]

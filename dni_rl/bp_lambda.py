@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dni_rl.backward import Report
-from dni_rl.cores.base import State
+from dni_rl.cores.base import Core, State
 from dni_rl.critics import GradientCritic
 
 
@@ -52,6 +52,7 @@ def bp_lambda_backward(
     alive: Tensor | None = None,
     context: Tensor | None = None,
     weight: float | Tensor | None = None,
+    jacobian: Tensor | None = None,
 ) -> tuple[Report, Tensor]:
     """Takes one step of BP(lambda): the backward view with eligibility traces.
 
@@ -73,7 +74,7 @@ def bp_lambda_backward(
     components, to the critic's, so that its optimiser descends. A longer window is taken as one step: l is its summed
     loss, J the Jacobian across it.
 
-    J_t costs S backward passes through the step, the trace B S^2 theta multiplications: S = 2 H for an LSTM.
+    J_t costs S backward passes through the step unless it is given, the trace B S^2 theta multiplications: S = 2 H for an LSTM.
 
     Args:
         losses: [T, B], not reduced; T = 1 is fully online.
@@ -86,6 +87,7 @@ def bp_lambda_backward(
         alive: [B], 0 where the sequence ended exactly at `end`.
         context: [T + 1, B, Z] as in `dni_rl.backward`.
         weight: multiplies what enters the model's `.grad`; 1 / (T B) by default.
+        jacobian: [B, S, S] d end / d start, from `state_jacobian`, which is faster where steps are small.
 
     Returns:
         The report, in which `critic_loss` is the mean square of delta, and the next trace, without gradient.
@@ -95,7 +97,7 @@ def bp_lambda_backward(
         RuntimeError: if `start` is not from `cut`, or `losses` or `end` have no graph.
     """
     head = _linear_head(critic)
-    _check(losses, start, end, critic, trace, lambda_, first, alive, context)
+    _check(losses, start, end, critic, trace, lambda_, first, alive, context, jacobian)
     T, B = losses.shape
     if weight is None:
         weight = 1.0 / (T * B)
@@ -104,7 +106,8 @@ def bp_lambda_backward(
     z_before, z_after = (None, None) if context is None else (context[0], context[-1])
     fresh = torch.zeros(B, dtype=torch.bool, device=losses.device) if first is None else first[0]
 
-    jacobian = _jacobian(end, start)  # [B, S, S]
+    if jacobian is None:
+        jacobian = _jacobian(end, start)
     synthetic = critic.synthetic_gradient(after, z_after, alive)
     arrived = [torch.zeros_like(s) for s in start]
     handles = [
@@ -137,6 +140,39 @@ def bp_lambda_backward(
         trace = torch.bmm(decay * jacobian, trace.flatten(2)).view_as(trace)
         report = _report(delta, predicted * row, target * row, row.squeeze(-1), torch.cat(synthetic, dim=-1))
     return report, trace
+
+
+def state_jacobian(core: Core, inputs: Tensor, state: State, first: Tensor | None = None) -> Tensor:
+    """d (state after the window) / d (state before it) of every sequence, in one backward pass.
+
+    The batch is repeated S times, and copy i of a sequence is asked for row i, so that a window of small steps costs one forward and
+    one backward pass over S B sequences in place of S passes over B.
+
+    Args:
+        core: any; its parameters get no gradient.
+        inputs: [T, B, D].
+        state: before the window, [B, .] each, S numbers together.
+        first: [T, B] bool as in `unroll`; the rows and columns of a sequence that begins anew inside the window are zero.
+
+    Returns:
+        [B, S, S], without graph.
+    """
+    B, S = inputs.shape[1], sum(s.shape[-1] for s in state)
+    with torch.enable_grad():
+        copies = tuple(s.detach().repeat_interleave(S, 0).requires_grad_() for s in state)
+        repeated = None if first is None else first.repeat_interleave(S, 1)
+        _, end = core.unroll(inputs.detach().repeat_interleave(S, 1), copies, repeated)
+    units = (
+        torch.eye(S, dtype=inputs.dtype, device=inputs.device).repeat(B, 1).split([s.shape[-1] for s in end], dim=-1)
+    )
+    rows = torch.autograd.grad(
+        tuple(end),
+        copies,
+        [u.to(s.dtype) for u, s in zip(units, end, strict=True)],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return torch.cat(rows, dim=-1).view(B, S, S)
 
 
 def _jacobian(end: State, start: State) -> Tensor:
@@ -210,6 +246,7 @@ def _check(
     first: Tensor | None,
     alive: Tensor | None,
     context: Tensor | None,
+    jacobian: Tensor | None,
 ) -> None:
     if losses.dim() != 2:
         raise ValueError(f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}")
@@ -221,7 +258,7 @@ def _check(
         raise ValueError(
             f"trace: expected [B, S, S, S + Z + 1] = {(B, S, S, S + critic.context_size + 1)}, got {tuple(trace.shape)}"
         )
-    for name, found, shape in (("first", first, (T, B)), ("alive", alive, (B,))):
+    for name, found, shape in (("first", first, (T, B)), ("alive", alive, (B,)), ("jacobian", jacobian, (B, S, S))):
         if found is not None and found.shape != shape:
             raise ValueError(f"{name}: expected {shape}, got {tuple(found.shape)}")
     if (context is None) != (critic.context_size == 0) or (

@@ -6,7 +6,7 @@ import torch
 
 import dni_rl
 from dni_rl import GRU, LSTM, Core, GradientCritic
-from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace
+from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace, state_jacobian
 
 T, B, D, Z = 7, 3, 2, 2
 CORES = [lambda: LSTM(D, 2), lambda: GRU(D, 3), lambda: LSTM(D, 2, 2)]
@@ -249,6 +249,41 @@ def test_learns_the_closed_form_online(lambda_):
     assert abs(error) < 0.05 if lambda_ else error < -0.2  # traces are faster
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_jacobian_of_any_core(core, inputs, length):
+    """All rows at once, by automatic differentiation of one sequence at a time; a reset cuts its sequence alone."""
+    first = torch.zeros(length, B, dtype=torch.bool)
+    first[-1, 1] = True
+    state = start_state(core)
+    jacobian = state_jacobian(core, inputs[:length], state, first)
+    assert not jacobian.requires_grad
+    assert all(p.grad is None for p in core.parameters())
+    for b in range(B):
+
+        def after(*before, b=b):
+            window = slice(b, b + 1)
+            return torch.cat(tuple(core.unroll(inputs[:length, window], before, first[:, window])[1]), dim=-1)[0]
+
+        rows = torch.autograd.functional.jacobian(after, tuple(s[b : b + 1] for s in state))
+        torch.testing.assert_close(jacobian[b], torch.cat([r[:, 0] for r in rows], dim=-1), rtol=1e-10, atol=1e-12)
+    assert jacobian[1].count_nonzero() == 0 < jacobian[0].count_nonzero()
+
+
+def test_a_given_jacobian_changes_nothing(core, inputs):
+    critic = random_critic(core)
+    results = []
+    for given in (False, True):
+        state = dni_rl.cut(start_state(core))
+        trace = bp_lambda_trace(critic, B) + 0.1
+        outputs, end = core.unroll(inputs[:1], state)
+        settings = {"jacobian": state_jacobian(core, inputs[:1], state)} if given else {}
+        _, trace = bp_lambda_backward(
+            losses_of(outputs), start=state, end=end, critic=critic, trace=trace, lambda_=0.9, **settings
+        )
+        results.append((trace, take(critic), take(core)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
 def test_only_adds_and_leaves_frozen_parameters_alone(inputs):
     core = LSTM(D, 2).double()
     critic = random_critic(core)
@@ -308,6 +343,7 @@ def test_errors(inputs):
         ({"trace": torch.zeros(2)}, "trace: expected"),
         ({"alive": torch.ones(1)}, "alive: expected"),
         ({"context": torch.zeros(2, B, 1)}, "context: expected"),
+        ({"jacobian": torch.zeros(2)}, "jacobian: expected"),
     ]:
         with pytest.raises(ValueError, match=message):
             bp_lambda_backward(losses, **(good | change))
