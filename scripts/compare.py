@@ -5,7 +5,8 @@
     tensorboard --logdir runs/tmaze
 
 Every member of the matrix is a process of `scripts/train.py`. What is done is skipped, what was interrupted is resumed from its last
-checkpoint, and a member that fails is reported and does not stop the others. `--report-only` writes the report of what is there.
+checkpoint, and a member that fails is reported and does not stop the others. `--report-only` writes the report of what is there. With
+`--keep` a report grows: members that have no run here are not run, but taken from its JSON as it is, if that has them with these settings.
 
 The matrix is a YAML file:
 
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from comparison.board import write_board
 from comparison.matrix import load_matrix, members
-from comparison.outcome import collect
+from comparison.outcome import collect, kept_rows
 from comparison.report import write_report
 from comparison.running import made_with_other_settings, read_record, run_all
 
@@ -51,6 +52,9 @@ def main() -> int:
     parser.add_argument(
         "--credit", action="store_true", help="also measures credit horizons at the end, where training logged none"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="members of <report>.json that have no run here are kept, and not run"
+    )
     parser.add_argument("--report-only", action="store_true", help="runs nothing")
     arguments = parser.parse_args()
     jobs = len(arguments.devices or ("cpu",)) if arguments.jobs is None else arguments.jobs
@@ -62,10 +66,16 @@ def main() -> int:
         unknown = set(getattr(arguments, name) or ()) - set(matrix[name])
         if unknown:
             parser.error(f"--{name}: found {sorted(unknown)}; allowed {list(matrix[name])}")
+    report = arguments.report or runs / "report"
+    try:
+        kept = kept_rows(matrix, runs, report.with_name(f"{report.name}.json")) if arguments.keep else {}
+    except ValueError as error:
+        parser.error(f"--keep: {error}")
     todo = [
         member
         for member in ([] if arguments.report_only else members(matrix))
-        if member.method in (arguments.methods or matrix["methods"])
+        if member.name not in kept
+        and member.method in (arguments.methods or matrix["methods"])
         and member.task in (arguments.tasks or matrix["tasks"])
     ]
     try:
@@ -76,8 +86,7 @@ def main() -> int:
     failures = {m.name: made_with_other_settings(m, runs) for m in members(matrix)}
     failures |= {m.name: failures[m.name] or read_record(runs / m.name).get("failure") for m in members(matrix)}
     failures = {name: why for name, why in {**failures, **now_failed}.items() if why}
-    rows = collect(matrix, runs)
-    report = arguments.report or runs / "report"
+    rows = collect(matrix, runs, kept)
     command = f"python scripts/compare.py {arguments.matrix} --jobs {jobs} --report {report}"
     text = write_report(matrix, rows, failures, command, report)
     try:

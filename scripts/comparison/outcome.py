@@ -1,5 +1,6 @@
 """What finished runs measured, and its statistics over seeds."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import trim_mean
 
+from agents.config import from_dict, to_dict
 from agents.metrics import read_metrics
 from comparison.matrix import members
-from comparison.running import is_done, made_with_other_settings, measured, read_record
+from comparison.running import EXPERIMENT, is_done, made_with_other_settings, measured, other_setting, read_record
 from intervals import percentile_interval
 
 REACHES = 0.9  # of the dial: an expected horizon that long foretells success; see `foretelling`
@@ -38,10 +40,53 @@ class Estimate:
         return f"{self.value:.3f} {interval} n = {self.n}"
 
 
-def collect(matrix: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
-    """What is there: one row per member that has begun, with its curve. Runs made with other settings are left out."""
+def kept_rows(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier report has of finished members that have no run here, by name.
+
+    Args:
+        matrix: of `load_matrix`.
+        runs: folder of the runs.
+        file: JSON of a report; rows that were made with other settings than the matrix's are left out.
+
+    Raises:
+        ValueError: if there is no such file, or it is not that of a report.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        earlier = {(row["method"], row["task"], row["seed"]): row for row in content["rows"]}
+        settings = {pair: to_dict(from_dict(sections)) for pair, sections in content["settings"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no JSON of a report with rows and settings to be kept ({error!r})") from None
+    kept = {}
+    for member in members(matrix):
+        row = earlier.get((member.method, member.task, member.seed))
+        then = settings.get(f"{member.method} / {member.task}")
+        if row is None or then is None or not row["finished"] or row["total_steps"] != member.total_steps:
+            continue
+        if not (runs / member.name).exists() and other_setting(member.resolved(), then) is None:
+            kept[member.name] = row
+    return kept
+
+
+def settings_of(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What makes the experiments that the rows are of, by "<method> / <task>": sections of the configuration."""
+    there = {(row["method"], row["task"]) for row in rows}
+    pairs = {(m.method, m.task): m for m in members(matrix) if (m.method, m.task) in there}
+    return {
+        f"{method} / {task}": {name: member.resolved()[name] for name in EXPERIMENT}
+        for (method, task), member in pairs.items()
+    }
+
+
+def collect(
+    matrix: dict[str, Any], runs: Path, kept: Mapping[str, dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """One row per member that has begun, with its curve, or that is `kept`. Runs made with other settings are left out."""
     rows = []
     for member in members(matrix):
+        if kept is not None and member.name in kept:
+            rows.append(kept[member.name])
+            continue
         folder = runs / member.name
         try:
             logged = read_metrics(folder)

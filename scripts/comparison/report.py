@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from comparison.outcome import REACHES, summarise
+from comparison.outcome import REACHES, settings_of, summarise
 from intervals import CONFIDENCE, NUM_RESAMPLES
 
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
@@ -303,6 +303,11 @@ def write_report(
     earlier = page.read_text(encoding="utf-8") if page.exists() else ""
     _, found, reading = earlier.partition(READING)
     page.write_text(f"{text}\n{pictures}" + (f"\n{found}{reading}" if found else ""), encoding="utf-8")
-    content = {"rows": rows, "summary": summary, "failures": dict(failures)}
+    content = {
+        "rows": rows,
+        "settings": settings_of(matrix, rows),
+        "summary": summary,
+        "failures": dict(failures),
+    }
     report.with_name(f"{report.name}.json").write_text(json.dumps(content, default=vars), encoding="utf-8")
     return text

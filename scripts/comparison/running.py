@@ -17,6 +17,7 @@ from agents.config import CONFIG_FILE, load_config, to_dict
 from agents.metrics import read_metrics
 from comparison.matrix import ROOT, Member
 
+EXPERIMENT = ("env", "model", "critic", "algorithm")  # sections of a configuration that say what a run is
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
 
 
@@ -38,14 +39,23 @@ def made_with_other_settings(member: Member, runs: Path) -> str | None:
         then = to_dict(load_config(runs / member.name / CONFIG_FILE))
     except ValueError:  # no such run, or one whose settings train.py refuses
         return None
-    for section in ("env", "model", "critic", "algorithm"):
+    name = other_setting(now, then)
+    if name is None:
+        return None
+    section, key = name.split(".")
+    return (
+        f"{name}: found a run with {then[section][key]!r}; allowed {now[section][key]!r}, as in the matrix; "
+        "remove its folder, or choose another with --runs"
+    )
+
+
+def other_setting(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
+    """The first setting that makes two full configurations different experiments, as <section>.<name>; None if none does."""
+    for section in EXPERIMENT:
         has_none = section == "critic" and now[section]["kind"] in ("none", "rtrl")
         for key in ("kind",) if has_none else now[section]:
             if now[section][key] != then[section][key]:
-                return (
-                    f"{section}.{key}: found a run with {then[section][key]!r}; allowed {now[section][key]!r}, as in the matrix; "
-                    "remove its folder, or choose another with --runs"
-                )
+                return f"{section}.{key}"
     return None
 
 

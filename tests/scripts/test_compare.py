@@ -16,7 +16,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from agents.checkpoint import CHECKPOINT_FILE
 from comparison.board import write_board
 from comparison.matrix import WINDOW, load_matrix, members
-from comparison.outcome import area_under, collect, interquartile_mean, summarise
+from comparison.outcome import area_under, collect, interquartile_mean, kept_rows, summarise
 from comparison.report import figure, foretelling, markdown, write_report
 from comparison.running import execute, made_with_other_settings, read_record, run, run_all
 from scripts import compare
@@ -159,6 +159,42 @@ def test_a_run_with_other_settings_is_no_member_unless_they_are_those_of_a_criti
     problem = made_with_other_settings(now, tmp_path)
     assert (problem is not None) == is_other
     assert problem is None or problem.startswith("critic.learning_rate: found a run with 0.001; allowed 0.01")
+
+
+def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_those_of_the_matrix(
+    tmp_path, monkeypatch, capsys
+):
+    path = write(tmp_path)
+    runs, report = tmp_path / "runs", tmp_path / "report"
+    file = report.with_name("report.json")
+    matrix = load_matrix(path)
+    earlier = [row(total=1024), row("plain", total=1024), row("critic", 1, finished=False, total=1024)]
+    write_report(matrix, earlier, {}, "COMMAND", report)
+    kept = kept_rows(matrix, runs, file)
+    assert kept == {
+        "critic_short_seed0": earlier[0],
+        "plain_short_seed0": earlier[1],
+    }  # what is not finished is not kept
+
+    trained = []
+    monkeypatch.setattr("comparison.running.execute", lambda command: trained.append(command) or (1, "no", 0))
+    main(monkeypatch, path, "--runs", runs, "--report", report, "--keep")
+    names = [command[command.index("--run.name") + 1] for command in trained]
+    assert names == ["critic_short_seed1", "plain_short_seed1"]  # the others are not run again
+    rows = json.loads(file.read_text())["rows"]
+    assert [(r["method"], r["seed"]) for r in rows] == [("critic", 0), ("plain", 0)]
+
+    (runs / "plain_short_seed0").mkdir()  # a run that is here counts, even if it has nothing to show yet
+    assert list(kept_rows(matrix, runs, file)) == ["critic_short_seed0"]
+    longer = {"short": {**MATRIX["tasks"]["short"], "run.total_steps": 2048}}
+    assert not kept_rows(load_matrix(write(tmp_path, tasks=longer)), runs, file)
+    other = {"short": {**MATRIX["tasks"]["short"], "critic.learning_rate": 0.5}}
+    assert not kept_rows(load_matrix(write(tmp_path, tasks=other)), runs, file)
+    main(monkeypatch, path, "--runs", runs, "--report", report, "--report-only")
+    assert json.loads(file.read_text())["rows"] == []  # nothing is kept unless asked
+    with pytest.raises(SystemExit):
+        main(monkeypatch, path, "--runs", runs, "--report", tmp_path / "none", "--keep")
+    assert "--keep: " in capsys.readouterr().err
 
 
 def test_what_was_interrupted_is_resumed(tmp_path, monkeypatch):
