@@ -273,8 +273,9 @@ def connect(device: str = "cpu", *, timeout_sec: float = 300.0) -> Iterator[Proc
         raise ValueError(
             f"connect: {', '.join(missing)} not set in the environment; start the program with torchrun, or use launch"
         )
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: found {device!r}, allowed 'cpu'{', cuda' if torch.cuda.is_available() else ''} here")
+    allowed = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if device not in allowed:
+        raise ValueError(f"device: found {device!r}, allowed {allowed} here")
     if not timeout_sec > 0:
         raise ValueError(f"timeout_sec: found {timeout_sec}, allowed above 0")
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1"):
