@@ -61,7 +61,7 @@ def bp_lambda_backward(
 
         delta_t = r_t + g M(s_t) J_t - M(s_{t-1})                           [B, S]
         e_t     = g lambda J_{t-1} e_{t-1} + dM(s_{t-1}) / dtheta           [B, S, theta]
-        theta  += alpha mean (delta_t . e_t)                                M(s_t) = 0 where alive is 0
+        theta  += alpha mean (delta_t . e_t)                                M(s_t) = 0 and J_t = 0 for e where alive is 0
 
     Pemberton & Costa (2024), backward view; the paper's l_t J_t is r_t for a loss that reads s_t, and holds for any
     core here. Summed over an episode with theta fixed, these updates equal those of the forward view, the regression
@@ -84,7 +84,7 @@ def bp_lambda_backward(
         trace: from `bp_lambda_trace` at first, then from the last call.
         lambda_: in [0, 1]. 0 learns from the next prediction alone, 1 from true gradients alone.
         first: [T, B] bool as in `unroll`: traces end where an episode starts. None where none does.
-        alive: [B], 0 where the sequence ended exactly at `end`.
+        alive: [B], 0 where the sequence ended exactly at `end`: nothing is predicted there, and its trace ends.
         context: [T + 1, B, Z] as in `dni_rl.backward`.
         weight: multiplies what enters the model's `.grad`; 1 / (T B) by default.
         jacobian: [B, S, S] d end / d start, from `state_jacobian`, which is faster where steps are small.
@@ -137,7 +137,9 @@ def bp_lambda_backward(
         _add_gradient(head.weight, descent[:, :-1])
         _add_gradient(head.bias, descent[:, -1])
         decay = critic.gradient_discount * critic.scale * lambda_
-        trace = torch.bmm(decay * jacobian, trace.flatten(2)).view_as(trace)
+        # What comes after the end of a sequence is no error of its predictions, also where steps are left before the next one starts.
+        goes_on = jacobian if alive is None else jacobian * alive.to(jacobian.dtype).view(-1, 1, 1)
+        trace = torch.bmm(decay * goes_on, trace.flatten(2)).view_as(trace)
         report = _report(delta, predicted * row, target * row, row.squeeze(-1), torch.cat(synthetic, dim=-1))
     return report, trace
 

@@ -184,6 +184,24 @@ def test_episodes_do_not_mix(inputs):
     torch.testing.assert_close(joined_model, [a + b for a, b in zip(head_model, tail_model, strict=True)])
 
 
+def test_a_step_between_two_episodes_is_no_error_of_the_first(inputs):
+    """As environments have it that end an episode with a step of its own, whose loss does not count."""
+    torch.manual_seed(0)
+    core = LSTM(D, 2).double()
+    critic = random_critic(core)
+    first, alive = torch.zeros(5, B, dtype=torch.bool), torch.ones(5, B)
+    first[4], alive[2], alive[3] = True, 0.0, 0.0  # step 3 is the one between
+    joined = run(core, inputs[:5], critic, 0.9, first=first, alive=alive)[0]
+    pieces = []
+    for part in (slice(0, 3), slice(3, 5)):  # the end of the episode forgets
+        state = start_state(core)
+        if part.start:
+            with torch.no_grad():
+                state = tuple(core.unroll(inputs[: part.start], state)[1])
+        pieces.append(run(core, inputs[part], critic, 0.9, first=first[part], alive=alive[part], state=state)[0])
+    torch.testing.assert_close(joined, [a + b for a, b in zip(*pieces, strict=True)])
+
+
 def test_resets_of_single_sequences_at_lambda_zero(inputs):
     """Only rows whose state had a future count, as for the plain critic."""
     torch.manual_seed(0)
