@@ -32,7 +32,8 @@ def is_done(folder: Path, total_steps: int) -> bool:
 def made_with_other_settings(member: Member, runs: Path) -> str | None:
     """The first setting in which a run that exists is not the member of the matrix, in one line; None if there is none.
 
-    How long it is, what it logs and on which device it ran make no other experiment, nor do settings of a critic that is not there.
+    What it logs and on which device it ran make no other experiment, nor do settings of a critic that is not there. A shorter run can be
+    continued, unless its rates were to fall to zero by its end.
     """
     try:
         now = member.resolved()
@@ -40,6 +41,10 @@ def made_with_other_settings(member: Member, runs: Path) -> str | None:
     except ValueError:  # no such run, or one whose settings train.py refuses
         return None
     name = other_setting(now, then)
+    total, allowed = then["run"]["total_steps"], now["run"]["total_steps"]
+    anneals = now["algorithm"]["anneal_learning_rate"] or now["algorithm"]["anneal_entropy"]
+    if name is None and (total > allowed or (anneals and total < allowed)):
+        name = "run.total_steps"
     if name is None:
         return None
     section, key = name.split(".")

@@ -161,6 +161,23 @@ def test_a_run_with_other_settings_is_no_member_unless_they_are_those_of_a_criti
     assert problem is None or problem.startswith("critic.learning_rate: found a run with 0.001; allowed 0.01")
 
 
+@pytest.mark.parametrize(
+    ("steps", "anneals", "is_other"), [(512, True, True), (512, False, False), (2048, False, True), (1024, True, False)]
+)
+def test_a_run_of_another_length_is_continued_only_where_that_is_the_same_experiment(
+    tmp_path, steps, anneals, is_other
+):
+    settings = {**MATRIX["tasks"]["short"], "algorithm.anneal_learning_rate": anneals}
+    now = next(members(load_matrix(write(tmp_path, tasks={"short": settings}))))
+    then = next(members(load_matrix(write(tmp_path, tasks={"short": {**settings, "run.total_steps": steps}}))))
+    folder = tmp_path / then.name
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(then.resolved()))
+    problem = made_with_other_settings(now, tmp_path)
+    assert (problem is not None) == is_other
+    assert problem is None or problem.startswith(f"run.total_steps: found a run with {steps}; allowed 1024")
+
+
 def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_those_of_the_matrix(
     tmp_path, monkeypatch, capsys
 ):
