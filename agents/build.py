@@ -9,21 +9,37 @@ from agents.config import CriticConfig, EnvConfig, ModelConfig
 from agents.model import CONVOLUTIONS, ActorCritic, Torso, conv_torso, mlp_torso
 from envs.timestep import Environment, EnvSpec
 
+EVALUATION_KEY = (0,)  # which no process has
 
-def spread_seeds(seed: int, count: int) -> list[int]:
-    """`count` seeds of independent streams; those of different runs do not overlap, unlike seed, seed + 1, ..."""
-    return [int(word) for word in np.random.SeedSequence(seed).generate_state(count, np.uint32)]
+
+def spread_seeds(seed: int, count: int, *, key: tuple[int, ...] = ()) -> list[int]:
+    """Seeds of independent streams; those of different runs and keys do not overlap, unlike seed, seed + 1, ...
+
+        ()              the run, in the first process or the only one
+        (rank,)         the run, in each other process, counted from 1
+        (rank, step)    the environments of a run that was resumed at this step, where their state cannot be saved
+        EVALUATION_KEY  the environments of an evaluation, where seed is its own
+
+    Args:
+        seed: of the run.
+        count: how many. More of them begin with the same ones.
+        key: what they are for.
+    """
+    return [int(word) for word in np.random.SeedSequence(seed, spawn_key=key).generate_state(count, np.uint32)]
 
 
 def build_environment(config: EnvConfig, seed: int, device: torch.device) -> Environment:
     """The environment of a run.
 
     Raises:
-        ValueError: in one line, if it is unknown, cannot be built or its arguments are wrong.
+        ValueError: in one line, if it is unknown, cannot be built or its arguments are wrong; those by name, as env.kwargs.<name>, where
+            it is the value that is wrong.
         ImportError: if an optional package is missing; says how to install it.
     """
     try:
         return envs.make(config.id, num_envs=config.num_envs, seed=seed, device=device, **config.kwargs)
+    except envs.ArgumentError as error:
+        raise ValueError(f"env.kwargs.{error}") from error
     except ValueError as error:
         raise ValueError(f"env: {error}") from error
     except Exception as error:
@@ -45,10 +61,8 @@ def build_torso(config: ModelConfig, spec: EnvSpec) -> Torso:
                 f"model.torso: found {kind!r} for observations {shape}, {spec.observation_dtype}; allowed for uint8 images [C, Y, X] of at "
                 "least 36 x 36 pixels; use 'mlp'"
             )
-        return conv_torso(shape, CONVOLUTIONS[kind], config.torso_sizes[-1])
-    # Small symbolic images (MiniGrid) hold object, colour and state codes up to about 10, not brightness.
-    scale = None if not is_image else 255.0 if is_large else 10.0
-    return mlp_torso(shape, () if kind == "none" else config.torso_sizes, scale)
+        return conv_torso(shape, CONVOLUTIONS[kind], config.torso_sizes, spec.observation_scale)
+    return mlp_torso(shape, () if kind == "none" else config.torso_sizes, spec.observation_scale if is_image else None)
 
 
 def build_core(config: ModelConfig, input_size: int) -> dni_rl.Core:
@@ -104,7 +118,8 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         return None
     if config.kind == "cdni" and not spec.context_size:
         raise ValueError(
-            "critic.kind: found 'cdni', but this environment offers no privileged context; allowed none or dni here"
+            "critic.kind: found 'cdni', but this environment offers no privileged context; allowed every other kind; set "
+            "--env.kwargs.context where the environment can offer one, or --critic.kind dni with --critic.past_steps"
         )
     kinds: dict[str, type[dni_rl.GradientCritic | dni_rl.LossCritic | dni_rl.SobolevCritic]] = {
         "loss_critic": dni_rl.LossCritic,

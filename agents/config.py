@@ -39,12 +39,13 @@ class _Rule(NamedTuple):
 Positive: TypeAlias = Annotated[float, _Rule("above 0", lambda x: x > 0)]
 NonNegative: TypeAlias = Annotated[float, _Rule("of at least 0", lambda x: x >= 0)]
 Fraction: TypeAlias = Annotated[float, _Rule("from 0 to 1", lambda x: 0 <= x <= 1)]
+PositiveFraction: TypeAlias = Annotated[float, _Rule("above 0, up to 1", lambda x: 0 < x <= 1)]
 Decay: TypeAlias = Annotated[float, _Rule("from 0 up to, not including, 1", lambda x: 0 <= x < 1)]
 MemorySteps: TypeAlias = Annotated[float, _Rule("above 2", lambda x: x > 2)]
 Count: TypeAlias = Annotated[int, _Rule("of at least 0", lambda x: x >= 0)]
 SequenceSteps: TypeAlias = Annotated[int, _Rule("of at least 4", lambda x: x >= 4)]
 PositiveCount: TypeAlias = Annotated[int, _Rule("of at least 1", lambda x: x >= 1)]
-Averaged: TypeAlias = Annotated[int, _Rule("of at least 2", lambda x: x >= 2)]
+TwoOrMore: TypeAlias = Annotated[int, _Rule("of at least 2", lambda x: x >= 2)]
 Seed: TypeAlias = Annotated[int, _Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
 Device: TypeAlias = Annotated[
     str, _Rule("of the form cpu, cuda or cuda:<index>", lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x))
@@ -91,6 +92,16 @@ class EnvConfig(_Section):
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment. A file replaces them as a whole; --env.kwargs.NAME VALUE overrides one of them."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        settings = {"env_id": "env.id", "num_envs": "env.num_envs", "seed": "run.seed", "device": "run.device"}
+        for name, setting in settings.items():
+            if name in self.kwargs:
+                raise ValueError(
+                    f"env.kwargs.{name}: found {_show(self.kwargs[name])}; allowed the environment's other arguments; set --{setting} "
+                    "in its place"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Section):
@@ -101,7 +112,7 @@ class ModelConfig(_Section):
     torso: Literal["auto", "none", "mlp", "conv", "conv_small"] = "auto"
     """What encodes an observation for the core; auto picks by the shape and type of the observation."""
     torso_sizes: tuple[PositiveCount, ...] = (64,)
-    """Widths of the torso's fully connected layers, in units."""
+    """Widths of the torso's fully connected layers, in units, behind the convolutions where there are any; []: no such layers."""
     core: Literal["lstm", "gru", "elementwise_lstm", "multi_timescale"] = "lstm"
     """The recurrent core. elementwise_lstm: every unit recurs on itself alone, for exact RTRL; multi_timescale: LSTM levels, each
     slower than the one below, that pass messages up and context down."""
@@ -171,31 +182,33 @@ class CriticConfig(_Section):
     inside a window, without unit; null: no bound, as in the paper."""
     dense_targets: bool = True
     """Whether the critic learns from the gradient at every step of a window; false: at its start, as in the paper."""
-    targets_per_window: PositiveCount | None = 8
-    """Of dense targets, at how many steps of a window at most, evenly spaced, the first its start; 2 or more. null: at every step. A
-    fit costs in proportion to it, and more than eight of a window taught the critic no more (docs/results/targets.md). With
-    target_lambda below 1 it is every step, whatever stands here."""
+    targets_per_window: TwoOrMore | None = 8
+    """Of dense targets, at how many steps of a window at most, evenly spaced, the first its start; for one alone turn dense_targets off.
+    null: at every step. A fit costs in proportion to it, and more than eight of a window taught the critic no more
+    (docs/results/targets.md). With target_lambda below 1 it is every step, whatever stands here."""
     yardstick_interval: PositiveCount = 8
-    """Updates at which the critic learns from one look at the yardstick of max_norm_ratio to the next, after the first 16; each look
-    costs a second backward pass."""
+    """Fits of the critic from one look at the yardstick of max_norm_ratio to the next, after the first 16; each look costs a second
+    backward pass. A2C fits once for a rollout, PPO once for each minibatch of the passes that the critic learns from."""
     fit_interval: PositiveCount = 1
-    """Updates from one at which the critic learns to the next; in between its predictions are used as they are, and cost little."""
+    """Rollouts from one that the critic learns from to the next, of PPO with all its minibatches; in between its predictions are used
+    as they are, and cost little."""
     normalize_targets: bool = True
     """Whether each component of the critic's target is divided by its running RMS; false: as in the paper."""
     epochs: PositiveCount = 1
     """PPO: passes over a rollout from which the critic learns, the first ones; later ones repeat the same states, and their synthetic
     gradients come from the critic as it is."""
     warmup_updates: Count = 0
-    """Updates during which the critic learns and its predictions are not applied."""
-    slow_copy_rate: Fraction | None = None
-    """Synthetic gradients come from a slow copy of the critic, which moves by this fraction towards it at every update; null: from
-    the critic itself."""
+    """Fits of the critic before its predictions are applied; with PPO one for each minibatch, see yardstick_interval."""
+    slow_copy_rate: PositiveFraction | None = None
+    """Synthetic gradients come from a slow copy of the critic, which moves by this fraction towards it at every fit; null: from the
+    critic itself."""
     target_lambda: Fraction = 1.0
-    """1: targets of the full window; below, mixed over the windows that could have been cut inside of it, as in TD(lambda)."""
+    """1: targets of the full window; below, mixed over the windows that could have been cut inside of it, as in TD(lambda), which takes
+    dense_targets."""
     future_steps: Count = 0
     """Steps ahead whose core inputs the critic is also given as context, as far as the episode goes and the rollout is stored; the
     policy never sees them. 0: none."""
-    past_steps: tuple[Averaged, ...] = ()
+    past_steps: tuple[TwoOrMore, ...] = ()
     """The critic is also given fading averages of the episode's past observations (of images, the torso's features of them), one over
     about so many agent steps for each number, of at least 2. Nothing in them is privileged: they let it tell the core to keep what the
     core has not yet learned to keep. With them, every component of the critic's context is divided by its running RMS."""
@@ -219,6 +232,15 @@ class CriticConfig(_Section):
     """Clips the norm of the critic's gradient; null: no clipping."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of the critic, relative to the learning rate."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target_lambda < 1.0 and not self.dense_targets:
+            self._refuse(
+                "target_lambda",
+                "1.0 with critic.dense_targets false, because mixed targets come from the steps inside the window",
+                "set --critic.dense_targets true",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

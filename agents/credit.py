@@ -20,7 +20,7 @@ from agents.build import build_environment, spread_seeds
 from agents.checkpoint import rng_state, set_rng_state
 from agents.config import TrainConfig
 from agents.learner import Learner, Windows, make_windows, with_inputs
-from agents.losses import actor_critic_loss
+from agents.losses import actor_critic_loss, normalized_advantages
 from agents.rollout import Actor, Rollout
 from dni_rl.horizon import CreditHorizon, credit_horizon
 from envs.timestep import EnvSpec
@@ -113,14 +113,10 @@ def check_credit(config: TrainConfig, spec: EnvSpec) -> None:
         )
 
 
-def _sequences(config: TrainConfig, learner: Learner, seed: int) -> Windows:
-    """Sequences [T, B] of the current policy in environments that are built for this and closed again."""
-    rollout, averages = _acted(config, learner, seed)
-    return _as_windows(rollout, learner, averages)
-
-
 def _acted(config: TrainConfig, learner: Learner, seed: int) -> tuple[Rollout, Tensor | None]:
-    """T steps of B environments, and the averages of past observations before them, where critics are told any."""
+    """T steps of the current policy in B environments that are built for this and closed again, and the averages of past observations
+    before them, where critics are told any.
+    """
     length = config.run.credit_length
     *_, env_seed, actor_seed = spread_seeds(seed, 16)  # the run itself has the first few of these streams
     device = next(learner.model.parameters()).device
@@ -185,10 +181,7 @@ def _losses(learner: Learner, windows: Windows) -> Callable[[Tensor], Tensor]:
     """Maps outputs [T, B, H] to losses [T, B]. At the policy that acted, the gradient of PPO's is that of A2C's."""
     algorithm, advantage = learner.algorithm, windows.advantage
     if algorithm.normalize_advantages:
-        weight = windows.valid.to(advantage.dtype)
-        count = weight.sum().clamp_min(2.0)
-        mean = (weight * advantage).sum() / count
-        advantage = (advantage - mean) / ((weight * (advantage - mean).square()).sum() / count).sqrt().add(1e-8)
+        advantage = normalized_advantages(advantage, windows.valid)
 
     def losses(outputs: Tensor) -> Tensor:
         logits, values = learner.model.heads(outputs)

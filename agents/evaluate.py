@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.build import build_environment, build_model
+from agents.build import EVALUATION_KEY, build_environment, build_model, spread_seeds
 from agents.checkpoint import load_checkpoint
 from agents.config import CONFIG_FILE, TrainConfig, load_config
 from agents.model import ActorCritic
@@ -56,7 +56,7 @@ def load_policy(run: Path) -> tuple[Policy, Callable[[int, int], Environment]]:
 
     Returns:
         The policy, and a function (num_envs, seed) that makes environments as it was trained in, with episodes of their own:
-        none of them shares a random stream with a training run, whatever the seeds.
+        none of them shares a random stream with any process of a training run, whatever the seeds.
 
     Raises:
         ValueError: in one line, if configuration or checkpoint are missing, damaged or do not fit each other.
@@ -71,9 +71,9 @@ def load_policy(run: Path) -> tuple[Policy, Callable[[int, int], Environment]]:
     checkpoint = load_checkpoint(run)
 
     def make_environment(num_envs: int, seed: int) -> Environment:
-        (env_seed,) = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)  # training has no spawn_key
+        (env_seed,) = spread_seeds(seed, 1, key=EVALUATION_KEY)
         env_config = type(config.env)(id=config.env.id, num_envs=num_envs, kwargs=config.env.kwargs)
-        return build_environment(env_config, int(env_seed), torch.device("cpu"))
+        return build_environment(env_config, env_seed, torch.device("cpu"))
 
     probe = make_environment(1, 0)
     try:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import dni_rl
 from agents.build import build_auxiliary
 from agents.config import AlgorithmConfig, CriticConfig
-from agents.losses import actor_critic_loss, generalized_advantages
+from agents.losses import actor_critic_loss, generalized_advantages, normalized_advantages
 from agents.model import ActorCritic
 from agents.parallel import ALONE, Workers
 from agents.rollout import Rollout
@@ -309,12 +309,8 @@ class Learner:
 
     def _update_minibatch(self, batch: Windows, fit: bool) -> dict[str, Tensor]:
         if self.algorithm.normalize_advantages:
-            advantage = batch.advantage
-            weight, total = batch.valid.to(advantage.dtype), self.workers.total
-            count = total(weight.sum()).clamp_min(2.0)
-            mean = total((weight * advantage).sum()) / count
-            std = (total((weight * (advantage - mean).square()).sum()) / count).sqrt()
-            batch = replace(batch, advantage=(advantage - mean) / (std + 1e-8))
+            advantage = normalized_advantages(batch.advantage, batch.valid, self.workers.total)
+            batch = replace(batch, advantage=advantage)
 
         self.optimizer.zero_grad(set_to_none=True)
         if self.critic_optimizer is not None:

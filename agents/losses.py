@@ -3,6 +3,7 @@
 Shapes: T unroll length, B batch. A transition t -> t + 1 is real unless step t was the LAST of its episode; there every loss is 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,24 @@ def generalized_advantages(
         for t in reversed(range(len(deltas))):
             advantage = torch.addcmul(deltas[t], decay[t], advantage, out=advantages[t])
         return advantages
+
+
+def normalized_advantages(advantages: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Advantages with mean 0 and standard deviation 1 over all valid steps; usual in PPO (Huang et al. 2022).
+
+    Args:
+        advantages: [T, B], 0 where not valid.
+        valid: [T, B] bool.
+        total: sums a scalar over processes, where several learn together.
+
+    Returns:
+        [T, B]; what is not valid has no meaning.
+    """
+    weight = valid.to(advantages.dtype)
+    count = total(weight.sum()).clamp_min(2.0)
+    mean = total((weight * advantages).sum()) / count
+    std = (total((weight * (advantages - mean).square()).sum()) / count).sqrt()
+    return (advantages - mean) / (std + 1e-8)
 
 
 @dataclass(frozen=True, slots=True)

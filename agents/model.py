@@ -14,9 +14,9 @@ from dni_rl.cores import Core, State, clear_state
 
 
 class ScaledImages(nn.Module):
-    """uint8 images [N, C, Y, X] to float32 in [0, 1] (or in [0, 255 / scale]), in the layout that the next layer is fast with."""
+    """uint8 images [N, C, Y, X] to float32 in [0, 255 / scale], in the layout that the next layer is fast with."""
 
-    def __init__(self, scale: float = 255.0, memory_format: torch.memory_format = torch.channels_last):
+    def __init__(self, scale: float, memory_format: torch.memory_format = torch.channels_last):
         super().__init__()
         self.scale, self.memory_format = scale, memory_format
 
@@ -92,15 +92,18 @@ CONVOLUTIONS = {
 }
 
 
-def conv_torso(input_shape: Sequence[int], layers: Sequence[tuple[int, int, int]], output_size: int) -> Torso:
-    """Convolutions and one fully connected layer, with ReLU, [N, C, Y, X] -> [N, output_size].
+def conv_torso(
+    input_shape: Sequence[int], layers: Sequence[tuple[int, int, int]], sizes: Sequence[int], scale: float = 255.0
+) -> Torso:
+    """Convolutions and then fully connected layers, with ReLU, [N, C, Y, X] -> [N, sizes[-1]].
 
     Args:
         input_shape: (C, Y, X) of a uint8 image, at least 36 x 36 pixels.
         layers: (filters, kernel, stride) of each convolution, as in `CONVOLUTIONS`.
-        output_size: width of the fully connected layer.
+        sizes: widths of the fully connected layers; () only flattens what the convolutions find.
+        scale: divides the images.
     """
-    modules: list[nn.Module] = [ScaledImages()]
+    modules: list[nn.Module] = [ScaledImages(scale)]
     channels = input_shape[0]
     for filters, kernel, stride in layers:
         modules += [_orthogonal(nn.Conv2d(channels, filters, kernel, stride), math.sqrt(2.0)), nn.ReLU()]
@@ -109,7 +112,7 @@ def conv_torso(input_shape: Sequence[int], layers: Sequence[tuple[int, int, int]
     with torch.no_grad():
         width = convolutions(torch.zeros(1, *input_shape, dtype=torch.uint8)).shape[-1]
     # channels last: the same numbers, on a CPU in half the time
-    torso = Torso(convolutions.extend(mlp(width, (output_size,))), input_shape, output_size)
+    torso = Torso(convolutions.extend(mlp(width, sizes)), input_shape, sizes[-1] if sizes else width)
     return torso.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

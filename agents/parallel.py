@@ -21,7 +21,6 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -66,12 +65,16 @@ class Workers:
             return wanted
         return torch.device("cuda", _local_rank() % torch.cuda.device_count())
 
-    def spread_seeds(self, seed: int, count: int) -> list[int]:
-        """As `agents.build.spread_seeds`, and independent of those of the other processes. The first has those of a single one."""
-        if self.is_first:
-            return spread_seeds(seed, count)
-        child = np.random.SeedSequence(seed, spawn_key=(self.rank,))
-        return [int(word) for word in child.generate_state(count, np.uint32)]
+    def spread_seeds(self, seed: int, count: int, *, step: int = 0) -> list[int]:
+        """As `agents.build.spread_seeds`, and independent of those of the other processes. The first has those of a single one.
+
+        Args:
+            seed: of the run.
+            count: how many.
+            step: at which the run was resumed, for what must not begin again as it did; 0 for all else.
+        """
+        key = () if self.is_first else (self.rank,)
+        return spread_seeds(seed, count, key=(self.rank, step) if step else key)
 
     def synchronize(self, *modules: nn.Module) -> None:
         """Makes all processes start alike and share statistics; see `dni_rl.distributed.synchronize`. Waits for all."""

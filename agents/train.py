@@ -131,8 +131,16 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict` of as many processes, with the "step" that the checkpoint adds."""
+        """Restores `state_dict` of as many processes, with the "step" that the checkpoint adds.
+
+        Environments that cannot be saved are built anew, with another seed for each step: with that of the run they would start again
+        with the episodes of step 0.
+        """
         own = state if self.workers.is_first else state["others"][self.workers.rank - 1]
+        if state["step"] and not self.environment.resumable:
+            (env_seed,) = self.workers.spread_seeds(self.config.run.seed, 1, step=state["step"])
+            self.environment.close()
+            self.environment = self.actor.environment = build_environment(self.config.env, env_seed, self.device)
         self.learner.load_state_dict(state["learner"] | own["learner"])
         self.actor.load_state_dict(own["actor"])
         self.means.load_state_dict(own["means"])
@@ -191,7 +199,9 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
                 raise _foreign(resume or directory, error) from error
             if not trainer.environment.resumable:
                 _log.warning(
-                    "%s: emulator state cannot be saved; new episodes start at step %d", config.env.id, trainer.step
+                    "%s: the state of this environment cannot be saved; new episodes start at step %d",
+                    config.env.id,
+                    trainer.step,
                 )
         run = config.run
         with (
@@ -392,7 +402,16 @@ def _check_count(workers: Workers, saved: int) -> None:
 
 
 def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
-    """What a resumed run may change: how long it is and what it writes. Everything else is another experiment."""
+    """What a resumed run may change: how long it is and what it writes. Everything else is another experiment.
+
+    Where it runs it may change among GPUs, but not between GPU and CPU, whose random generators have nothing in common.
+    """
+    old_type, new_type = (torch.device(each.run.device).type for each in (saved, config))
+    if new_type != old_type:
+        raise ValueError(
+            f"run.device: found {config.run.device!r}; allowed {old_type}, as in the run to resume, because the states of its random "
+            f"generators fit no other kind of device; set --run.device {saved.run.device}, or start a new run"
+        )
     free = {
         name: getattr(config.run, name)
         for name in (

@@ -23,7 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.minigrid import image_view, is_minigrid, minigrid_context, minigrid_symbols, minigrid_view
+from envs.arguments import built_with, refuse, require, require_flag
+from envs.minigrid import (
+    MINIGRID_PREFIXES,
+    MINIGRID_SCALE,
+    image_view,
+    is_minigrid,
+    minigrid_context,
+    minigrid_symbols,
+    minigrid_view,
+)
 from envs.timestep import Environment, EnvSpec, TimeStep
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ if TYPE_CHECKING:
 Encoder = Callable[[np.ndarray], np.ndarray]  # [B, *original] -> [B, *encoded], always a new array
 
 
-def spread_seeds(seed: int, num_seeds: int) -> list[int]:
+def environment_seeds(seed: int, num_envs: int) -> list[int]:
     """Seeds of the environments of one run, different from each other and unrelated to those of other runs.
 
     The customary `seed + i` makes environment 1 of run 3 and environment 0 of run 4 the same, so runs that should be
@@ -40,23 +49,23 @@ def spread_seeds(seed: int, num_seeds: int) -> list[int]:
 
     Args:
         seed: the run's seed, not negative.
-        num_seeds: how many are wanted.
+        num_envs: how many are wanted.
 
     Returns:
-        `num_seeds` different integers in [0, 2^31), the range every emulator accepts.
+        `num_envs` different integers in [0, 2^31), the range every emulator accepts.
 
     Raises:
         ValueError: if the seed is negative.
     """
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
-    wanted = num_seeds
+    wanted = num_envs
     while True:
         # Drawn again, longer, in the rare case that two of them collide.
         drawn = np.random.SeedSequence(seed).generate_state(wanted, np.uint32) >> 1
         seeds = list(dict.fromkeys(drawn.tolist()))
-        if len(seeds) >= num_seeds:
-            return seeds[:num_seeds]
+        if len(seeds) >= num_envs:
+            return seeds[:num_envs]
         wanted += 1
 
 
@@ -109,7 +118,7 @@ class GymnasiumVector:
 
         Args:
             vector_env: B environments with a discrete action space.
-            seed: of the run; every sub-environment gets its own, see `spread_seeds`. Vector environments other than
+            seed: of the run; every sub-environment gets its own, see `environment_seeds`. Vector environments other than
                 gymnasium's own get a single integer.
             device: of the TimeSteps.
             encoder: replaces the standard conversion of observations, see the module.
@@ -132,7 +141,7 @@ class GymnasiumVector:
             vector_env.single_observation_space, vector_env.single_action_space, encoder
         )
         self._same_step = mode == AutoresetMode.SAME_STEP
-        seeds = spread_seeds(seed, self.num_envs)
+        seeds = environment_seeds(seed, self.num_envs)
         takes_a_list = isinstance(vector_env.unwrapped, AsyncVectorEnv | SyncVectorEnv)
         self._seed: Any = seeds if takes_a_list else seeds[0]
         self._last: np.ndarray | None = None
@@ -286,7 +295,7 @@ class GymnasiumEnvs(_SerialEnvs):
 
         Args:
             envs: B environments with equal spaces and discrete actions.
-            seed: of the run; every environment gets its own, see `spread_seeds`.
+            seed: of the run; every environment gets its own, see `environment_seeds`.
             device: of the TimeSteps.
             encoder: replaces the standard conversion of observations, see the module.
             context: maps an environment to its [Z] privileged state, for error critics only.
@@ -303,7 +312,7 @@ class GymnasiumEnvs(_SerialEnvs):
                     f"environment 0 {observation_space} and {action_space}"
                 )
         self.spec, self._encode, self._action_start = _gymnasium_spec(observation_space, action_space, encoder)
-        self._seeds: list[int | None] = [*spread_seeds(seed, self.num_envs)]
+        self._seeds: list[int | None] = [*environment_seeds(seed, self.num_envs)]
         if context is not None:
             self.envs[0].reset(seed=self._seeds[0])  # the context of an environment that was never reset may not exist
             size = len(np.ravel(context(self.envs[0])))
@@ -338,7 +347,7 @@ class DmEnvs(_SerialEnvs):
 
         Args:
             envs: B environments, seeded by who built them; or a constructor, which is called with a `seed` of its own
-                for every environment (see `spread_seeds`), or without one if it has no such argument.
+                for every environment (see `environment_seeds`), or without one if it has no such argument.
             num_envs: B, with a constructor only.
             seed: of the run, with a constructor only: dm_env has no way to seed an environment that exists.
             device: of the TimeSteps.
@@ -349,7 +358,7 @@ class DmEnvs(_SerialEnvs):
         if callable(envs):
             if num_envs is None or seed is None:
                 raise ValueError(f"a constructor needs num_envs and seed, got num_envs={num_envs} and seed={seed}")
-            built = [envs(seed=s) if _takes_seed(envs) else envs() for s in spread_seeds(seed, num_envs)]
+            built = [envs(seed=s) if _takes_seed(envs) else envs() for s in environment_seeds(seed, num_envs)]
         else:
             if num_envs is not None or seed is not None:
                 raise ValueError("num_envs and seed go with a constructor; a list of environments has both already")
@@ -406,22 +415,27 @@ def gymnasium_vector(
         A `GymnasiumEnvs` or a `GymnasiumVector`.
 
     Raises:
-        ValueError: if an argument or a space is not supported.
+        ArgumentError: if an argument is not supported; one line that starts with its name.
+        ValueError: if a space is not supported.
     """
-    if vectorization not in ("sync", "async"):
-        raise ValueError(f"vectorization must be 'sync' or 'async', got {vectorization!r}")
-    if vectorization == "async" and context is not None:
-        raise ValueError("context needs vectorization='sync': other processes' environments cannot be looked into")
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    require("vectorization", vectorization, vectorization in ("sync", "async"), "'sync' or 'async'")
+    if vectorization == "async" and context is not None:
+        allowed = "None with vectorization='async', as other processes' environments cannot be looked into"
+        refuse("context", context, allowed, "use vectorization='sync'")
+    require_flag("ignore_mission", ignore_mission)
+    require_flag("fast_view", fast_view)
+    owner = env if isinstance(env, str) else getattr(env, "__name__", repr(env))
+    probe = built_with(
+        lambda **arguments: _EnvConstructor(env, None, fast_view, arguments).unwrapped_view(), env_kwargs, owner
+    )
     constructor = _EnvConstructor(env, view_size, fast_view, env_kwargs)
-    probe = constructor.unwrapped_view()
     encoder = None
     try:
         spaces: Any = probe.observation_space
         if is_minigrid(probe):
-            if encoding not in (None, "one_hot", "symbolic"):
-                raise ValueError(f"encoding must be 'one_hot' or 'symbolic', got {encoding!r}")
+            require("encoding", encoding, encoding in (None, "one_hot", "symbolic"), "'one_hot' or 'symbolic'")
             encoder = minigrid_symbols if encoding == "symbolic" else minigrid_view
             if getattr(spaces["mission"], "ordered_placeholders", None) and not ignore_mission:
                 raise ValueError(
@@ -433,8 +447,8 @@ def gymnasium_vector(
                 "view_size, encoding, ignore_mission and context='grid' are for MiniGrid, and "
                 f"{_env_name(probe)} is not one of its environments"
             )
-        if isinstance(context, str) and context != "grid":
-            raise ValueError(f"context must be 'grid', a function of the environment or None, got {context!r}")
+        is_known = context is None or callable(context) or context == "grid"
+        require("context", context, is_known, "'grid' with MiniGrid, a function of the environment, or None")
     finally:
         probe.close()
     if vectorization == "async":
@@ -442,10 +456,14 @@ def gymnasium_vector(
 
         # A fork of a process in which torch has started its threads can hang, so the workers start afresh.
         vector_env = AsyncVectorEnv([constructor] * num_envs, context="spawn")
-        return GymnasiumVector(vector_env, seed=seed, device=device, encoder=encoder)
-    context_function = minigrid_context if isinstance(context, str) else context
-    envs = [constructor() for _ in range(num_envs)]
-    return GymnasiumEnvs(envs, seed=seed, device=device, encoder=encoder, context=context_function)
+        built: GymnasiumVector | GymnasiumEnvs = GymnasiumVector(vector_env, seed=seed, device=device, encoder=encoder)
+    else:
+        context_function = minigrid_context if isinstance(context, str) else context
+        envs = [constructor() for _ in range(num_envs)]
+        built = GymnasiumEnvs(envs, seed=seed, device=device, encoder=encoder, context=context_function)
+    if encoding == "symbolic":
+        built.spec = dataclasses.replace(built.spec, observation_scale=MINIGRID_SCALE)
+    return built
 
 
 class _EnvConstructor:
@@ -468,7 +486,7 @@ class _EnvConstructor:
             return self.env(**self.env_kwargs)
         import gymnasium
 
-        if self.env.startswith(("MiniGrid-", "BabyAI-")):
+        if self.env.startswith(MINIGRID_PREFIXES):
             importlib.import_module("minigrid")  # registers its ids, in worker processes too
         # The checker repeats at every step what tests check once, and warns about things we cannot change.
         return gymnasium.make(self.env, disable_env_checker=True, **self.env_kwargs)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.adapters import checked_actions, spread_seeds
+from envs.adapters import checked_actions, environment_seeds
+from envs.arguments import is_number, refuse, require, require_flag, require_integer
 from envs.timestep import EnvSpec, TimeStep
 
 
@@ -58,7 +59,7 @@ class Atari:
         Args:
             game: "ALE/MsPacman-v5", "MsPacman" or "ms_pacman".
             num_envs: B.
-            seed: of the run; every emulator gets its own, see `spread_seeds`.
+            seed: of the run; every emulator gets its own, see `environment_seeds`.
             device: of the TimeSteps.
             frame_stack: frames of an observation, the newest last; missing ones are 0 after a reset.
             frame_skip: emulator frames per step. The last two are maximised over, against sprites that flicker.
@@ -75,7 +76,7 @@ class Atari:
             context: None. "ram" is refused, as the vector emulator does not show its memory.
 
         Raises:
-            ValueError: if the game is unknown, its ROM is missing, or a setting is out of range.
+            ValueError: if the game is unknown, its ROM is missing, or a setting is out of range or of another type.
             ImportError: if ale_py is not installed.
         """
         try:
@@ -84,21 +85,30 @@ class Atari:
             raise ImportError("Atari needs ale_py: pip install -e '.[agents]'") from error
 
         if context is not None:
-            raise ValueError(
-                f"context={context!r} is not available: ale_py's vector environment does not show the emulators' RAM, "
-                "and a second set of emulators would not stay in step with sticky actions"
+            refuse(
+                "context",
+                context,
+                "None, as ale_py's vector environment does not show the emulators' RAM, and a second set of emulators would not stay "
+                "in step with sticky actions",
+                "leave it out",
             )
-        for name, value in {"num_envs": num_envs, "frame_stack": frame_stack, "frame_skip": frame_skip}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        require_integer("frame_stack", frame_stack, 1)
+        require_integer("frame_skip", frame_skip, 1)
+        require_integer("max_frames", max_frames, frame_skip, " (frame_skip)")
+        require_integer("noop_max", noop_max, 0)
+        require_integer("num_threads", num_threads, 0)
         for name, probability in {"sticky_actions": sticky_actions, "flicker_probability": flicker_probability}.items():
-            if not 0.0 <= probability <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {probability}")
-        if max_frames < frame_skip:
-            raise ValueError(f"max_frames must be at least frame_skip = {frame_skip}, got {max_frames}")
-        if noop_max < 0 or num_threads < 0:
-            raise ValueError(f"noop_max and num_threads must not be negative, got {noop_max} and {num_threads}")
-        seeds = spread_seeds(seed, num_envs)
+            require(name, probability, is_number(probability, 0.0, 1.0), "a number from 0 to 1")
+        for name, flag in {
+            "clip_rewards": clip_rewards,
+            "episodic_life": episodic_life,
+            "full_action_space": full_action_space,
+            "use_fire_reset": use_fire_reset,
+        }.items():
+            require_flag(name, flag)
+        seeds = environment_seeds(seed, num_envs)
         self.game = game_name(game)
         _check_rom(self.game)
         self._emulators: Any = ale_py.AtariVectorEnv(
@@ -207,11 +217,6 @@ class Atari:
     def close(self) -> None:
         """Stops the emulators' threads."""
         self._emulators = None
-
-
-def game_ids() -> list[str]:
-    """Ids of all games that can be played, as "ALE/MsPacman-v5"; ale_py must be installed."""
-    return sorted(_games())
 
 
 def game_name(game: str) -> str:

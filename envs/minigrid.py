@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.arguments import is_integer, require
+
 if TYPE_CHECKING:
     import gymnasium
 
+MINIGRID_PREFIXES = ("MiniGrid-", "BabyAI-")  # of the ids that the package registers
 MINIGRID_SIZES = (11, 6, 3)  # objects, colours and door states of MiniGrid's encoding of a cell
+MINIGRID_SCALE = 10.0  # the largest number in it
 
 
 def minigrid_view(view: np.ndarray) -> np.ndarray:
     """One-hot planes of MiniGrid's symbolic view.
 
     MiniGrid encodes a cell as three small integers (object, colour, door state). They are categories, not brightness,
-    and a torso that divides bytes by 255 would all but erase them. One-hot planes of 0 and 255 come out of such a torso
-    as exactly 0 and 1. MiniGrid indexes cells by column and then row; the planes are [row, column] as other images.
+    and a torso that divides bytes by 255, as `EnvSpec.observation_scale` has it unless told otherwise, would all but erase
+    them. One-hot planes of 0 and 255 come out of such a torso as exactly 0 and 1. MiniGrid indexes cells by column and then
+    row; the planes are [row, column] as other images.
 
     Args:
         view: [B, X, Y, 3] uint8.
@@ -38,7 +43,7 @@ def minigrid_view(view: np.ndarray) -> np.ndarray:
 
 
 def minigrid_symbols(view: np.ndarray) -> np.ndarray:
-    """MiniGrid's symbolic view [B, X, Y, 3] as it is, channels first: [B, 3, Y, X] uint8."""
+    """MiniGrid's symbolic view [B, X, Y, 3] as it is, channels first: [B, 3, Y, X] uint8, to be divided by `MINIGRID_SCALE`."""
     return np.ascontiguousarray(view.transpose(0, 3, 2, 1))
 
 
@@ -77,12 +82,13 @@ def image_view(env: "gymnasium.Env", view_size: int | None, fast: bool) -> "gymn
         fast: whether `FastView` computes the image, where it can; otherwise MiniGrid does.
 
     Raises:
-        ValueError: if the view has another size.
+        ArgumentError: if the view has another size.
     """
     from minigrid.wrappers import ImgObsWrapper, ViewSizeWrapper
 
-    if view_size is not None and (view_size % 2 == 0 or view_size < 3):
-        raise ValueError(f"view_size must be odd and at least 3, got {view_size}")
+    if view_size is not None:
+        is_odd = is_integer(view_size, 3) and view_size % 2 == 1
+        require("view_size", view_size, is_odd, "an odd integer of at least 3")
     if fast and FastView.fits(env):
         FastView(env, view_size).install()
     elif view_size is not None:

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from envs.arguments import built_with
+from envs.minigrid import MINIGRID_PREFIXES
 from envs.timestep import Environment
 
 GRIDWORLDS = (
@@ -31,7 +33,6 @@ GRIDWORLDS = (
     *("RepeatFirst", "RepeatPrevious", "MatchToSample", "MemoryCorridor", "MultiRoomKeyDoor"),
 )
 
-_MINIGRID = ("MiniGrid-", "BabyAI-")
 # What is achieved is paid with 1 - 0.9 * (share of the time limit used), that is with at least 0.1, and failure with 0 or less.
 _MINIGRID_SUCCESS = 0.05
 
@@ -64,6 +65,7 @@ def make(env_id: str, *, num_envs: int, seed: int, device: str | torch.device = 
 
     Raises:
         ValueError: if the id or a setting is unknown; names the nearest.
+        ArgumentError: if a setting is known, and its value is not one that the environment takes; starts with its name.
         ImportError: if an optional package is missing; says how to install it.
     """
     if num_envs < 1:
@@ -98,7 +100,7 @@ def _make_atari(
 def _make_gymnasium(
     env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
 ) -> Environment:
-    if env_id.startswith(_MINIGRID):
+    if env_id.startswith(MINIGRID_PREFIXES):
         try:
             importlib.import_module("minigrid")  # registers its ids
         except ImportError as error:
@@ -132,7 +134,7 @@ def _make_gymnasium(
         return make_popgym(env_id, num_envs, seed=seed, device=device, **kwargs)
     _check_arguments(env_id, kwargs, None if names is None else names.union(_GYMNASIUM_OPTIONS))
     env = gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
-    if env_id.startswith(_MINIGRID):
+    if env_id.startswith(MINIGRID_PREFIXES):
         env.spec = dataclasses.replace(env.spec, success_reward=_MINIGRID_SUCCESS)
     return env
 
@@ -166,15 +168,22 @@ def _make_imported(
     parameters = _argument_names(target, ours=True)
     _check_arguments(env_id, kwargs, None if parameters is None else parameters - _OUR_ARGUMENTS)
     if _is_subclass(target, "gymnasium.vector", "VectorEnv"):
-        return GymnasiumVector(target(num_envs=num_envs, **kwargs), seed=seed, device=device)
+        vector_env = built_with(functools.partial(target, num_envs=num_envs), kwargs, env_id)
+        return GymnasiumVector(vector_env, seed=seed, device=device)
     if _is_subclass(target, "dm_env", "Environment"):
-        return DmEnvs(functools.partial(target, **kwargs), num_envs=num_envs, seed=seed, device=device)
+        return built_with(
+            lambda **arguments: DmEnvs(
+                functools.partial(target, **arguments), num_envs=num_envs, seed=seed, device=device
+            ),
+            kwargs,
+            env_id,
+        )
     if parameters is not None and not {"num_envs", "seed", "device"} <= parameters:
         raise ValueError(
             f"{env_id}: expected a gymnasium.Env, gymnasium.vector.VectorEnv or dm_env.Environment, or something that "
             f"takes (num_envs, seed, device) and gives an envs.Environment; it takes {sorted(parameters)}"
         )
-    env = target(num_envs=num_envs, seed=seed, device=device, **kwargs)
+    env = built_with(functools.partial(target, num_envs=num_envs, seed=seed, device=device), kwargs, env_id)
     if not isinstance(env, Environment):
         raise ValueError(
             f"{env_id} gave {type(env).__name__}, which is not an envs.Environment: it lacks "

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from envs.adapters import DmEnvs, gymnasium_vector
+from envs.arguments import require
 from envs.timestep import Environment, TimeStep
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def make_bsuite(
         ValueError: if the id or the context is unknown, or the environment's actions are not discrete.
         ImportError: if bsuite is missing; says how to install it.
     """
-    if context not in (None, "first_observation"):
-        raise ValueError(f"context must be 'first_observation' or None, got {context!r}")
+    require("context", context, context in (None, "first_observation"), "'first_observation' or None")
     bsuite_id = env_id.removeprefix("bsuite/")
     _import(env_id, "bsuite")
     settings: Mapping[str, Mapping[str, Any]] = importlib.import_module("bsuite.sweep").SETTINGS
@@ -96,12 +96,16 @@ def make_popgym(
         ValueError: if the context is unknown, or an action space is not supported.
         ImportError: if popgym is missing; says how to install it.
     """
-    if context not in (None, "state"):
-        raise ValueError(f"context must be 'state' or None, got {context!r}")
-    constructor = _PopgymConstructor(env_id, kwargs)
+    require("context", context, context in (None, "state"), "'state' or None")
     reader = None if context is None else popgym_state
     return gymnasium_vector(
-        constructor, num_envs, seed=seed, device=device, vectorization=vectorization, context=reader
+        _PopgymConstructor(env_id),
+        num_envs,
+        seed=seed,
+        device=device,
+        vectorization=vectorization,
+        context=reader,
+        **kwargs,
     )
 
 
@@ -121,16 +125,19 @@ def popgym_state(env: "gymnasium.Env") -> np.ndarray:
 class _PopgymConstructor:
     """Builds one environment; a class, so that it can be sent to another process."""
 
-    def __init__(self, env_id: str, kwargs: Mapping[str, Any]):
-        self.env_id, self.kwargs = env_id, dict(kwargs)
+    def __init__(self, env_id: str):
+        self.env_id = env_id
 
-    def __call__(self) -> "gymnasium.Env":
+    def __repr__(self) -> str:
+        return self.env_id
+
+    def __call__(self, **kwargs: Any) -> "gymnasium.Env":
         import gymnasium
         from gymnasium.spaces import Box, Discrete
         from gymnasium.wrappers import FlattenObservation
 
         import_popgym(self.env_id)
-        env = gymnasium.make(self.env_id, disable_env_checker=True, **self.kwargs)
+        env = gymnasium.make(self.env_id, disable_env_checker=True, **kwargs)
         return env if isinstance(env.observation_space, Box | Discrete) else FlattenObservation(env)
 
 

@@ -57,12 +57,14 @@ class EnvSpec:
 
     Attributes:
         observation_shape: shape of one observation, without the batch.
-        observation_dtype: torch.float32 for vectors, torch.uint8 for images [C, Y, X] (scaled by the torso).
+        observation_dtype: torch.float32 for vectors, torch.uint8 for images [C, Y, X] (divided by `observation_scale` in the torso).
         num_actions: number of discrete actions.
         context_size: Z, width of the privileged context; 0 where there is none.
         success_reward: an episode counts as a success when its undiscounted return is at least this; None where the
             notion does not exist.
         frames_per_step: emulator frames per agent step (Atari frame skip), 1 elsewhere.
+        observation_scale: what the torso divides uint8 observations by: 255 for brightness and for planes of 0 and 255, less for small
+            numbers that stand for something else. float32 observations are taken as they are.
     """
 
     observation_shape: tuple[int, ...]
@@ -71,6 +73,7 @@ class EnvSpec:
     context_size: int = 0
     success_reward: float | None = None
     frames_per_step: int = 1
+    observation_scale: float = 255.0
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from envs.arguments import is_integer, is_number
 from envs.timestep import EnvSpec, TimeStep
 
 # One call of the generator serves this many steps. Part of the random stream: another value is another stream.
@@ -14,16 +15,14 @@ _STEPS_PER_DRAW = 32
 
 def check_integer(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
     """Raises ValueError unless `value` is an int in [low, high]; `high` None is no bound, `hint` says the way out."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < low or (high is not None and value > high):  # type: ignore[operator]
+    if not is_integer(value, low, high):
         allowed = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
         raise ValueError(f"{name} must be {allowed}, got {value!r}{': ' + hint if hint else ''}")
 
 
 def check_number(name: str, value: object, low: float, high: float, hint: str = "") -> None:
     """Raises ValueError unless `value` is an int or float in [low, high]; `hint` says the way out."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:  # type: ignore[operator]
+    if not is_number(value, low, high):
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}{': ' + hint if hint else ''}")
 
 

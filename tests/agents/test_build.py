@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ import dni_rl
 from agents.build import build_core, build_critic, build_environment, build_model, build_torso, spread_seeds
 from agents.config import CriticConfig, EnvConfig, ModelConfig
 from agents.model import ScaledImages
+from agents.parallel import Workers
 from envs.timestep import EnvSpec
 
 VECTOR = EnvSpec((5,), torch.float32, num_actions=4, context_size=7)
 ATARI = EnvSpec((1, 84, 84), torch.uint8, num_actions=4)
-SYMBOLS = EnvSpec((3, 7, 7), torch.uint8, num_actions=4)
+SMALL = EnvSpec((3, 7, 7), torch.uint8, num_actions=4)
+SYMBOLS = replace(SMALL, observation_scale=10.0)
 CPU = torch.device("cpu")
 
 
@@ -22,20 +25,58 @@ def test_streams_of_a_run_differ_from_each_other_and_from_those_of_other_runs():
     assert spread_seeds(3, 4) == spread_seeds(3, 4)
 
 
+def test_streams_of_runs_that_there_are_stay_the_same():
+    assert spread_seeds(3, 4) == [1576890651, 2902887791, 607385081, 2997055210]
+    assert spread_seeds(3, 2) == spread_seeds(3, 4)[:2]
+    assert Workers(2, 3).spread_seeds(3, 4) == [3451799802, 283124244, 1221903086, 3224542176]
+
+
 def test_auto_takes_convolutions_for_large_images_only():
     kinds = {
         spec.observation_shape: any(isinstance(m, torch.nn.Conv2d) for m in build_torso(ModelConfig(), spec).modules())
-        for spec in (VECTOR, SYMBOLS, ATARI)
+        for spec in (VECTOR, SMALL, ATARI)
     }
     assert kinds == {(5,): False, (3, 7, 7): False, (1, 84, 84): True}
 
 
-def test_symbols_are_not_scaled_like_brightness():
+def test_images_are_divided_by_what_the_environment_says_whatever_their_size():
     scales = [
-        [m.scale for m in build_torso(ModelConfig(torso="mlp"), spec).modules() if isinstance(m, ScaledImages)]
-        for spec in (VECTOR, SYMBOLS, ATARI)
+        [m.scale for m in build_torso(ModelConfig(torso=torso), spec).modules() if isinstance(m, ScaledImages)]
+        for torso, spec in (
+            *(("mlp", spec) for spec in (VECTOR, SYMBOLS, SMALL, ATARI)),
+            *(("conv", spec) for spec in (ATARI, replace(ATARI, observation_scale=10.0))),
+        )
     ]
-    assert scales == [[], [10.0], [255.0]]
+    assert scales == [[], [10.0], [255.0], [255.0], [255.0], [10.0]]
+
+
+@pytest.mark.parametrize(("encoding", "largest"), [(None, 1.0), ("one_hot", 1.0), ("symbolic", 0.6)])
+def test_the_network_sees_minigrid_in_the_unit_interval(encoding, largest):
+    pytest.importorskip("minigrid")
+    kwargs = {} if encoding is None else {"encoding": encoding}
+    env = build_environment(EnvConfig(id="MiniGrid-MemoryS7-v0", num_envs=8, kwargs=kwargs), 0, CPU)
+    seen = build_torso(ModelConfig(torso="none"), env.spec)(env.reset().observation)
+    assert seen.min() == 0
+    assert seen.max() == torch.tensor(largest)  # of the symbols, the largest in sight is that of a ball, 6
+
+
+@pytest.mark.parametrize("sizes", [(), (9,), (9, 8)])
+@pytest.mark.parametrize("torso", ["conv", "conv_small"])
+def test_fully_connected_layers_of_all_sizes_follow_the_convolutions(torso, sizes):
+    torch.manual_seed(0)
+    built = build_torso(ModelConfig(torso=torso, torso_sizes=sizes), ATARI)
+    layers = [m for m in built.modules() if isinstance(m, torch.nn.Linear)]
+    assert [m.out_features for m in layers] == list(sizes)
+    images = torch.randint(256, (2, 3, 1, 84, 84), dtype=torch.uint8)
+    features = built(images)
+    assert features.shape == (2, 3, built.output_size)
+    assert built.output_size == (sizes[-1] if sizes else {"conv": 64 * 7 * 7, "conv_small": 32 * 9 * 9}[torso])
+    assert build_model(ModelConfig(torso=torso, torso_sizes=sizes), ATARI).core.input_size == built.output_size + 4 + 1
+    # the layers in front are drawn first, so that more of them change nothing in those
+    torch.manual_seed(0)
+    shorter = build_torso(ModelConfig(torso=torso, torso_sizes=sizes[:1]), ATARI)
+    for p, expected in zip(shorter.parameters(), built.parameters(), strict=False):
+        assert torch.equal(p, expected)
 
 
 def test_no_torso_hands_the_observation_on():
@@ -44,7 +85,7 @@ def test_no_torso_hands_the_observation_on():
     assert torso(x) is x
 
 
-@pytest.mark.parametrize("spec", [VECTOR, SYMBOLS])
+@pytest.mark.parametrize("spec", [VECTOR, SMALL])
 def test_convolutions_need_large_images(spec):
     with pytest.raises(ValueError, match=r"model.torso: found 'conv' for observations .* use 'mlp'"):
         build_torso(ModelConfig(torso="conv"), spec)
@@ -119,11 +160,19 @@ def test_the_critic_is_the_one_of_the_configuration():
             assert getattr(critic, name) == getattr(settings, name)
 
 
-def test_a_conditioned_critic_needs_a_context():
-    with pytest.raises(
-        ValueError, match=r"critic.kind: found 'cdni', but .* no privileged context; allowed none or dni"
-    ):
-        build_critic(CriticConfig(kind="cdni"), build_model(ModelConfig(), ATARI), ATARI)
+def test_a_conditioned_critic_needs_a_context_and_no_other_kind_does():
+    model = build_model(
+        ModelConfig(torso="conv_small", torso_sizes=(4,), hidden_size=4, core="elementwise_lstm"), ATARI
+    )
+    with pytest.raises(ValueError) as error:
+        build_critic(CriticConfig(kind="cdni"), model, ATARI)
+    assert str(error.value) == (
+        "critic.kind: found 'cdni', but this environment offers no privileged context; allowed every other kind; set "
+        "--env.kwargs.context where the environment can offer one, or --critic.kind dni with --critic.past_steps"
+    )
+    for kind in set(get_args(get_type_hints(CriticConfig)["kind"])) - {"cdni"}:
+        build_critic(CriticConfig(kind=kind), model, ATARI)
+    build_critic(CriticConfig(kind="dni", past_steps=(10, 100)), model, ATARI)
 
 
 def _refusal(**settings):
@@ -143,6 +192,25 @@ def test_what_cannot_be_built_is_refused_in_one_line(monkeypatch):
     assert ".[minigrid]" in _refusal(id="MiniGrid-MemoryS7-v0")
     monkeypatch.setitem(sys.modules, "ale_py", None)
     assert ".[agents]" in _refusal(id="ALE/Breakout-v5")
+
+
+@pytest.mark.parametrize(
+    ("env_id", "name", "value", "found"),
+    [
+        ("ALE/Breakout-v5", "frame_skip", "4x", "'4x'; allowed an integer of at least 1"),
+        ("ALE/Breakout-v5", "sticky_actions", None, "None; allowed a number from 0 to 1"),
+        ("MiniGrid-MemoryS7-v0", "view_size", "3x", "'3x'; allowed an odd integer of at least 3"),
+        ("MiniGrid-MemoryS7-v0", "size", "big", "'big'; allowed what MiniGrid-MemoryS7-v0 takes (TypeError: "),
+        ("CartPole-v1", "max_episode_steps", "many", "'many'; allowed what CartPole-v1 takes (TypeError: "),
+        ("CartPole-v1", "render_mode", 3, "3; allowed what CartPole-v1 takes (AttributeError: "),
+    ],
+)
+def test_a_bad_argument_of_the_environment_is_named_in_one_line(env_id, name, value, found):
+    if env_id.startswith("MiniGrid"):
+        pytest.importorskip("minigrid")
+    message = _refusal(id=env_id, kwargs={name: value})
+    assert message.startswith(f"env.kwargs.{name}: found {found}")
+    assert message.endswith("; leave it out for the default")
 
 
 def test_a_package_that_an_environment_of_gymnasium_misses_is_named_in_one_line(monkeypatch):

@@ -115,6 +115,20 @@ def test_help_describes_every_setting(capsys):
             assert len(entry[1]) > 10
 
 
+def test_help_tells_what_is_counted_in_rollouts_and_what_in_fits(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, start in {
+        "fit_interval": "Rollouts from one",
+        "yardstick_interval": "Fits of the critic from one",
+        "warmup_updates": "Fits of the critic before",
+    }.items():
+        entry = re.search(rf"--critic\.{name} INT (.+?) Allowed:", text)[1]
+        assert entry.startswith(start)
+        assert "PPO" in entry and "minibatch" in entry
+
+
 def test_save_and_load_give_the_same_configuration(tmp_path):
     config = TrainConfig(
         env=EnvConfig(kwargs={"length": 3, "names": ["a", "ö"]}),
@@ -222,6 +236,22 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
             "env.kwargs: found [1]; allowed a mapping from names to plain values",
         ),
         (
+            "--env.kwargs.num_envs 3",
+            "env.kwargs.num_envs: found 3; allowed the environment's other arguments; set --env.num_envs in its place",
+        ),
+        (
+            "--env.kwargs.seed null",
+            "env.kwargs.seed: found null; allowed the environment's other arguments; set --run.seed",
+        ),
+        (
+            "--env.kwargs.device cpu",
+            "env.kwargs.device: found 'cpu'; allowed the environment's other arguments; set --run.device",
+        ),
+        (
+            "--env.kwargs.env_id x",
+            "env.kwargs.env_id: found 'x'; allowed the environment's other arguments; set --env.id",
+        ),
+        (
             "--run.name a/b",
             "run.name: found 'a/b'; allowed text naming one folder, without / or \\, or null; "
             "leave it out for the default, null",
@@ -278,6 +308,19 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
         (
             "--critic.interfaces true",
             "critic.interfaces: found true; allowed false with model.core lstm; set --model.core multi_timescale",
+        ),
+        (
+            "--critic.targets_per_window 1",
+            "critic.targets_per_window: found 1; allowed an integer of at least 2, or null; leave it out for the default, 8",
+        ),
+        (
+            "--critic.slow_copy_rate 0",
+            "critic.slow_copy_rate: found 0; allowed a number above 0, up to 1, or null; leave it out for the default, null",
+        ),
+        (
+            "--critic.target_lambda 0.5 --critic.dense_targets false",
+            "critic.target_lambda: found 0.5; allowed 1.0 with critic.dense_targets false, because mixed targets come from the steps "
+            "inside the window; set --critic.dense_targets true",
         ),
         (
             "--critic.kind rtrl",

@@ -18,8 +18,8 @@ from agents.checkpoint import load_checkpoint, rng_state
 from agents.config import CriticConfig, from_dict
 from agents.credit import (
     _acted,
+    _as_windows,
     _losses,
-    _sequences,
     _to_be_remembered,
     check_credit,
     credit_figure,
@@ -173,11 +173,17 @@ def _interrupting(function):
     return interrupting
 
 
+def _sequences(trainer, seed):
+    """What `measure_credit` measures on."""
+    rollout, averages = _acted(trainer.config, trainer.learner, seed)
+    return _as_windows(rollout, trainer.learner, averages)
+
+
 def test_the_sequences_share_no_random_stream_with_the_run(tmp_path):
     trainer = trained(tmp_path, updates=0, algorithm={"rollout_length": 32, "bptt_horizon": 4}, credit_num_envs=4)
     trainer.actor.collect()
     rollout = trainer.actor.collect()
-    windows = _sequences(trainer.config, trainer.learner, trainer.config.run.seed)
+    windows = _sequences(trainer, trainer.config.run.seed)
     assert windows.observation.shape == rollout.observation[:-1].shape
     assert not torch.equal(windows.observation, rollout.observation[:-1])
     assert not torch.equal(windows.action, rollout.action)
@@ -277,11 +283,11 @@ def test_critics_know_at_every_cut_what_the_learner_would_tell_them(tmp_path, mo
     """Future inputs end where a rollout of the learner ends; averages of past ones go on from rollout to rollout."""
     trainer = trained(tmp_path, critic={"kind": kind, **inputs})
     learner, T, L = trainer.learner, 32, 8
-    whole = _sequences(trainer.config, learner, 0)
+    whole = _sequences(trainer, 0)
     given = []
     monkeypatch.setattr(credit_module, "_with_inputs", lambda rollout, _, averages: given.append(averages) or rollout)
     monkeypatch.setattr(credit_module, "make_windows", lambda rollout, *rest: rollout)
-    rollout = _sequences(trainer.config, learner, 0)
+    rollout = _sequences(trainer, 0)
     (averages,) = given
     assert (averages is not None and averages.any()) == ("past_steps" in inputs)
     for start in range(0, T, L):

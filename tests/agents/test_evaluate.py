@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from agents.build import spread_seeds
 from agents.config import from_dict
 from agents.evaluate import (
     Evaluation,
@@ -19,6 +18,7 @@ from agents.evaluate import (
     summarize,
     wilson_interval,
 )
+from agents.parallel import Workers
 from agents.train import Trainer, run_directory, train
 from envs.timestep import EnvSpec, TimeStep
 from tests.agents.scripted_env import ScriptedEnv, make_model
@@ -160,7 +160,10 @@ def test_the_policy_of_a_run_plays_new_episodes(run):
         assert torch.equal(p, policy.model.state_dict()[name])
     env = make_environment(2, run.run.seed)
     assert env.num_envs == 2
-    assert env._generator.initial_seed() not in {seed for run_seed in range(20) for seed in spread_seeds(run_seed, 4)}
+    seeds_of_training = {
+        seed for run_seed in range(20) for rank in range(64) for seed in Workers(rank, 64).spread_seeds(run_seed, 4)
+    }
+    assert not {make_environment(1, seed)._generator.initial_seed() for seed in range(20)} & seeds_of_training
     assert len(evaluate(policy.model, env, 5).returns) == 5
 
 

@@ -382,6 +382,29 @@ def test_the_critic_learns_at_every_so_many_updates_and_is_used_at_all_of_them(n
     assert all(applied[1:])  # before the first fit the prediction is zero
 
 
+def test_ppo_counts_warm_up_and_looks_at_the_yardstick_in_minibatches():
+    """The critic's fits; `fit_interval` counts rollouts, see above."""
+    model = make_model()
+    critic = make_critic(model, warmup_updates=5, max_norm_ratio=1.0, yardstick_interval=3)
+    learner = make_learner(model, critic, name="ppo", epochs=3, minibatches=2, critic_settings={"epochs": 2})
+    looks = []
+    observe = critic.observe_window
+    critic.observe_window = lambda norm, stands_for: looks.append(stands_for) or observe(norm, stands_for)
+    applied = []
+    for rollout in act(model, rollouts=6):
+        applied.append((learner.update(rollout)["sg/synthetic_norm"] > 0).item())
+    assert int(critic.num_updates) == 6 * 2 * 2
+    assert applied == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]  # after 4 fits, and from the second minibatch of the next four on
+    assert looks == [1] * 16 + [3] * 3  # of the fits 17 to 24, those that 3 divides
+
+
 def test_a_resumed_learner_goes_on_with_its_count_of_updates():
     model = make_model()
     rollout = act(model)[0]

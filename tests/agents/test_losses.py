@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agents.losses import actor_critic_loss, generalized_advantages
+from agents.losses import actor_critic_loss, generalized_advantages, normalized_advantages
 
 
 @pytest.fixture
@@ -16,6 +16,28 @@ def _advantages(rewards, discounts, values_tm1, values_t, cuts, lambda_):
     """For one column, given as lists: `generalized_advantages` as a list."""
     columns = [torch.tensor(x, dtype=torch.float64).unsqueeze(1) for x in (rewards, discounts, values_tm1, values_t)]
     return generalized_advantages(*columns, torch.tensor(cuts).unsqueeze(1), lambda_).squeeze(1).tolist()
+
+
+def test_normalised_advantages_have_mean_0_and_deviation_1_where_they_count(generator):
+    advantages = 3.0 + 5.0 * torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    valid = torch.rand(7, 4, generator=generator) < 0.7
+    found = normalized_advantages(advantages.masked_fill(~valid, 0.0), valid)[valid]
+    chosen = advantages[valid]
+    torch.testing.assert_close(found, (chosen - chosen.mean()) / chosen.std(correction=0))
+    assert torch.equal(normalized_advantages(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)), torch.zeros(2, 2))
+
+
+def test_advantages_of_several_processes_are_normalised_together(generator):
+    parts = torch.randn(2, 7, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 9.0]).view(2, 1, 1)
+    valid = torch.rand(2, 7, 4, generator=generator) < 0.7
+    parts = parts.masked_fill(~valid, 0.0)
+    expected = normalized_advantages(parts.flatten(0, 1), valid.flatten(0, 1)).unflatten(0, (2, 7))
+    count = valid.sum()
+    mean = parts.sum() / count
+    square = (parts - mean).square()[valid].sum()
+    for part, rows, result in zip(parts, valid, expected, strict=True):
+        sums = iter((count.double(), parts.sum(), square))  # in the order in which they are asked for
+        torch.testing.assert_close(normalized_advantages(part, rows, lambda _, sums=sums: next(sums)), result)
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.7, 1.0])

@@ -70,7 +70,7 @@ def test_previous_action_and_reward_are_optional(action, reward, width):
 
 def test_a_torso_keeps_leading_dimensions():
     images = torch.randint(256, (2, 3, 1, 40, 40), dtype=torch.uint8)
-    convolutional = [conv_torso((1, 40, 40), layers, 8) for layers in CONVOLUTIONS.values()]
+    convolutional = [conv_torso((1, 40, 40), layers, (8,)) for layers in CONVOLUTIONS.values()]
     for torso in (*convolutional, mlp_torso((1, 40, 40), (8,), 255.0)):
         features = torso(images)
         assert features.shape == (2, 3, 8)

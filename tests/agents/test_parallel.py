@@ -15,7 +15,7 @@ import torch
 
 import dni_rl
 from agents import train as train_module
-from agents.build import build_critic, build_interfaces, spread_seeds
+from agents.build import EVALUATION_KEY, build_critic, build_interfaces, spread_seeds
 from agents.checkpoint import load_checkpoint
 from agents.config import AlgorithmConfig, CriticConfig, from_dict, save_config
 from agents.learner import Learner, select_sequences
@@ -343,6 +343,16 @@ def test_seeds_of_processes_and_runs_never_coincide():
     seeds = [seed for run in range(20) for rank in range(64) for seed in Workers(rank, 64).spread_seeds(run, 4)]
     assert len(set(seeds)) == len(seeds)
     assert Workers(0, 64).spread_seeds(3, 4) == spread_seeds(3, 4)
+
+
+def test_seeds_of_processes_resumed_runs_and_evaluations_never_coincide():
+    workers = [Workers(rank, 16) for rank in range(16)]
+    steps = (0, 1, 2, 15, 2048, 2**32 + 1)
+    seeds = [
+        seed for run in range(20) for one in workers for step in steps for seed in one.spread_seeds(run, 4, step=step)
+    ]
+    seeds += [seed for run in range(20) for seed in spread_seeds(run, 4, key=EVALUATION_KEY)]
+    assert len(set(seeds)) == len(seeds)
 
 
 # Whole runs

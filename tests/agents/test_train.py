@@ -187,8 +187,51 @@ def test_where_the_environment_cannot_be_saved_a_resumed_run_says_that_new_episo
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         train(configure(**settings, total_steps=32), directory)
-    assert caplog.messages == [f"{env_id}: emulator state cannot be saved; new episodes start at step {step}"]
+    assert caplog.messages == [
+        f"{env_id}: the state of this environment cannot be saved; new episodes start at step {step}"
+    ]
     assert load_checkpoint(directory)["step"] == 32
+
+
+def test_where_the_environment_cannot_be_saved_the_new_episodes_are_not_those_of_the_beginning(configure):
+    config = configure(env={"id": SCRIPTED, "kwargs": {}}, critic={"kind": "dni"})
+
+    def observations(step):
+        """What a run sees first; resumed at `step` unless that is None."""
+        trainer = Trainer(config)
+        if step is not None:
+            trainer.load_state_dict(Trainer(config).state_dict() | {"step": step})
+            assert trainer.actor.environment is trainer.environment
+        return trainer.actor.collect().observation
+
+    start, *resumed = (observations(step) for step in (None, 32, 64))
+    assert not any(torch.equal(start, other) for other in resumed)
+    assert not torch.equal(*resumed)
+    assert torch.equal(observations(64), resumed[1])  # the same resume gives the same episodes
+    assert torch.equal(observations(0), start)  # nothing was seen of these
+
+
+@pytest.mark.parametrize(("saved", "found"), [("cuda", "cpu"), ("cuda:1", "cpu"), ("cpu", "cuda")])
+def test_a_run_cannot_go_on_on_another_kind_of_device(configure, saved, found):
+    config = configure()
+    directory = train(config)
+    state = load_checkpoint(directory)
+    state["config"]["run"]["device"] = saved
+    if saved != "cpu":
+        state["actor"]["generator"] = torch.zeros(16, dtype=torch.uint8)  # as large as those of a GPU are
+    save_checkpoint(directory, state, state["step"])
+    with pytest.raises(ValueError) as error:
+        train(dataclasses.replace(config, run=dataclasses.replace(config.run, device=found)), directory)
+    kind = saved.split(":")[0]
+    assert str(error.value) == (
+        f"run.device: found {found!r}; allowed {kind}, as in the run to resume, because the states of its random generators fit no "
+        f"other kind of device; set --run.device {saved}, or start a new run"
+    )
+
+
+def test_a_run_may_go_on_on_another_gpu(configure):
+    configs = (configure(device=device) for device in ("cuda", "cuda:1"))
+    train_module._check_resumable(*configs)
 
 
 # Interruption

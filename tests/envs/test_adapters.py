@@ -12,9 +12,10 @@ from envs.adapters import (
     GymnasiumEnvs,
     GymnasiumVector,
     checked_actions,
+    environment_seeds,
     gymnasium_vector,
-    spread_seeds,
 )
+from envs.minigrid import MINIGRID_SIZES
 from tests.envs.conformance import check_environment
 
 
@@ -80,19 +81,20 @@ def zeros(env):
 
 
 def test_seeds_of_neighbouring_runs_do_not_overlap():
-    seeds = [seed for run in range(50) for seed in spread_seeds(run, 64)]
+    seeds = [seed for run in range(50) for seed in environment_seeds(run, 64)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert spread_seeds(7, 4) == spread_seeds(7, 4) == spread_seeds(7, 9)[:4]
+    assert environment_seeds(7, 4) == environment_seeds(7, 4) == environment_seeds(7, 9)[:4]
+    assert environment_seeds(7, 3) == [1041839916, 1969781632, 2092892605]  # of the runs that there are
 
 
 def test_colliding_seeds_are_drawn_again():
-    assert len(set(spread_seeds(0, 100_000))) == 100_000  # two or three of so many collide
+    assert len(set(environment_seeds(0, 100_000))) == 100_000  # two or three of so many collide
 
 
 def test_negative_seeds_are_refused():
     with pytest.raises(ValueError, match="negative"):
-        spread_seeds(-1, 2)
+        environment_seeds(-1, 2)
 
 
 def test_ignored_actions_may_hold_anything():
@@ -134,7 +136,7 @@ def test_seeds_are_given_once():
     env.step(zeros(env))
     env.step(zeros(env))
     env.reset()
-    assert [inner.seeds for inner in envs] == [[seed, None, None] for seed in spread_seeds(5, 2)]
+    assert [inner.seeds for inner in envs] == [[seed, None, None] for seed in environment_seeds(5, 2)]
 
 
 @pytest.mark.parametrize(
@@ -371,6 +373,17 @@ def test_minigrid_symbols_and_view_size():
     assert step.observation.shape == (2, 3, 3, 3) and step.observation.max() <= 10
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_symbols_are_to_be_divided_by_the_largest_of_them_and_all_else_by_255(vectorization):
+    def scale(**settings):
+        env = gymnasium_vector("MiniGrid-MemoryS7-v0", 1, seed=0, vectorization=vectorization, **settings)
+        env.close()
+        return env.spec.observation_scale
+
+    assert scale(encoding="symbolic") == max(MINIGRID_SIZES) - 1
+    assert scale(encoding="one_hot") == scale() == 255.0
+
+
 def test_minigrid_episodes_end_and_start_again():
     env = gymnasium_vector("MiniGrid-MemoryS7-v0", 2, seed=0, max_steps=5, context="grid")
     assert env.spec.context_size == 3 * 7 * 7 + 8
@@ -394,15 +407,29 @@ def test_a_mission_the_policy_cannot_read_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vectorization": "threads"}, "vectorization must be"),
-        ({"vectorization": "async", "context": "grid"}, "context needs vectorization='sync'"),
-        ({"context": "walls"}, "context must be 'grid'"),
-        ({"encoding": "pixels"}, "encoding must be"),
+        ({"vectorization": "threads"}, "vectorization: found 'threads'; allowed 'sync' or 'async'; leave it out"),
+        (
+            {"vectorization": "async", "context": "grid"},
+            "context: found 'grid'; allowed None with vectorization='async', .*; use vectorization='sync'",
+        ),
+        ({"context": "walls"}, "context: found 'walls'; allowed 'grid' with MiniGrid, a function"),
+        ({"context": 3}, "context: found 3; allowed 'grid' with MiniGrid, a function"),
+        ({"encoding": "pixels"}, "encoding: found 'pixels'; allowed 'one_hot' or 'symbolic'"),
+        ({"encoding": 3}, "encoding: found 3; allowed 'one_hot' or 'symbolic'"),
+        ({"fast_view": "no"}, "fast_view: found 'no'; allowed true or false"),
+        ({"ignore_mission": 1}, "ignore_mission: found 1; allowed true or false"),
+        ({"view_size": 4}, "view_size: found 4; allowed an odd integer of at least 3; leave it out for the default"),
+        ({"view_size": 1}, "view_size: found 1; allowed an odd integer of at least 3"),
+        ({"view_size": "3x"}, "view_size: found '3x'; allowed an odd integer of at least 3"),
+        ({"view_size": "5", "vectorization": "async"}, "view_size: found '5'; allowed an odd integer of at least 3"),
+        ({"size": "big"}, "size: found 'big'; allowed what MiniGrid-MemoryS7-v0 takes .TypeError: "),
+        ({"max_steps": "x"}, "max_steps: found 'x'; allowed what MiniGrid-MemoryS7-v0 takes .AssertionError: "),
+        ({"size": 0}, "size: found 0; allowed what MiniGrid-MemoryS7-v0 takes .AssertionError.; leave it out"),
         ({"num_envs": 0}, "num_envs must be at least 1"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         gymnasium_vector("MiniGrid-MemoryS7-v0", **{"num_envs": 1, "seed": 0, **settings})
 
 

@@ -84,11 +84,6 @@ def test_a_subclass_with_a_view_of_its_own_keeps_it():
     assert not image_view(Blind(), None, True).reset(seed=0)[0].any()
 
 
-def test_an_even_view_is_refused():
-    with pytest.raises(ValueError, match="view_size must be odd and at least 3, got 4"):
-        gymnasium_vector("MiniGrid-MemoryS7-v0", 1, seed=0, view_size=4)
-
-
 def test_the_packages_view_can_be_asked_for():
     envs = [gymnasium_vector("MiniGrid-MemoryS7-v0", 2, seed=0, fast_view=fast) for fast in (True, False)]
     assert [isinstance(env.envs[0].unwrapped.gen_obs, FastView) for env in envs] == [True, False]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import envs
-from envs import Environment, make
+from envs import ArgumentError, Environment, make
 from envs.adapters import DmEnvs, GymnasiumEnvs, GymnasiumVector
 from envs.atari import Atari
 from envs.registry import GRIDWORLDS
@@ -29,7 +29,7 @@ THEIRS = """
         action_space = spaces.Discrete(2)
 
         def __init__(self, speed=1.0):
-            self.speed = speed
+            self.speed = float(speed)
 
         def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
@@ -46,7 +46,7 @@ THEIRS = """
 
     class Dm(dm_env.Environment):
         def __init__(self, seed, speed=1.0):
-            self.seed, self.speed = seed, speed
+            self.seed, self.speed = seed, float(speed)
 
         def reset(self):
             return dm_env.restart(np.zeros(2))
@@ -65,7 +65,7 @@ THEIRS = """
         resumable = True
 
         def __init__(self, *, num_envs, seed, device="cpu", speed=1.0):
-            self.num_envs, self.seed, self.device, self.speed = num_envs, seed, torch.device(device), speed
+            self.num_envs, self.seed, self.device, self.speed = num_envs, seed, torch.device(device), float(speed)
             self.spec = EnvSpec((2,), torch.float32, 2)
 
         def reset(self):
@@ -241,6 +241,30 @@ def test_an_unknown_argument_names_the_nearest_and_the_allowed_ones(env_id, argu
         ValueError, match=rf"{env_id} has no argument '{argument}'; did you mean '{nearest}'\? It takes .*{nearest}"
     ):
         make(env_id, num_envs=1, seed=0, **{argument: 1})
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("env_id", "arguments", "message"),
+    [
+        (
+            "CartPole-v1",
+            {"max_episode_steps": "many"},
+            "max_episode_steps: found 'many'; allowed what CartPole-v1 takes",
+        ),
+        ("CartPole-v1", {"render_mode": 3}, "render_mode: found 3; allowed what CartPole-v1 takes"),
+        ("ALE/Pong-v5", {"frame_skip": "4x"}, "frame_skip: found '4x'; allowed an integer of at least 1"),
+        ("their_envs:Gym", {"speed": "fast"}, "speed: found 'fast'; allowed what Gym takes"),
+        ("their_envs:Vector", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:Vector takes"),
+        ("their_envs:Dm", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:Dm takes"),
+        ("their_envs:Ours", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:Ours takes"),
+        ("their_envs:factory", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:factory takes"),
+    ],
+)
+def test_a_value_that_an_environment_cannot_take_is_named(env_id, arguments, message):
+    with pytest.raises(ArgumentError, match=f"^{message}.*; leave it out for the default$") as error:
+        make(env_id, num_envs=2, seed=0, **arguments)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("env_id", ["PassiveTMaze", "ALE/Pong-v5", "CartPole-v1"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dm_env import specs
 
-from envs import make
+from envs import ArgumentError, make
 from envs.adapters import DmEnvs
 from envs.gridworlds import PassiveTMaze, RepeatFirst
 from envs.third_party import BsuiteRecorder, FirstObservation, bsuite_scores, make_bsuite
@@ -182,7 +182,7 @@ def test_bsuite_memory_is_solved_by_the_context_and_success_is_told():
         ),
         ("bsuite/?", {}, "see bsuite.sweep.SWEEP"),
         ("bsuite/memory_len/0", {"contxt": 1}, "did you mean 'context'"),
-        ("bsuite/memory_len/0", {"context": "grid"}, "context must be 'first_observation' or None, got 'grid'"),
+        ("bsuite/memory_len/0", {"context": "grid"}, "context: found 'grid'; allowed 'first_observation' or None"),
     ],
 )
 def test_what_bsuite_does_not_have_is_refused(env_id, kwargs, message):
@@ -275,7 +275,11 @@ def test_popgym_passes_arguments_on_and_refuses_others():
     assert make("popgym-RepeatPreviousEasy-v0", num_envs=1, seed=0, k=2, context="state").spec.context_size == 2 * 4 + 4
     with pytest.raises(ValueError, match="has no argument 'kk'; did you mean 'k'"):
         make("popgym-RepeatPreviousEasy-v0", num_envs=1, seed=0, kk=2)
-    with pytest.raises(ValueError, match="context must be 'state' or None, got 'grid'"):
+    with pytest.raises(ValueError, match="context: found 'grid'; allowed 'state' or None"):
         make("popgym-RepeatFirstEasy-v0", num_envs=1, seed=0, context="grid")
     with pytest.raises(ValueError, match=r"the nearest are .*popgym-RepeatFirstEasy-v0"):
         make("popgym-RepeatFrstEasy-v0", num_envs=1, seed=0)
+    with pytest.raises(
+        ArgumentError, match=r"^k: found 'x'; allowed what popgym-RepeatPreviousEasy-v0 takes \(\w+Error"
+    ):
+        make("popgym-RepeatPreviousEasy-v0", num_envs=1, seed=0, k="x")

@@ -1,0 +1,91 @@
+"""Arguments of environments, which come from configurations and may be of any type: checked, and refused by their names.
+
+Every refusal is an `ArgumentError`, in one line that starts with the argument's name. Use `require` for arguments of our own, and
+`built_with` around somebody else's constructor, which knows best what it takes.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+
+class ArgumentError(ValueError):
+    """An environment does not take an argument: "name: found X; allowed Y; way out"."""
+
+
+def refuse(name: str, found: object, allowed: str, way_out: str = "leave it out for the default") -> NoReturn:
+    """Raises the `ArgumentError` of an argument."""
+    raise ArgumentError(f"{name}: found {found!r}; allowed {allowed}; {way_out}")
+
+
+def require(name: str, value: object, holds: bool, allowed: str, way_out: str = "leave it out for the default") -> None:
+    """Refuses an argument unless something `holds`, which `allowed` says in words."""
+    if not holds:
+        refuse(name, value, allowed, way_out)
+
+
+def require_integer(name: str, value: object, low: int, hint: str = "") -> None:
+    """Refuses an argument unless it is an integer of at least `low`; `hint` says why it is so much."""
+    require(name, value, is_integer(value, low), f"an integer of at least {low}{hint}")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Refuses an argument that is neither true nor false: any text would pass for true."""
+    require(name, value, isinstance(value, bool), "true or false")
+
+
+def is_integer(value: object, low: int, high: int | None = None) -> bool:
+    """Whether it is an int in [low, high], and not a bool; `high` None is no bound."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether it is an int or a float in [low, high], and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def built_with(build: Callable[..., T], arguments: Mapping[str, Any], owner: str) -> T:
+    """What `build` makes of the arguments; where one of them is why it cannot, the error says which.
+
+    That is the first one with which it cannot be built any more, when they are added one by one to none at all.
+
+    Args:
+        build: somebody else's constructor. Called again, with fewer arguments, only after it has failed.
+        arguments: by name.
+        owner: whose arguments they are.
+
+    Raises:
+        ArgumentError: if an argument is to blame.
+        Exception: what `build` raised, if it cannot be built without any argument either.
+    """
+    try:
+        return build(**arguments)
+    except ArgumentError:
+        raise
+    except Exception:
+        accepted: dict[str, Any] = {}
+        if _failure(build, accepted) is not None:
+            raise
+        for name, value in arguments.items():
+            accepted[name] = value
+            error = _failure(build, accepted)
+            if error is not None:
+                message = " ".join(str(error).split())
+                reason = type(error).__name__ + (f": {message}" if message else "")
+                raise ArgumentError(
+                    f"{name}: found {value!r}; allowed what {owner} takes ({reason}); leave it out for the default"
+                ) from error
+        raise
+
+
+def _failure(build: Callable[..., Any], arguments: Mapping[str, Any]) -> Exception | None:
+    """What goes wrong with these arguments, or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they came with the first attempt
+        try:
+            build(**arguments).close()
+        except Exception as error:
+            return error
+    return None
