@@ -93,10 +93,11 @@ def measure_credit(
                 ticks=algorithm.bptt_horizon,
                 critic=critic,
                 context=context,
+                alive=windows.valid,
                 interface_critics=interfaces,
             )
         )
-    return measure(window=algorithm.bptt_horizon, critic=critic, context=context)
+    return measure(window=algorithm.bptt_horizon, critic=critic, context=context, alive=windows.valid)
 
 
 def check_credit(config: TrainConfig, spec: EnvSpec) -> None:

@@ -344,6 +344,7 @@ class Learner:
         with self._recording(fit):
             outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
         logits, values = model.heads(outputs)
+        alive = torch.cat([batch.valid, batch.alive.unsqueeze(0)])  # nothing follows the state before a LAST step
         loss = actor_critic_loss(
             logits,
             values,
@@ -376,7 +377,7 @@ class Learner:
                 trace=self.trace,
                 lambda_=self.critic_config.trace_lambda,
                 first=batch.first,
-                alive=batch.alive,
+                alive=alive,
                 weight=weight,
                 jacobian=dni_rl.state_jacobian(model.core, inputs, state, batch.first),
             )
@@ -386,7 +387,7 @@ class Learner:
                 start=state,
                 end=next_state,
                 critic=critic,
-                alive=batch.alive,
+                alive=alive,
                 context=context,
                 weight=weight,
                 fit=fit,
@@ -438,7 +439,7 @@ class Learner:
                 ticks=self.algorithm.bptt_horizon,
                 critic=self.critic,
                 context=context,
-                alive=batch.valid,  # nothing follows a LAST step
+                alive=batch.valid,
                 interface_critics=self.interfaces or None,
             )
         if self.sensitivity is not None:

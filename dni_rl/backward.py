@@ -100,7 +100,10 @@ def backward(
         end: the state after the window, from `core.unroll`. If the core recorded the window's history, and the critic wants dense
             targets, it learns at every step, otherwise at the start alone.
         critic: the error critic, or None.
-        alive: [B], 0 where the sequence ended exactly at the cut and nothing lies beyond it; None where none did.
+        alive: [B], 0 where the sequence ended exactly at the cut and nothing lies beyond it; None where none did. Or [T + 1, B], the
+            same for the state before each step, the last row that of `end`: where there are steps between two sequences whose losses
+            do not count, such as the last time step of dm_env, the critic must not learn there. A state does not always tell that it is
+            followed by one; taught zero at these, and applied nowhere but at the others, the critic would count ends twice.
         context: [T + 1, B, Z] context of the state before each step, the last row that of `end`. None without context.
         weight: multiplies what enters the model's `.grad`; by default 1 / (T B), the mean over all losses. The critic never sees it:
             it is taken out of the targets.
@@ -142,6 +145,10 @@ def backward(
         scale = scaler.scale(losses.new_ones(()))
         weight = weight * scale
     history = end.history if isinstance(end, UnrolledState) else None
+    # [T, B] or None, whether there is anything to learn from at the state before each step
+    has_future, alive = (None, alive) if alive is None or alive.dim() == 1 else (alive[:-1].bool(), alive[-1])
+    if history is not None:
+        has_future = history.valid if has_future is None else history.valid & has_future
     if critic is None:
         with nullcontext() if history is None else history.unwatched():
             torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
@@ -152,7 +159,7 @@ def backward(
     if stands_for:
         # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
         with nullcontext() if history is None else history.unwatched():
-            inside = torch.autograd.grad(
+            from_losses = torch.autograd.grad(
                 losses,
                 start,
                 torch.ones_like(losses) * weight,  # the scale at which half precision does not lose it
@@ -160,13 +167,14 @@ def backward(
                 allow_unused=True,
                 materialize_grads=True,
             )
-        critic.observe_window(_per_sequence(inside, weight), stands_for)
+        critic.observe_window(_per_sequence(from_losses, weight), stands_for)
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
     )
     mixed = None
     if fit and history is not None and critic.target_lambda < 1.0 and critic.learns_gradients:
-        mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history, weight)
+        assert has_future is not None
+        mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history, has_future, weight)
     dense = fit and history is not None and critic.dense_targets
     # A hook costs time, so there is none where nothing is learned at the start alone.
     with (
@@ -189,16 +197,17 @@ def backward(
         return Report(nan, nan, nan, nan, nan, synthetic_norm, nan)
     valid: Tensor | None
     if dense:
-        assert history is not None
+        assert history is not None and has_future is not None
         steps = critic.target_steps(T)
-        states, targets, valid = history.at(steps)
+        states, targets, _ = history.at(steps)
+        valid = has_future if len(steps) == T else has_future[list(steps)]
         if mixed is not None:
             targets = mixed
         history.clear()
     else:
         states, targets = tuple(s.detach().unsqueeze(0) for s in start), tuple(g.unsqueeze(0) for g in at_start)
         # of a start that an episode's first step clears, nothing comes back
-        steps, valid = (0,), None if history is None else history.valid[:1]
+        steps, valid = (0,), None if has_future is None else has_future[:1]
     fitted = critic.fit_window(
         Window(
             states=states,
@@ -234,6 +243,7 @@ def _mixed_gradients(
     synthetic: State,
     context: Tensor | None,
     history: StateHistory,
+    alive: Tensor,
     weight: float | Tensor,
 ) -> State:
     """weight * G_j, tuple of [T, B, ...], mixed with the synthetic gradients b_j of every state on the way.
@@ -243,9 +253,7 @@ def _mixed_gradients(
     """
     T, B = losses.shape
     inside = tuple(s.flatten(0, 1) for s in history.states)
-    b = critic.synthetic_gradient(
-        inside, None if context is None else context[:-1].flatten(0, 1), history.valid.flatten()
-    )
+    b = critic.synthetic_gradient(inside, None if context is None else context[:-1].flatten(0, 1), alive.flatten())
     with history.mixing(critic.target_lambda, tuple((g * weight).unflatten(0, (T, B)) for g in b)):
         torch.autograd.grad(
             [losses, *end],
@@ -260,6 +268,13 @@ def _mixed_gradients(
     gradients = history.gradients
     history.clear()
     return gradients
+
+
+def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
+    """Raises ValueError if it is not of one of the two shapes that `backward` takes."""
+    shapes = ((batch_size,), (num_steps + 1, batch_size))
+    if alive is not None and alive.shape not in shapes:
+        raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {tuple(alive.shape)}")
 
 
 def _per_sequence(gradients: State, weight: float | Tensor) -> State:
@@ -321,6 +336,7 @@ def _check(
         raise RuntimeError(
             "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
         )
+    check_alive(alive, T, B)
     if critic is None:
         return T, B
     if not all(s.requires_grad for s in end):
@@ -335,8 +351,6 @@ def _check(
             f"end: target_lambda={critic.target_lambda} needs the states inside the window, which the state that `core.unroll` "
             "returned carries; use it as it is, or target_lambda=1"
         )
-    if alive is not None and alive.shape != (B,):
-        raise ValueError(f"alive: expected [B] = ({B},), got {tuple(alive.shape)}")
     if critic.context_size and (context is None or context.shape != (T + 1, B, critic.context_size)):
         found = None if context is None else tuple(context.shape)
         raise ValueError(

@@ -9,7 +9,7 @@ costs state times critic parameters.
 import torch
 from torch import Tensor
 
-from dni_rl.backward import Report
+from dni_rl.backward import Report, check_alive
 from dni_rl.cores.base import Core, State
 from dni_rl.critics import GradientCritic
 
@@ -84,7 +84,8 @@ def bp_lambda_backward(
         trace: from `bp_lambda_trace` at first, then from the last call.
         lambda_: in [0, 1]. 0 learns from the next prediction alone, 1 from true gradients alone.
         first: [T, B] bool as in `unroll`: traces end where an episode starts. None where none does.
-        alive: [B], 0 where the sequence ended exactly at `end`: nothing is predicted there, and its trace ends.
+        alive: [B], 0 where the sequence ended exactly at `end`: nothing is predicted there, and its trace ends. Or [T + 1, B] as in
+            `dni_rl.backward`; the first row is that of `start`.
         context: [T + 1, B, Z] as in `dni_rl.backward`.
         weight: multiplies what enters the model's `.grad`; 1 / (T B) by default.
         jacobian: [B, S, S] d end / d start, from `state_jacobian`, which is faster where steps are small.
@@ -99,6 +100,8 @@ def bp_lambda_backward(
     head = _linear_head(critic)
     _check(losses, start, end, critic, trace, lambda_, first, alive, context, jacobian)
     T, B = losses.shape
+    had_future = None if alive is None or alive.dim() == 1 else alive[0].bool()
+    alive = alive if had_future is None or alive is None else alive[-1]
     if weight is None:
         weight = 1.0 / (T * B)
     before = tuple(s.detach() for s in start)
@@ -125,7 +128,8 @@ def bp_lambda_backward(
     with torch.no_grad():
         target = torch.cat(arrived, dim=-1) / weight  # [B, S]
         predicted = torch.cat(critic(before, z_before), dim=-1)
-        row = (~fresh).to(target.dtype).unsqueeze(-1)  # a state that an episode's start clears has no future
+        # a state that an episode's start clears has no future, nor has one between two episodes
+        row = (~fresh if had_future is None else ~fresh & had_future).to(target.dtype).unsqueeze(-1)
         # delta = 0 there, and J_t = 0 by the reset itself: the old trace neither learns nor lives on
         delta = row * (target - predicted)
         trace = trace.clone()
@@ -260,7 +264,8 @@ def _check(
         raise ValueError(
             f"trace: expected [B, S, S, S + Z + 1] = {(B, S, S, S + critic.context_size + 1)}, got {tuple(trace.shape)}"
         )
-    for name, found, shape in (("first", first, (T, B)), ("alive", alive, (B,)), ("jacobian", jacobian, (B, S, S))):
+    check_alive(alive, T, B)
+    for name, found, shape in (("first", first, (T, B)), ("jacobian", jacobian, (B, S, S))):
         if found is not None and found.shape != shape:
             raise ValueError(f"{name}: expected {shape}, got {tuple(found.shape)}")
     if (context is None) != (critic.context_size == 0) or (

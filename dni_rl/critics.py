@@ -802,7 +802,8 @@ class _ValueCritic(ErrorCritic):
         if self.target_lambda < 1.0 and T > 1:
             inner = tuple(s[1:].flatten(0, 1) for s in window.states)
             z = None if context is None else context[1:-1].flatten(0, 1)
-            bootstraps[:-1] = self._bootstrap(inner, z, None).view(T - 1, -1)
+            alive = None if window.valid is None else window.valid[1:].flatten()
+            bootstraps[:-1] = self._bootstrap(inner, z, alive).view(T - 1, -1)
         return window.at_steps(lambda_targets(losses, bootstraps, self.target_lambda, first=window.first)).flatten()
 
     def _bootstrap(self, state: State, context: Tensor | None, alive: Tensor | None) -> Tensor:

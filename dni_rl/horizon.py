@@ -81,6 +81,7 @@ def credit_horizon(
     critic: Bootstrap | None = None,
     unroll: Callable[[Tensor, State, Tensor | None], tuple[Tensor, LevelledState, Tensor]] | None = None,
     context: Tensor | None = None,
+    alive: Tensor | None = None,
     probe: Tensor | None = None,
     loss_times: Sequence[int] | None = None,
     num_lags: int | None = None,
@@ -163,6 +164,8 @@ def credit_horizon(
         unroll: instead of window and critic, how the method unrolls the whole batch: (inputs, state, first) to
             (outputs, next state, bootstraps), for example `partial(core.unroll_in_ticks, ticks=8, critic=critic)`.
         context: [T + 1, B, Z], as in `dni_rl.backward`.
+        alive: [T, B] bool, False where the state before a step has no future although no episode starts there, as in
+            `dni_rl.backward`: nothing is bootstrapped from it. None where there is no such step; with `unroll`, give it to that.
         probe: [T, B, Z], known before step j or not, what s_j is to tell apart; of any scale; two sequences or more. None for no
             expected cosine. Components that do not vary are left out of account.
         loss_times: which t to measure, each in [0, T); None for at most 64, evenly spread over the batch and over
@@ -179,7 +182,7 @@ def credit_horizon(
         ValueError: if a shape, time or count is out of range, or window, critic and unroll do not go together.
         RuntimeError: if the core records no history.
     """
-    T = _check(inputs, window, critic, context, probe, loss_times, num_lags, margin)
+    T = _check(inputs, window, critic, context, alive, probe, loss_times, num_lags, margin)
     if unroll is not None and window is not None:
         raise ValueError("unroll: it replaces window= and critic=; leave those out")
     if loss_times is None:
@@ -199,7 +202,7 @@ def credit_horizon(
     b = tail = None  # [T, B, S] what bootstraps send to each state, and what they stand for
     if critic is not None and window is not None:
         total = _gradients(losses.sum(), start, end)
-        b, tail = _bootstraps(core, inputs, end, total, starts, window, critic, context)
+        b, tail = _bootstraps(core, inputs, end, total, starts, window, critic, context, alive)
     method = None if unroll is None else _Method(unroll, loss_fn, inputs, start, first)
     if method is not None:
         total = _gradients(losses.sum(), start, end)
@@ -368,6 +371,7 @@ def _bootstraps(
     window: int,
     critic: Bootstrap,
     context: Tensor | None,
+    has_future: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Carries M(s_k) and the truth G_k from every cut k through the window before it; see `credit_horizon`.
 
@@ -380,7 +384,8 @@ def _bootstraps(
     cuts = slice(0, W * window + 1, window)
 
     # At the cuts: the state is recorded with resets applied; where one was applied, there is no future.
-    alive = ~starts[cuts].flatten()  # [(W + 1) * B]
+    alive = ~starts if has_future is None else ~starts & has_future
+    alive = alive[cuts].flatten()  # [(W + 1) * B]
     at_cuts = tuple(s[cuts].flatten(0, 1) for s in end.history.states)
     with torch.no_grad():
         synthetic = critic.synthetic_gradient(at_cuts, None if context is None else context[cuts].flatten(0, 1), alive)
@@ -454,6 +459,7 @@ def _check(
     window: int | None,
     critic: Bootstrap | None,
     context: Tensor | None,
+    alive: Tensor | None,
     probe: Tensor | None,
     loss_times: Sequence[int] | None,
     num_lags: int | None,
@@ -467,6 +473,10 @@ def _check(
     if context is not None and context.shape[:2] != (T + 1, inputs.shape[1]):
         raise ValueError(
             f"context: expected [T + 1, B, Z] = ({T + 1}, {inputs.shape[1]}, Z), got {tuple(context.shape)}"
+        )
+    if alive is not None and (alive.shape != inputs.shape[:2] or alive.dtype != torch.bool):
+        raise ValueError(
+            f"alive: expected [T, B] = ({T}, {inputs.shape[1]}) of torch.bool, got {tuple(alive.shape)} of {alive.dtype}"
         )
     if probe is not None and (probe.dim() != 3 or probe.shape[:2] != inputs.shape[:2]):
         raise ValueError(f"probe: expected [T, B, Z] = ({T}, {inputs.shape[1]}, Z), got {tuple(probe.shape)}")

@@ -91,7 +91,7 @@ def train(critic_kind: str, num_steps: int, seed: int) -> tuple[Agent, dni_rl.Gr
         if critic_optimizer is not None:
             critic_optimizer.zero_grad()
         # losses.mean().backward()
-        alive = ~(step.first | step.last)  # whether the episode goes on beyond the window
+        alive = ~(first | last)  # [T + 1, B], whether the episode goes on behind the state before a step
         dni_rl.backward(losses, start=state, end=next_state, critic=critic, alive=alive)  # changed line 3 of 3
         optimizer.step()
         if critic_optimizer is not None:

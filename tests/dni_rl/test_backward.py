@@ -336,6 +336,91 @@ def test_a_start_that_an_episode_clears_teaches_nothing():
 
 
 @dense
+def test_a_state_between_two_sequences_teaches_nothing(dense):
+    model, x, y, state = problem()
+    alive = torch.ones(3, B)
+    alive[0, 1] = alive[1, 0] = 0.0
+    fitted = []
+    for given in (None, alive):
+        critic = make_critic(model, dense_targets=dense)
+        start = dni_rl.cut(state)
+        # Sequence 0 begins anew with the first step, 2 with the second.
+        losses, end = model(x[8:10], y[8:10], start, FIRST[8:10])
+        dni_rl.backward(losses, start=start, end=end, critic=critic, alive=given)
+        fitted.append(critic.fitted)
+    rows = slice(6 if dense else 3)
+    assert fitted[0]["valid"].tolist() == [False, True, True, True, True, False][rows]
+    assert fitted[1]["valid"].tolist() == [False, False, True, False, True, False][rows]
+    exactly(fitted[0]["target"], fitted[1]["target"])
+
+
+@pytest.mark.parametrize("kind", [dni_rl.LossCritic, dni_rl.GradientCritic])
+def test_mixed_targets_end_where_a_sequence_does(kind, monkeypatch):
+    """A critic that predicts 7 everywhere, losses of nothing: what the states before the end learn is 0."""
+    model, x, _, state = problem()
+    critic = kind(state_sizes=model.core.state_sizes, normalize_targets=False, target_lambda=0.0).to(x)
+    for p in critic.parameters():
+        torch.nn.init.constant_(p, 0.0 if p.dim() > 1 else 7.0)
+    learned = []
+    if kind is dni_rl.LossCritic:
+        to_go = critic._loss_to_go
+        monkeypatch.setattr(critic, "_loss_to_go", lambda window: learned.append(to_go(window)) or learned[-1])
+    else:
+        fit = critic.fit
+        monkeypatch.setattr(
+            critic, "fit", lambda state, target, *rest: learned.extend(target) or fit(state, target, *rest)
+        )
+    alive = torch.ones(5, B)
+    alive[2, 0] = 0.0
+    start = dni_rl.cut(state)
+    outputs, end = model.core.unroll(x[:4], start)
+    dni_rl.backward(0.0 * outputs.sum(-1), start=start, end=end, critic=critic, alive=alive)
+    reached = learned[0].view(4, B, -1).abs().sum(-1) > 0
+    assert reached[1].tolist() == [False, True, True]
+    assert reached[0].all()
+
+
+class Counting(dni_rl.Core):
+    """Keeps its state, which knows nothing; with the state as loss, the gradient of all later losses is their number."""
+
+    input_size = output_size = 1
+    state_sizes = (1,)
+
+    def forward(self, x, state):
+        """One step."""
+        s = state[0] + 0.0 * x
+        return s, (s,)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_an_end_that_the_state_does_not_tell_is_counted_once(window):
+    """Sequences end with probability 0.1, so ten losses are to come on average, with a step of its own behind the last one."""
+    torch.manual_seed(0)
+    core, num, steps = Counting(), 512, 400
+    critic = dni_rl.GradientCritic(state_sizes=(1,), normalize_targets=False)
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+    state: dni_rl.State = (torch.zeros(num, 1),)
+    last, first = torch.zeros(num, dtype=torch.bool), torch.ones(num, dtype=torch.bool)
+    found = []
+    for _ in range(steps // window):
+        rows = []
+        for _ in range(window + 1):
+            rows.append((first, last))
+            first, last = last, (torch.rand(num) < 0.1) & ~last
+        first, last = rows[-1]  # the next window begins where this one ends
+        firsts, lasts = (torch.stack(column) for column in zip(*rows, strict=True))
+        state = dni_rl.cut(state)
+        outputs, end = dni_rl.cores.unroll_stepwise(core, torch.zeros(window, num, 1), state, firsts[:-1])
+        losses = outputs.squeeze(-1) * ~lasts[:-1]
+        optimizer.zero_grad()
+        dni_rl.backward(losses, start=state, end=end, critic=critic, alive=~(firsts | lasts))
+        optimizer.step()
+        state = end
+        found.append(critic((torch.zeros(1, 1),))[0].item())
+    assert sum(found[-20:]) / 20 == pytest.approx(10.0, abs=0.7)
+
+
+@dense
 def test_a_state_without_influence_has_target_zero(dense):
     class Deaf(nn.Module):
         def __init__(self):
@@ -1142,7 +1227,11 @@ WRONG_CALLS = {
         RuntimeError,
         "end: expected the state that `core.unroll` returned, with its graph; it was detached",
     ),
-    "alive": (lambda w: {"alive": torch.ones(5, 3)}, ValueError, "alive: expected [B] = (3,), got (5, 3)"),
+    "alive": (
+        lambda w: {"alive": torch.ones(5, 3)},
+        ValueError,
+        "alive: expected [B] = (3,) or [T + 1, B] = (6, 3), got (5, 3)",
+    ),
     "context of one step too few": (
         lambda w: {"context": torch.zeros(5, 3, 2)},
         ValueError,

@@ -202,6 +202,26 @@ def test_a_step_between_two_episodes_is_no_error_of_the_first(inputs):
     torch.testing.assert_close(joined, [a + b for a, b in zip(*pieces, strict=True)])
 
 
+def test_a_state_between_two_episodes_teaches_nothing(inputs):
+    core = LSTM(D, 2).double()
+    critic = random_critic(core)
+    state = dni_rl.cut(start_state(core))
+    outputs, end = core.unroll(inputs[:1], state)
+    alive = torch.ones(2, B)
+    alive[0] = 0.0
+    report, _ = bp_lambda_backward(
+        losses_of(outputs),
+        start=state,
+        end=end,
+        critic=critic,
+        trace=bp_lambda_trace(critic, B),
+        lambda_=0.9,
+        alive=alive,
+    )
+    assert all(p.grad.count_nonzero() == 0 for p in critic.parameters())
+    assert report.critic_loss == 0.0
+
+
 def test_resets_of_single_sequences_at_lambda_zero(inputs):
     """Only rows whose state had a future count, as for the plain critic."""
     torch.manual_seed(0)

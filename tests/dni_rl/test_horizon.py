@@ -191,6 +191,11 @@ def test_a_critic_is_told_where_episodes_ended(inputs, first):
     ((steps, alive),) = asked
     assert steps.view(-1, B)[:, 0].tolist() == [0, K, 2 * K, 3 * K]
     assert alive.view(-1, B).equal(~first[::K])
+    has_future = torch.ones(T, B, dtype=torch.bool)
+    has_future[K, 0] = has_future[1, 1] = False  # at a cut, and at none
+    settings = {"first": first, "window": K, "critic": critic, "context": context}
+    credit_horizon(core, squared, inputs, alive=has_future, **settings)
+    assert asked[1][1].view(-1, B).equal((~first & has_future)[::K])
 
 
 def test_half_and_reversed_oracles(inputs):
@@ -488,6 +493,8 @@ def test_unroll_replaces_window(levels, inputs):
         ({"num_lags": T + 1}, "num_lags: found"),
         ({"margin": T}, "margin: found"),
         ({"context": torch.zeros(T, B, 2)}, "context: expected"),
+        ({"alive": torch.ones(B, dtype=torch.bool)}, "alive: expected"),
+        ({"alive": torch.ones(T, B)}, "alive: expected"),
         ({"probe": torch.zeros(T + 1, B, 2)}, "probe: expected"),
         ({"probe": torch.zeros(T, B)}, "probe: expected"),
     ],
