@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState
-from dni_rl.critics import HALF_PRECISION, ErrorCritic, Window
+from dni_rl.critics import ErrorCritic, Window
+from dni_rl.targets import HALF_PRECISION, check_weight, per_sequence
 
 
 def cut(state: State) -> State:
@@ -106,7 +107,7 @@ def backward(
             followed by one; taught zero at these, and applied nowhere but at the others, the critic would count ends twice.
         context: [T + 1, B, Z] context of the state before each step, the last row that of `end`. None without context.
         weight: multiplies what enters the model's `.grad`; by default 1 / (T B), the mean over all losses. The critic never sees it:
-            it is taken out of the targets.
+            it is taken out of the targets. Above 0; of a tensor on an accelerator this is not checked, since it would have to wait.
         fit: False leaves the critic as it is, its `.grad` and its statistics too: it predicts, and does not learn from this
             window. For windows that are seen again, as in the later epochs of PPO.
         scaler: of mixed precision with float16. Both sides' `.grad` are then multiplied by its scale, and both optimisers are
@@ -119,8 +120,10 @@ def backward(
         A report of the critic's fit; without one, NaN but for `synthetic_norm`.
 
     Raises:
-        ValueError: if shapes disagree, losses are reduced or in half precision, or the weight is not one positive number.
-        RuntimeError: if `start` is not from `cut`, gradients are switched off, or `end` does not depend on the graph.
+        ValueError: if shapes disagree, losses are reduced, in half precision or not those of the window that the core recorded, or
+            the weight is not one positive number.
+        RuntimeError: if `start` is not from `cut`, gradients are switched off, `end` does not depend on the graph, or the core did
+            not record the steps at which the critic learns.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(losses.device.type):
         # A compiled graph would lose the hooks that targets come from, and gradients have a precision of their own.
@@ -137,7 +140,7 @@ def backward(
                 fit=fit,
                 scaler=scaler,
             )
-    T, B = _check(losses, start, end, critic, alive, context, weight)
+    T, B = _check(losses, start, end, critic, alive, context, weight, fit)
     if weight is None:
         weight = 1.0 / (T * B)
     scale: Tensor | None = None
@@ -167,7 +170,7 @@ def backward(
                 allow_unused=True,
                 materialize_grads=True,
             )
-        critic.observe_window(_per_sequence(from_losses, weight), stands_for)
+        critic.observe_window(per_sequence(from_losses, weight), stands_for)
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
     )
@@ -211,7 +214,7 @@ def backward(
     fitted = critic.fit_window(
         Window(
             states=states,
-            gradients=_per_sequence(targets, weight),
+            gradients=per_sequence(targets, weight),
             valid=valid,
             losses=losses.detach(),
             first=None if history is None else ~history.valid,
@@ -249,7 +252,8 @@ def _mixed_gradients(
     """weight * G_j, tuple of [T, B, ...], mixed with the synthetic gradients b_j of every state on the way.
 
     One backward pass of the whole window cannot tell them: from its end, what b_j alone sends back from the middle cannot be had.
-    The graph is kept, and no `.grad` is touched.
+    The graph is kept, and no `.grad` is touched. A state behind a cut inside the window does not lead to its start, so the leaves of
+    such cuts are asked for as well.
     """
     T, B = losses.shape
     inside = tuple(s.flatten(0, 1) for s in history.states)
@@ -257,7 +261,7 @@ def _mixed_gradients(
     with history.mixing(critic.target_lambda, tuple((g * weight).unflatten(0, (T, B)) for g in b)):
         torch.autograd.grad(
             [losses, *end],
-            start,
+            [*start, *getattr(end, "leaves", ())],
             [
                 torch.ones_like(losses) * weight,
                 *((g * weight).to(s.dtype) for g, s in zip(synthetic, end, strict=True)),
@@ -275,11 +279,6 @@ def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
     shapes = ((batch_size,), (num_steps + 1, batch_size))
     if alive is not None and alive.shape not in shapes:
         raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {tuple(alive.shape)}")
-
-
-def _per_sequence(gradients: State, weight: float | Tensor) -> State:
-    """Gradients in the units of one sequence's summed loss; out of half precision first, in which those may be too small."""
-    return tuple((g.float() if g.dtype in HALF_PRECISION else g) / weight for g in gradients)
 
 
 @contextmanager
@@ -307,6 +306,7 @@ def _check(
     alive: Tensor | None,
     context: Tensor | None,
     weight: float | Tensor | None,
+    fit: bool,
 ) -> tuple[int, int]:
     if losses.dim() != 2:
         raise ValueError(
@@ -315,10 +315,7 @@ def _check(
     T, B = losses.shape
     if not torch.is_grad_enabled():
         raise RuntimeError("backward: gradients are switched off here; call it outside of torch.no_grad()")
-    if isinstance(weight, Tensor) and weight.numel() != 1:
-        raise ValueError(f"weight: expected one number, got {tuple(weight.shape)}; weigh single steps in losses")
-    if isinstance(weight, (int, float)) and not weight > 0:
-        raise ValueError(f"weight: found {weight}, allowed above 0; multiply losses by 0 where they must not count")
+    check_weight(weight)
     if losses.dtype in HALF_PRECISION:
         raise ValueError(
             f"losses: found {losses.dtype}, allowed torch.float32 or torch.float64, in which scaled gradients neither overflow nor "
@@ -337,6 +334,12 @@ def _check(
             "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
         )
     check_alive(alive, T, B)
+    history = end.history if isinstance(end, UnrolledState) else None
+    if history is not None and history.valid.shape != (T, B):
+        raise ValueError(
+            f"losses: found [T, B] = ({T}, {B}), allowed {tuple(history.valid.shape)}, the window that `end` was unrolled over; pass one "
+            "loss for each of its steps and sequences, 0 where there is none"
+        )
     if critic is None:
         return T, B
     if not all(s.requires_grad for s in end):
@@ -351,6 +354,13 @@ def _check(
             f"end: target_lambda={critic.target_lambda} needs the states inside the window, which the state that `core.unroll` "
             "returned carries; use it as it is, or target_lambda=1"
         )
+    if history is not None and history.steps is not None and fit and critic.dense_targets:
+        missing = sorted(set(critic.target_steps(T)) - set(history.steps))
+        if missing:
+            raise RuntimeError(
+                f"end: found the states before the steps {history.steps} recorded, and the critic learns at {tuple(missing)} as well; "
+                "set the core's targets_per_window to the critic's before it is unrolled, or to None"
+            )
     if critic.context_size and (context is None or context.shape != (T + 1, B, critic.context_size)):
         found = None if context is None else tuple(context.shape)
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from dni_rl.backward import Report, check_alive
 from dni_rl.cores.base import Core, State
 from dni_rl.critics import GradientCritic
+from dni_rl.targets import check_weight, per_sequence
 
 
 def bp_lambda_trace(critic: GradientCritic, batch_size: int, *, max_bytes: int = 2 * 1024**3) -> Tensor:
@@ -80,25 +81,26 @@ def bp_lambda_backward(
         losses: [T, B], not reduced; T = 1 is fully online.
         start: the window's first state, from `dni_rl.cut`.
         end: the state after the window.
-        critic: linear (hidden_sizes=()), without normalised targets, bound or warm-up. g is gradient_discount * scale.
+        critic: linear (hidden_sizes=()), without normalised targets or context, bound or warm-up. g is gradient_discount * scale.
         trace: from `bp_lambda_trace` at first, then from the last call.
         lambda_: in [0, 1]. 0 learns from the next prediction alone, 1 from true gradients alone.
         first: [T, B] bool as in `unroll`: traces end where an episode starts. None where none does.
         alive: [B], 0 where the sequence ended exactly at `end`: nothing is predicted there, and its trace ends. Or [T + 1, B] as in
             `dni_rl.backward`; the first row is that of `start`.
         context: [T + 1, B, Z] as in `dni_rl.backward`.
-        weight: multiplies what enters the model's `.grad`; 1 / (T B) by default.
+        weight: multiplies what enters the model's `.grad`, as in `dni_rl.backward`; 1 / (T B) by default.
         jacobian: [B, S, S] d end / d start, from `state_jacobian`, which is faster where steps are small.
 
     Returns:
         The report, in which `critic_loss` is the mean square of delta, and the next trace, without gradient.
 
     Raises:
-        ValueError: if the critic is not as above, shapes disagree, or lambda_ is out of range.
+        ValueError: if the critic is not as above, shapes disagree, lambda_ is out of range, or the weight is not one positive number.
         RuntimeError: if `start` is not from `cut`, or `losses` or `end` have no graph.
     """
     head = _linear_head(critic)
     _check(losses, start, end, critic, trace, lambda_, first, alive, context, jacobian)
+    check_weight(weight)
     T, B = losses.shape
     had_future = None if alive is None or alive.dim() == 1 else alive[0].bool()
     alive = alive if had_future is None or alive is None else alive[-1]
@@ -119,14 +121,17 @@ def bp_lambda_backward(
     try:
         torch.autograd.backward(
             [losses, *end],
-            [torch.ones_like(losses) * weight, *(b.to(s.dtype) * weight for b, s in zip(synthetic, end, strict=True))],
+            [
+                torch.ones_like(losses) * weight,
+                *((b * weight).to(s.dtype) for b, s in zip(synthetic, end, strict=True)),
+            ],
         )
     finally:
         for handle in handles:
             handle.remove()
 
     with torch.no_grad():
-        target = torch.cat(arrived, dim=-1) / weight  # [B, S]
+        target = torch.cat(per_sequence(tuple(arrived), weight), dim=-1)  # [B, S]
         predicted = torch.cat(critic(before, z_before), dim=-1)
         # a state that an episode's start clears has no future, nor has one between two episodes
         row = (~fresh if had_future is None else ~fresh & had_future).to(target.dtype).unsqueeze(-1)
@@ -226,6 +231,7 @@ def _linear_head(critic: GradientCritic) -> torch.nn.Linear:
         raise ValueError("critic: BP(lambda) needs a linear one, whose trace is exact; build it with hidden_sizes=()")
     settings = {
         "normalize_targets": (critic.normalize_targets, False),
+        "normalize_context": (critic.normalize_context, False),
         "max_norm_ratio": (critic.max_norm_ratio, None),
         "warmup_updates": (critic.warmup_updates, 0),
         "slow_copy_rate": (critic.slow_copy_rate, None),
@@ -236,6 +242,8 @@ def _linear_head(critic: GradientCritic) -> torch.nn.Linear:
             reason = "is not linear in the critic's parameters"
             if name in ("slow_copy_rate", "target_lambda"):
                 reason = "has no meaning in BP(lambda)"
+            if name == "normalize_context":
+                reason = "needs statistics that traces do not keep; divide the context yourself"
             raise ValueError(f"critic: {name}={found} {reason}; allowed {name}={wanted}")
     head = critic.net[0]
     assert isinstance(head, torch.nn.Linear)

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import State, evenly_spaced_steps
-from dni_rl.targets import lambda_targets
+from dni_rl.targets import HALF_PRECISION, lambda_targets
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
+_CONTEXT_BOUND = 100.0  # in units of the running RMS: 1 / sqrt(p) of a component that is there a fraction p of the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,9 @@ class ErrorCritic(nn.Module, ABC):
     Args:
         state_sizes: width of each state tensor.
         context_size: Z, width of the context; 0 for none. With context this is cDNI.
-        normalize_context: divide each component of the context by a running RMS of it, for contexts of no common scale.
+        normalize_context: divide each component of the context by a running RMS of it, for contexts of no common scale, and bound it
+            to +-100. A component that is there once in 10,000 times and 0 otherwise just reaches the bound; one that has been 0 for so
+            long that its RMS has all but vanished would explode without it when it comes back.
         normalize_targets: divide each component of the target by a running RMS of it, and multiply predictions by it.
         dense_targets: regress on the target at every step of the window where the core recorded it, not only at its start.
         gradient_discount: g in [0, 1], multiplies the bootstrapped gradient at every cut.
@@ -472,14 +474,16 @@ class ErrorCritic(nn.Module, ABC):
                     weight = (keep / keep.sum().clamp_min(1.0)).unsqueeze(-1)
                     # where: an invalid row may hold anything
                     goal = torch.where(weight > 0, goal, 0.0)
-                square = (weight * goal.square()).sum(0)
+                square, count = (weight * goal.square()).sum(0), weight.sum()
             else:
                 keep = (goal.new_ones(len(goal)) if valid is None else valid.to(goal.dtype)).unsqueeze(-1)
                 goal = torch.where(keep > 0, goal, 0.0)
                 means = self._mean(torch.cat([goal.square().sum(0), keep.sum(0)]))
-                count = means[-1].clamp_min(torch.finfo(goal.dtype).tiny)
-                weight, square = keep / count, means[:-1] / count
-            self._update_target_statistics(square)
+                count = means[-1]
+                divisor = count.clamp_min(torch.finfo(goal.dtype).tiny)
+                weight, square = keep / divisor, means[:-1] / divisor
+            # of no valid rows there is no mean, which is left out as an overflow is
+            self._update_target_statistics(torch.where(count > 0, square, torch.nan))
             self._update_slow_copy()
         return joined, goal, weight
 
@@ -509,7 +513,8 @@ class ErrorCritic(nn.Module, ABC):
         )
 
     def _update_target_statistics(self, square: Tensor) -> None:
-        # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; the loss does show it.
+        # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; the loss does show it. Nor must a
+        # window without valid rows, whose mean is no number, count as an update.
         running = self._target_square.lerp(square, 1.0 - self.statistics_decay)
         finite = running.isfinite().all()
         self._target_square.copy_(torch.where(finite, running, self._target_square))
@@ -517,7 +522,8 @@ class ErrorCritic(nn.Module, ABC):
         # to the dtype first: a power of an integer tensor is float32
         updates = self.num_updates.clamp_min(1).to(self._target_square.dtype)
         rms = (self._target_square / (1.0 - self.statistics_decay**updates)).sqrt()
-        # A component that has never had a gradient keeps unit scale; one that almost never has cannot blow up the loss.
+        # A component that has never, or almost never, had a gradient gets a thousandth of the root mean square over components, so that
+        # it cannot blow up the loss; unit scale is kept only while no component has ever had one.
         floor = 1e-3 * rms.square().mean().sqrt()
         self.target_rms.copy_(torch.where(floor > 0, rms.maximum(floor), 1.0))
 
@@ -527,9 +533,11 @@ class ErrorCritic(nn.Module, ABC):
         if context is None or not self.normalize_context:
             return
         square = torch.where(weight > 0, weight * context.to(weight.dtype).square(), 0.0).sum(0)
+        total = weight.sum()
         if self._mean is not None:
-            square = self._mean(square)
-        step = (1.0 - self.statistics_decay) * square.isfinite().all()
+            square, total = self._mean(torch.cat([square, total.view(1)])).split([len(square), 1])
+            total = total.squeeze(0)
+        step = (1.0 - self.statistics_decay) * (square.isfinite().all() & (total > 0))  # 0 without valid rows
         self._context_square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._context_square))
         self._context_weight.add_(step * (1.0 - self._context_weight))
         rms = (self._context_square / self._context_weight.clamp_min(torch.finfo(square.dtype).tiny)).sqrt()
@@ -541,7 +549,7 @@ class ErrorCritic(nn.Module, ABC):
         if context is None:
             return None
         z = context.to(joined.dtype)
-        return z / self.context_rms if self.normalize_context else z
+        return (z / self.context_rms).clamp(-_CONTEXT_BOUND, _CONTEXT_BOUND) if self.normalize_context else z
 
     def _check_context(self, joined: Tensor, context: Tensor | None) -> None:
         if (context is None) != (self.context_size == 0) or (

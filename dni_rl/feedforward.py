@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dni_rl.cores.base import State
 from dni_rl.critics import CriticFit
+from dni_rl.targets import check_weight, per_sequence, scaled_weight
 
 
 class InterfaceCritic(Protocol):
@@ -152,15 +153,18 @@ class DecoupledPass:
 
     The units of critics are those of one example's loss. How examples are averaged cannot be seen from inside, so it is
     said once, by `weight`: 1 if the caller differentiates the sum over the batch, 1 / B for the mean, 1 / (N B) for the mean over N
-    accumulated batches of B, and with a gradient scaler that times the scale.
+    accumulated batches of B. With a gradient scaler the caller differentiates `scaler.scale(loss)`, and passes the scaler, too.
 
     A part below an interface has its gradient before the forward pass ends, so `zero_grad` belongs before the block, after it,
     or after the part's own optimiser step; a gradient that vanished in the middle is an error when the block ends.
 
     Args:
         weight: multiplies one example's loss in what the caller differentiates; by default 1 / len(h) at each interface, the mean
-            over the batch.
+            over the batch. Above 0; of a tensor on an accelerator this is not checked, since it would have to wait.
         context: [B, Z] given to every interface whose critic has a `context_size`, unless it is called with its own.
+        scaler: of mixed precision with float16. What is sent below and the critics' `.grad` are then multiplied by its scale, and all
+            optimisers are stepped through it; targets and predictions are not, whatever the scale was before. Update it after the
+            block, not inside.
 
     Attributes:
         fits: after the block, for each interface that was crossed, how well its critic met the gradients that arrived.
@@ -171,14 +175,18 @@ class DecoupledPass:
             activation was modified in place; on entering for the second time.
     """
 
-    def __init__(self, *, weight: float | Tensor | None = None, context: Tensor | None = None):
-        if isinstance(weight, Tensor) and weight.numel() != 1:
-            raise ValueError(f"weight: expected one number, got {tuple(weight.shape)}")
-        if isinstance(weight, (int, float)) and not weight > 0:
-            raise ValueError(f"weight: found {weight}, allowed above 0")
+    def __init__(
+        self,
+        *,
+        weight: float | Tensor | None = None,
+        context: Tensor | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        check_weight(weight)
         self.fits: dict[Interface, CriticFit] = {}
         self._weight = weight
         self._context = context
+        self._scaler = scaler
         self._crossings: dict[Interface, list[_Crossing]] = {}
         self._sent: list[_Sent] = []
         self._token: Token[DecoupledPass | None] | None = None
@@ -216,12 +224,12 @@ class DecoupledPass:
                 "what every interface returns"
             )
         for interface, crossed in crossings.items():
-            self.fits[interface] = _fit(interface, crossed)
+            self.fits[interface] = _fit(interface, crossed, self._scaler)
 
     def _cross(self, interface: Interface, critic: InterfaceCritic, h: Tensor, context: Tensor | None) -> Tensor:
         if context is None and _takes_context(critic):
             context = self._context
-        weight = 1.0 / max(len(h), 1) if self._weight is None else self._weight
+        weight = scaled_weight(1.0 / max(len(h), 1) if self._weight is None else self._weight, h, self._scaler)
         crossing = _Crossing(h.detach(), None if context is None else context.detach(), weight, h._version)
         if interface.mode == "locked" and h.requires_grad:
             sent_on = h.view_as(h)  # a node of its own: h may have consumers that go around the interface
@@ -230,7 +238,8 @@ class DecoupledPass:
             if h.requires_grad:
                 (synthetic,) = critic.synthetic_gradient((crossing.state,), crossing.context)
                 # retained, since other paths may lead from the part below to a later loss; it lives no longer than h does
-                torch.autograd.backward([h], [synthetic.to(h.dtype) * weight], retain_graph=True)
+                # the weight first: half precision may lose the gradient before its scale is in it
+                torch.autograd.backward([h], [(synthetic * weight).to(h.dtype)], retain_graph=True)
                 self._sent += _Sent.to(h)
         sent_on.register_hook(crossing.arrive)
         self._crossings.setdefault(interface, []).append(crossing)
@@ -240,14 +249,14 @@ class DecoupledPass:
 _current_pass: ContextVar[DecoupledPass | None] = ContextVar("dni_rl_current_pass", default=None)
 
 
-def _fit(interface: Interface, crossed: Sequence[_Crossing]) -> CriticFit:
+def _fit(interface: Interface, crossed: Sequence[_Crossing], scaler: torch.amp.GradScaler | None) -> CriticFit:
     assert interface.critic is not None
     states = torch.cat([c.state for c in crossed])
-    targets = torch.cat([c.gradient / c.weight for c in crossed if c.gradient is not None])
+    targets = torch.cat([per_sequence((c.gradient,), c.weight)[0] for c in crossed if c.gradient is not None])
     contexts = [c.context for c in crossed if c.context is not None]
     fit = interface.critic.fit((states,), (targets,), torch.cat(contexts) if contexts else None)
     if fit.loss.requires_grad:  # not if the critic is frozen
-        fit.loss.backward()
+        (fit.loss if scaler is None else scaler.scale(fit.loss)).backward()
     return fit
 
 
@@ -317,7 +326,8 @@ class SequentialReport:
     Attributes:
         outputs: [B, ...] of the last layer, without gradient, before the update.
         losses: [B], without gradient.
-        updated: for each layer, whether it learned this time.
+        updated: for each layer, whether it learned this time: it was drawn, a gradient arrived at its parameters, and its optimiser
+            took a step.
         fits: for each interface, from the lowest, how well its critic met the gradient that arrived; None where none did.
         input_losses: for each interface, the error of the synthetic input, where there was one that learned.
     """
@@ -458,20 +468,21 @@ class DecoupledSequential(nn.Module):
         outputs = [activation.output.detach() for activation in activations]
         if self.mode == "locked":
             drawn = [True] * L
-            self._learn_locked(activations, losses, weight)
+            updated = self._learn_locked(losses, weight)
         else:
             # On the host: who learns must not wait for a device.
             drawn = (torch.rand(L, generator=self._generator) < self.update_probability).tolist()
+            updated = [False] * L
             for i in torch.randperm(L, generator=self._generator).tolist():
                 if drawn[i]:
-                    self._learn(i, activations[i], losses if i == L - 1 else None, weight)
+                    updated[i] = self._learn(i, activations[i], losses if i == L - 1 else None, weight)
         for i in range(L - 1):
             arrived = activations[i + 1].leaf
             if arrived is not None and arrived.grad is not None:  # nothing arrives from a layer that was not drawn
-                fits[i] = self._fit_critic(i, outputs[i], arrived.grad / weight, context)
+                fits[i] = self._fit_critic(i, outputs[i], per_sequence((arrived.grad,), weight)[0], context)
             if drawn[i + 1] and self.input_models:
                 input_losses[i] = self._fit_input_model(i, x, outputs[i])
-        return SequentialReport(outputs[-1], losses.detach(), tuple(drawn), tuple(fits), tuple(input_losses))
+        return SequentialReport(outputs[-1], losses.detach(), tuple(updated), tuple(fits), tuple(input_losses))
 
     def _forward_pass(self, x: Tensor, context: Tensor | None) -> list[_Activation]:
         activations: list[_Activation] = []
@@ -497,18 +508,17 @@ class DecoupledSequential(nn.Module):
             activations.append(activation)
         return activations
 
-    def _learn_locked(self, activations: Sequence[_Activation], losses: Tensor, weight: float) -> None:
+    def _learn_locked(self, losses: Tensor, weight: float) -> list[bool]:
+        """All layers by backpropagation; whether each of them has learned."""
         for optimizer in self._optimizers:
             if optimizer is not None:
                 optimizer.zero_grad()
         if losses.requires_grad:
             torch.autograd.backward([losses], [torch.full_like(losses, weight)])
-        for optimizer in self._optimizers:
-            if optimizer is not None:
-                optimizer.step()
+        return [_step_if_reached(optimizer) for optimizer in self._optimizers]
 
-    def _learn(self, i: int, activation: _Activation, losses: Tensor | None, weight: float) -> None:
-        """Layer i, by itself: what it needs is its own activation and the answer that came with it."""
+    def _learn(self, i: int, activation: _Activation, losses: Tensor | None, weight: float) -> bool:
+        """Layer i, by itself: what it needs is its own activation and the answer that came with it. Whether it has learned."""
         optimizer = self._optimizers[i]
         if optimizer is not None:
             optimizer.zero_grad()
@@ -516,10 +526,9 @@ class DecoupledSequential(nn.Module):
         if losses is not None:
             output, answer = losses, torch.ones_like(losses)
         if answer is None or not output.requires_grad:
-            return
-        torch.autograd.backward([output], [answer.to(output.dtype) * weight])
-        if optimizer is not None:
-            optimizer.step()
+            return False
+        torch.autograd.backward([output], [(answer * weight).to(output.dtype)])
+        return _step_if_reached(optimizer)
 
     def _fit_critic(self, i: int, state: Tensor, target: Tensor, context: Tensor | None) -> CriticFit | None:
         if not self._has_critic[i]:
@@ -561,6 +570,15 @@ class DecoupledSequential(nn.Module):
             "critic_optimizers": self._critic_optimizers,
             "input_optimizers": self._input_optimizers,
         }
+
+
+def _step_if_reached(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Takes the optimiser's step, and says whether a gradient had arrived at any of its parameters."""
+    if optimizer is None:
+        return False
+    reached = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    optimizer.step()
+    return reached
 
 
 def _step(optimizer: torch.optim.Optimizer | None, loss: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What error critics regress on, as pure functions: bootstrapped targets, mixed over windows of different length.
+"""What error critics regress on, as pure functions: bootstrapped targets, mixed over windows of different length, and their units.
 
 The recursion is that of lambda-returns; what is carried from step to step is a loss, or a gradient through Jacobians.
 """
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def lambda_targets(
@@ -59,3 +61,28 @@ def lambda_targets(
                 carried = carried.masked_fill(first[t + 1].view(-1, *[1] * (local.dim() - 2)), 0.0)
         targets.append(local[t] + (carried if pull_back is None else pull_back(t, carried)))
     return torch.stack(targets[::-1])
+
+
+def per_sequence(gradients: tuple[Tensor, ...], weight: float | Tensor) -> tuple[Tensor, ...]:
+    """Gradients in the units of one sequence's summed loss; out of half precision first, in which those may be too small."""
+    return tuple((g.float() if g.dtype in HALF_PRECISION else g) / weight for g in gradients)
+
+
+def check_weight(weight: float | Tensor | None) -> None:
+    """Raises ValueError if it is not one positive number; of a tensor on an accelerator, whose value would have to be waited for, the
+    shape alone is looked at."""
+    if isinstance(weight, Tensor) and weight.numel() != 1:
+        raise ValueError(f"weight: expected one number, got {tuple(weight.shape)}; weigh single steps in losses")
+    if weight is None or (isinstance(weight, Tensor) and weight.device.type != "cpu"):
+        return
+    value = float(weight.detach() if isinstance(weight, Tensor) else weight)
+    if not value > 0:
+        raise ValueError(f"weight: found {value}, allowed above 0; multiply losses by 0 where they must not count")
+
+
+def scaled_weight(weight: float | Tensor, like: Tensor, scaler: torch.amp.GradScaler | None) -> float | Tensor:
+    """The weight times the scaler's scale, on the device of `like`, in its precision or in float32 where that is half."""
+    if scaler is None or not scaler.is_enabled():
+        return weight
+    one = torch.ones((), device=like.device, dtype=torch.float32 if like.dtype in HALF_PRECISION else like.dtype)
+    return weight * scaler.scale(one)

@@ -72,8 +72,9 @@ class _LSTMLayer(torch.autograd.Function):
             c = torch.mul(f, c_prev[t]).addcmul_(i, g)
             torch.tanh(c, out=tanh_c[t])
             h = torch.mul(o, tanh_c[t], out=outputs[t])
-        ctx.save_for_backward(gates, h_prev, c_prev, tanh_c, weight_hh)
-        ctx.resets, ctx.recorder = resets, recorder
+        # autograd refuses to go back through what changed in place; of the state there are copies here, of x only its projection
+        ctx.save_for_backward(gates, h_prev, c_prev, tanh_c, weight_hh, resets)
+        ctx.recorder = recorder
         recorder.inside = h_prev, c_prev
         return outputs, h.clone(), c
 
@@ -82,9 +83,9 @@ class _LSTMLayer(torch.autograd.Function):
         # Not `once_differentiable`: that is silent, and wrong, where only the saved tensors would need a second derivative.
         if torch.is_grad_enabled():
             raise RuntimeError(_FIRST_DERIVATIVES_ONLY)
-        gates, h_prev, c_prev, tanh_c, weight_hh = ctx.saved_tensors
+        gates, h_prev, c_prev, tanh_c, weight_hh, resets = ctx.saved_tensors
         d_gates, d_h, d_c = _backward_recursion(
-            gates, c_prev, tanh_c, weight_hh, ctx.resets, d_outputs, d_h, d_c, ctx.recorder
+            gates, c_prev, tanh_c, weight_hh, resets, d_outputs, d_h, d_c, ctx.recorder
         )
         d_weight = d_gates.flatten(0, 1).t() @ h_prev.flatten(0, 1) if ctx.needs_input_grad[3] else None
         return d_gates, d_h, d_c, d_weight, None, None
@@ -174,6 +175,7 @@ class _FusedLSTMLayer(torch.autograd.Function):
         x, _, _, weight_ih, weight_hh, _, _ = ctx.leaves
         recall = recorder.inside
         gates, h_prev, c_prev, tanh_c = recall()
+        recall.check("inputs", "parameters", "first")  # used once more below, whenever the inside was computed
         d_gates, d_h, d_c = _backward_recursion(
             gates, c_prev, tanh_c, weight_hh, recall.resets, d_outputs, d_h, d_c, recorder
         )
@@ -282,23 +284,40 @@ class _Recall:
     ):
         self.x, self.h, self.c, self.outputs = x.detach(), h.detach(), c.detach(), outputs.detach()
         self.weights = [None if w is None else w.detach() for w in (weight_ih, weight_hh, bias_ih, bias_hh)]
+        self.resets = None if first is None else first.detach().unsqueeze(-1)
         self.versions = self._versions()
-        self.resets = None if first is None else first.unsqueeze(-1)
         self._inside: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def _versions(self) -> list[int]:
-        return [a._version for a in (self.outputs, *self.weights) if a is not None and not a.is_inference()]
+    def _versions(self) -> dict[str, list[int]]:
+        """How often the tensors that it reads were written to in place; they share their memory with the caller's."""
+        groups = {
+            "inputs": (self.x,),
+            "state": (self.h, self.c),
+            "first": (self.resets,),
+            "parameters": self.weights,
+            "outputs": (self.outputs,),
+        }
+        return {
+            name: [a._version for a in tensors if a is not None and not a.is_inference()]
+            for name, tensors in groups.items()
+        }
+
+    def check(self, *names: str) -> None:
+        """RuntimeError if one of these was changed in place since the forward pass."""
+        versions = self._versions()
+        changed = [name for name in names if versions[name] != self.versions[name]]
+        if changed:
+            raise RuntimeError(
+                f"LSTM.unroll: its {' and '.join(changed)} changed in place before the window's history was read; read it, or call "
+                "backward, before the optimiser's step and before any of them is written to, or unroll from a clone"
+            )
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Activated gates [T, B, 4 H], h and c before every step after its reset, and tanh(c) after it, each [T, B, H]."""
         if self._inside is not None:
             return self._inside
-        if self._versions() != self.versions:
-            raise RuntimeError(
-                "LSTM.unroll: its parameters or outputs changed in place before the window's history was read; read it, or call "
-                "backward, before the optimiser's step"
-            )
+        self.check(*self.versions)
         weight_ih, weight_hh, bias_ih, bias_hh = self.weights
         assert weight_ih is not None and weight_hh is not None
         H = weight_hh.shape[1]

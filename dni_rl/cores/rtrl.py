@@ -49,8 +49,7 @@ class ElementwiseLSTM(Core):
         outputs, next_state = core.unroll(inputs, core.attach(state, sensitivity), first)   # instead of `state`
         losses = my_losses(outputs, batch)
         dni_rl.backward(losses, start=state, end=next_state)
-        sensitivity = core.advance(sensitivity, inputs, next_state)                         # before the optimiser's
-        step
+        sensitivity = core.advance(sensitivity, inputs, next_state)                         # before the optimiser's step
 
     The parameters of the core then receive the gradient of full BPTT since the start of each episode: exactly, if
     they did not change meanwhile; an optimiser's steps make older derivatives stale, as always in online RTRL. What
@@ -113,8 +112,8 @@ class ElementwiseLSTM(Core):
     def attach(self, state: State, sensitivity: Sensitivity) -> State:
         """Makes the parameters known to `state`: same values, and its gradient flows on into them as well.
 
-            d loss / d parameters  +=  sum over sequences of  d loss / d h * dh/dparameters + d loss / d c *
-            dc/dparameters
+            d loss / d parameters  +=  sum over sequences of
+                d loss / d h * dh / d parameters + d loss / d c * dc / d parameters
 
         Args:
             state: (h, c), from `dni_rl.cut`, which receives its gradient as before.
@@ -136,8 +135,8 @@ class ElementwiseLSTM(Core):
     def advance(self, sensitivity: Sensitivity, inputs: Tensor, end: State) -> Sensitivity:
         """Carries the sensitivity from the start to the end of a window.
 
-            S_t = J_t S_{t-1} + U_t,   J_t = d(h_t, c_t) / d(h_{t-1}, c_{t-1}),   U_t = d(h_t, c_t) / d parameters,
-            immediate S_T = J_T ... J_1 S_0 + sum_t (J_T ... J_{t+1}) U_t
+            S_t = J_t S_{t-1} + U_t,    J_t = d(h_t, c_t) / d(h_{t-1}, c_{t-1}),    U_t = d(h_t, c_t) / d parameters, immediate
+            S_T = J_T ... J_1 S_0 + sum_t (J_T ... J_{t+1}) U_t
 
         J_t is a 2 by 2 block for each unit, 0 where an episode starts; U_t is an outer product of four factors with
         (x_t, h_{t-1}, 1). The second line needs one product of matrices for the whole window instead of T passes over

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, unroll_stepwise
 from dni_rl.critics import CriticFit, GradientCritic
+from dni_rl.targets import check_weight, per_sequence, scaled_weight
 
 
 class Bootstrap(Protocol):
@@ -32,10 +33,12 @@ class LevelledState(UnrolledState):
             arrived there.
         cuts: (step, tensors of the state, synthetic gradients or None) of every cut of a level inside the window, which
             replaced the gradient of these tensors of the state before that step.
+        leaves: the tensors behind those cuts, each a leaf from which the graph goes on.
     """
 
     interfaces: tuple[StateHistory, ...] = ()
     cuts: tuple[tuple[int, slice, State | None], ...] = ()
+    leaves: State = ()
 
 
 class MultiTimescaleCore(Core):
@@ -234,6 +237,7 @@ class MultiTimescaleCore(Core):
         messages: list[list[Tensor]] = [[] for _ in self.levels[1:]]
         heard: list[list[Tensor]] = [[] for _ in self.levels[1:]]
         cuts: list[tuple[int, slice, State | None]] = []
+        leaves: list[Tensor] = []
         taken = 0
 
         def bootstrap(step: int, state: State, synthetic: State) -> None:
@@ -264,6 +268,7 @@ class MultiTimescaleCore(Core):
             cut = list(next_state)
             for part in parts:
                 cut[part] = [s.detach().requires_grad_(s.requires_grad) for s in next_state[part]]
+                leaves.extend(s for s in cut[part] if s.requires_grad)
             if critic is None:
                 cuts.extend((taken, part, None) for part in parts)
             else:
@@ -279,7 +284,7 @@ class MultiTimescaleCore(Core):
         outputs, next_state = unroll_stepwise(step, inputs, state, first)  # type: ignore[arg-type]
         assert isinstance(next_state, UnrolledState)
         end = LevelledState(next_state)
-        end.history, end.cuts = next_state.history, tuple(cuts)
+        end.history, end.cuts, end.leaves = next_state.history, tuple(cuts), tuple(leaves)
         if interface_critics is not None:
             end.interfaces = tuple(_history(m, h) for m, h in zip(messages, heard, strict=True))
         return outputs, end, torch.stack(bootstraps)
@@ -290,7 +295,11 @@ class MultiTimescaleCore(Core):
 
 
 def fit_interfaces(
-    end: LevelledState, critics: Sequence[GradientCritic], *, weight: float | Tensor | None = None
+    end: LevelledState,
+    critics: Sequence[GradientCritic],
+    *,
+    weight: float | Tensor | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> list[CriticFit]:
     """Trains the interface critics on the gradients that a backward pass has brought to the messages of a window.
 
@@ -302,24 +311,29 @@ def fit_interfaces(
         end: from `unroll_in_ticks` with these critics.
         critics: the interface critics, from the lowest.
         weight: the weight that `dni_rl.backward` was given; 1 / (T B) by default, as there.
+        scaler: the scaler that it was given, not updated since. The critics' `.grad` are then multiplied by its scale, and their
+            optimiser is stepped through it; targets are not, whatever the scale is.
 
     Returns:
         Each critic's fit.
 
     Raises:
-        ValueError: if the window was not unrolled with as many interface critics.
+        ValueError: if the window was not unrolled with as many interface critics, or the weight is not one positive number.
     """
+    check_weight(weight)
     if len(end.interfaces) != len(critics):
         raise ValueError(
             f"critics: expected those of the window's {len(end.interfaces)} interfaces, got {len(critics)}"
         )
     fits = []
     for history, critic in zip(end.interfaces, critics, strict=True):
-        divisor = 1.0 / history.valid.numel() if weight is None else weight
-        messages, targets = history.states[0].flatten(0, 1), history.gradients[0].flatten(0, 1) / divisor
-        fit = critic.fit((messages,), (targets,), None, history.valid.flatten())
-        if fit.loss.requires_grad:
-            fit.loss.backward()
+        arrived = history.gradients[0].flatten(0, 1)
+        divisor = scaled_weight(1.0 / history.valid.numel() if weight is None else weight, arrived, scaler)
+        fit = critic.fit(
+            (history.states[0].flatten(0, 1),), per_sequence((arrived,), divisor), None, history.valid.flatten()
+        )
+        if fit.loss.requires_grad:  # not if the critic is frozen
+            (fit.loss if scaler is None else scaler.scale(fit.loss)).backward()
         history.clear()
         fits.append(fit)
     return fits

@@ -1,5 +1,7 @@
 """Data-parallel training: every process learns from sequences of its own, and all take the step of one that learned from all of them.
 
+    import dni_rl.distributed                                       # `import dni_rl` alone does not bring it
+
     torch.distributed.init_process_group()                          # started by torchrun
     dni_rl.distributed.synchronize(model, critic)                   # once, before the first update
     for inputs, first, alive, batch in my_part_of_the_data:

@@ -3,10 +3,12 @@
 Each process owns one layer of a `DecoupledSequential`, its optimiser, and the error critic above it. For every batch,
 tagged with its number,
 
-    1. the activation arrives from below            h_{i-1}, with the context and the targets of the batch 2. its own
-    goes up at once                      h_i = f_i(h_{i-1}) 3. it learns at once, by its critic             dL/dh_i :=
-    M_i(h_i, z) 4. the gradient at its input goes down          dL/dh_{i-1}, for the critic below 5. some time later
-    that of h_i arrives from above, for this or an older batch: M_i learns from the pair (h_i, gradient) of that batch
+    1. the activation arrives from below        h_{i-1}, with the context and the targets of the batch
+    2. its own goes up at once                  h_i = f_i(h_{i-1})
+    3. it learns at once, by its critic         dL/dh_i := M_i(h_i, z)
+    4. the gradient at its input goes down      dL/dh_{i-1}, for the critic below
+    5. some time later that of h_i arrives from above, for this or an older batch:
+       M_i learns from the pair (h_i, gradient) of that batch
 
 Jaderberg et al., "Decoupled Neural Interfaces using Synthetic Gradients" (2017), sec. 2, with real processes instead
 of a draw of who learns when. Nothing in 1 to 4 waits for a layer above. Only memory has to end somewhere: a layer

@@ -4,7 +4,7 @@ A program either is started by `torchrun`, or starts its processes itself with `
 machine's loopback. Inside each, `connect` gives the `Processes`, over which neighbours (ranks that differ by 1) send
 each other tensors without ever waiting for one another: a thread for each direction of each pair moves them, so a
 sender goes on at once, and whatever arrives, from whomever, waits in one mailbox. Layers
-(`dni_rl.distributed.train_pipeline`) and levels (`run_level`) are built on this.
+(`dni_rl.distributed.train_pipeline`) and levels (`dni_rl.distributed.train_levels`) are built on this.
 
 torchrun --nproc-per-node 4 my_program.py          # or, in a program: launch(member, 4)
 

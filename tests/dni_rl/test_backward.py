@@ -1227,6 +1227,12 @@ WRONG_CALLS = {
         RuntimeError,
         "end: expected the state that `core.unroll` returned, with its graph; it was detached",
     ),
+    "losses of a part of the window": (
+        lambda w: {"losses": w["losses"][-1:], "context": torch.zeros(2, 3, 2)},
+        ValueError,
+        "losses: found [T, B] = (1, 3), allowed (5, 3), the window that `end` was unrolled over; pass one loss for each of its steps "
+        "and sequences, 0 where there is none",
+    ),
     "alive": (
         lambda w: {"alive": torch.ones(5, 3)},
         ValueError,
@@ -1262,6 +1268,16 @@ WRONG_CALLS = {
         ValueError,
         "weight: found nan, allowed above 0; multiply losses by 0 where they must not count",
     ),
+    "negative weight in a tensor": (
+        lambda w: {"weight": torch.tensor(-1.0)},
+        ValueError,
+        "weight: found -1.0, allowed above 0; multiply losses by 0 where they must not count",
+    ),
+    "weight 0 in a tensor": (
+        lambda w: {"weight": torch.zeros(1)},
+        ValueError,
+        "weight: found 0.0, allowed above 0; multiply losses by 0 where they must not count",
+    ),
     "weights": (
         lambda w: {"weight": torch.ones(3)},
         ValueError,
@@ -1293,6 +1309,12 @@ def test_a_wrong_call_is_refused_and_leaves_nothing_behind(mistake):
     dni_rl.backward(
         losses, start=start, end=end, critic=critic, context=torch.zeros(6, 3, 2)
     )  # the window is still good
+
+
+def test_a_weight_on_an_accelerator_is_not_waited_for():
+    dni_rl.targets.check_weight(torch.empty((), device="meta"))  # to read it would be an error
+    with pytest.raises(ValueError, match="expected one number"):
+        dni_rl.targets.check_weight(torch.empty(3, device="meta"))
 
 
 @pytest.mark.parametrize("with_critic", [True, False])

@@ -359,6 +359,10 @@ def test_a_trace_that_does_not_fit_is_refused():
     [
         ({"hidden_sizes": (4,)}, r"hidden_sizes=\(\)"),
         ({"normalize_targets": True}, "allowed normalize_targets=False"),
+        (
+            {"normalize_context": True, "context_size": 2},
+            "normalize_context=True needs statistics that traces do not keep; .*; allowed normalize_context=False",
+        ),
         ({"max_norm_ratio": 1.0}, "allowed max_norm_ratio=None"),
         ({"warmup_updates": 3}, "allowed warmup_updates=0"),
     ],
@@ -378,6 +382,9 @@ def test_errors(inputs):
     losses = losses_of(outputs)
     for change, message in [
         ({"lambda_": 1.5}, "lambda_: found 1.5"),
+        ({"weight": -1.0}, r"weight: found -1\.0, allowed above 0"),
+        ({"weight": torch.tensor(0.0)}, r"weight: found 0\.0, allowed above 0"),
+        ({"weight": torch.ones(2)}, "weight: expected one number"),
         ({"trace": torch.zeros(2)}, "trace: expected"),
         ({"alive": torch.ones(1)}, "alive: expected"),
         ({"context": torch.zeros(2, B, 1)}, "context: expected"),

@@ -277,6 +277,23 @@ def test_a_fit_without_valid_rows_learns_nothing_and_stays_finite(name):
     assert result.loss.item() == 0.0 and not any(g.any() for g in gradients(critic))
 
 
+@every_critic
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+def test_a_fit_without_valid_rows_is_no_update_of_the_statistics(name, shared):
+    critic = make_critic(name, context_size=Z, normalize_context=True, warmup_updates=2)
+    if shared:
+        critic.share_statistics(lambda total: total / 2)  # of two processes, the other of which has no rows either
+    state, target, z = rows_of(name)
+    before = {key: value.clone() for key, value in critic.named_buffers()}
+    fit(critic, state, target, z, valid=torch.zeros(N, dtype=torch.bool))
+    assert_same(dict(critic.named_buffers()), before, rtol=0, atol=0)
+    assert critic.num_updates == 1 and not join(critic.synthetic_gradient(state, z)).any()  # still warming up
+    fit(critic, state, target, z, valid=torch.arange(N) == 2)
+    assert critic.num_updates == 2 and join(critic.synthetic_gradient(state, z)).any()
+    assert not torch.equal(critic.target_rms, before["target_rms"])
+    assert not torch.equal(critic.context_rms, before["context_rms"])
+
+
 def test_targets_are_divided_by_a_running_rms_that_starts_unbiased():
     critic = dni_rl.GradientCritic(state_sizes=SIZES, statistics_decay=0.8).double()
     seen = []
@@ -803,6 +820,25 @@ def test_the_rms_of_a_context_is_that_of_its_valid_rows():
     assert critic.context_rms[2] == 1.0, "what is always 0 is left alone"
     critic.fit(state, target, torch.full_like(z, 7.0), valid)
     assert_same(critic.context_rms[0], ((0.25 * expected[0] ** 2 + 0.5 * 49.0) / 0.75).sqrt())
+
+
+def test_a_context_that_comes_back_after_a_long_time_does_not_explode():
+    critic = make_critic("linear", trained=False, context_size=Z, normalize_context=True, normalize_targets=False)
+    with torch.no_grad():
+        critic.net[0].weight[:, sum(SIZES)] = 1.0  # predicts the first component of the context as it reads it
+    state, target, z = rows(n=10_000)
+    z[:, 0] = 0.0
+    z[17, 0] = -3.0
+    critic.fit(state, target, z)
+    assert_same(critic.synthetic_gradient(state, z)[0][17], torch.full((3,), -100.0, dtype=DOUBLE))  # one in 10,000
+    critic.fit(state, target, z.clone().index_fill_(0, torch.tensor([17, 18]), 3.0))
+    scaled = critic.synthetic_gradient(state, z)[0][17]
+    assert_same(scaled, (z[17, 0] / critic.context_rms[0]).expand(3))  # rarer than that alone feels the bound
+    assert scaled.abs().max() < 100.0
+    for _ in range(3000):
+        critic._update_context_statistics(torch.zeros(1, Z), torch.ones(1, 1, dtype=DOUBLE))
+    assert critic.context_rms[0] < 1e-6
+    assert join(critic.synthetic_gradient(state, z)).abs().max() == 100.0
 
 
 def test_normalised_contexts_are_in_the_state_dict_and_need_a_context():

@@ -303,6 +303,23 @@ def test_a_gradient_scalers_scale_goes_into_the_weight():
     assert_same(oracle.targets[1], oracle.targets[0])
 
 
+@pytest.mark.parametrize("mode", ["decoupled", "locked"])
+def test_both_sides_leave_with_the_scale_of_a_scaler_and_come_back_without_it(mode):
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu", enabled=False)):
+        model, x, critics = Chain(), draw(B, D), [make_critic(seed=s) for s in (7, 8)]
+        cross = [dni_rl.Interface(critic, mode) for critic in critics]
+        with dni_rl.DecoupledPass(scaler=scaler) as decoupled:
+            loss = losses_of(model(x, cross)).mean()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        scale = 1024.0 if scaler is not None and scaler.is_enabled() else 1.0
+        found.append([[g / scale for g in gradients(m)] for m in (model, *critics)])
+        found[-1] += [(fit.loss.detach(), fit.target_norm) for fit in decoupled.fits.values()]
+    assert all(g.any() for gs in found[0][:3] for g in gs)
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
 def test_conditioned_critics_get_the_label_from_the_pass_or_the_call():
     labels, x, layer = F.one_hot(torch.arange(B) % Z, Z), draw(B, D), linear(D, H, 1)
     critic, plain = make_critic(context_size=Z), make_critic()
@@ -650,6 +667,7 @@ def test_sequential_without_critics_trains_the_last_layer_only():
     assert_same([parameters_of(layer) for layer in net.layers[:3]], before[:3])
     assert not torch.equal(net.layers[3].weight, before[3][0])
     assert report.fits == (None,) * 3
+    assert report.updated == (False, False, False, True)  # all were drawn
 
 
 @pytest.mark.parametrize("mode", ["locked", "decoupled"])
@@ -660,6 +678,7 @@ def test_sequential_with_a_frozen_first_layer(mode):
     report = net.update(draw(B, D), losses_of)
     assert_same(parameters_of(net.layers[0]), before)
     assert all(fit is not None for fit in report.fits)
+    assert report.updated == (False, True, True, True)
 
 
 @pytest.mark.parametrize("mode", ["locked", "decoupled", "unlocked"])

@@ -168,15 +168,67 @@ def test_inference_mode_gives_the_same(calls):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("what", ["parameters", "outputs"])
-def test_what_changed_before_the_history_is_read_is_noticed(calls, what):
-    core, inputs, state, first = case(None)
-    outputs, end = core.unroll(inputs, state, first)
+def write(what, core, inputs, state, first, outputs):
+    """Writes into one tensor that the window was computed from, or made."""
     with torch.no_grad():
-        (core.rnn.weight_hh_l0 if what == "parameters" else outputs).add_(1.0)
-    with pytest.raises(RuntimeError, match="changed in place before the window's history was read"):
-        _ = end.history.states
-    assert len(calls) == 1
+        if what == "first":
+            first[3, 1] = True
+        else:
+            {
+                "parameters": core.rnn.weight_hh_l0,
+                "outputs": outputs,
+                "inputs": inputs,
+                "state h": state[0],
+                "state c": state[1],
+            }[what].add_(1.0)
+
+
+@pytest.mark.parametrize("what", ["parameters", "outputs", "inputs", "state h", "state c", "first"])
+@pytest.mark.parametrize("by", ["reading", "backward"])
+def test_what_changed_before_the_history_is_read_is_noticed(calls, what, by):
+    core, inputs, state, first = case([(7, 0)])
+    outputs, end = core.unroll(inputs, state, first)
+    total = outputs.square().sum().view(())
+    write(what, core, inputs, state, first, outputs)
+    with pytest.raises(RuntimeError, match=r"changed in place before the window's|modified by an inplace operation"):
+        _ = end.history.states if by == "reading" else total.backward()
+    assert len(calls) == 1 and core.rnn.weight_hh_l0.grad is None
+
+
+@pytest.mark.parametrize("what", ["parameters", "inputs", "first"])
+def test_what_changed_between_reading_and_the_backward_pass_is_noticed(calls, what):
+    core, inputs, state, first = case([(7, 0)])
+    outputs, end = core.unroll(inputs, state, first)
+    _ = end.history.states
+    write(what, core, inputs, state, first, outputs)
+    with pytest.raises(RuntimeError, match=f"LSTM.unroll: its {what} changed in place before the window's history"):
+        outputs.sum().backward()
+    assert len(calls) == 1 and core.rnn.weight_hh_l0.grad is None
+
+
+@pytest.mark.parametrize("what", ["parameters", "inputs", "first"])
+def test_the_written_out_layer_notices_what_changed_too(calls, monkeypatch, what):
+    monkeypatch.setattr(gated, "_fused_is_possible", lambda *_: False)
+    core, inputs, state, first = case([(7, 0)])
+    outputs, _ = core.unroll(inputs, state, first)
+    write(what, core, inputs, state, first, outputs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+    assert not calls
+
+
+def test_the_written_out_layer_has_a_copy_of_the_state(calls, monkeypatch):
+    monkeypatch.setattr(gated, "_fused_is_possible", lambda *_: False)
+    found = []
+    for what in ("state h", "state c", None):
+        core, inputs, state, first = case([(7, 0)])
+        outputs, end = core.unroll(inputs, state, first)
+        if what is not None:
+            write(what, core, inputs, state, first, outputs)
+        outputs.square().sum().backward()
+        found.append(([p.grad for p in core.parameters()], end.history.gradients))
+    torch.testing.assert_close(found[:2], [found[2]] * 2, rtol=0, atol=0)
+    assert not calls
 
 
 def test_second_derivatives_are_refused(calls):
@@ -251,6 +303,18 @@ def test_targets_closer_than_a_stretch_are_recorded_at_every_step(calls):
     end = core.unroll(inputs, state, first)[1]
     assert len(calls) == 1 and end.history.steps is None
     assert len(end.history.states[0]) == T
+
+
+def test_a_critic_that_learns_at_other_steps_is_refused_before_any_gradient(calls):
+    core, inputs, state, first = case(None)
+    core.targets_per_window = 1
+    critic, start = dni_rl.GradientCritic(state_sizes=core.state_sizes, targets_per_window=2), dni_rl.cut(state)
+    outputs, end = core.unroll(inputs, start, first)
+    losses = outputs.square().sum(-1)
+    with pytest.raises(RuntimeError, match=r"end: found the states before the steps \(0,\) recorded, .* at \(20,\)"):
+        dni_rl.backward(losses, start=start, end=end, critic=critic)
+    assert all(p.grad is None for p in (*core.parameters(), *critic.parameters()))
+    dni_rl.backward(losses, start=start, end=end, critic=critic, fit=False)  # which asks for none
 
 
 def test_steps_that_no_stretch_starts_from_are_refused(calls):

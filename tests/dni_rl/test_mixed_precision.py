@@ -195,3 +195,52 @@ def test_interfaces_in_half_precision_learn_targets_in_full():
             h.float().square().sum(-1).mean().backward()
         assert decoupled.fits[interface].target_norm > 0.1
     assert critic.target_rms.dtype == torch.float32 and DOUBLE not in {p.grad.dtype for p in critic.parameters()}
+
+
+class Tiny(nn.Module):
+    """A critic whose gradient is below the least number of float16, and which keeps what arrives."""
+
+    def synthetic_gradient(self, state, context=None):
+        return (torch.full(state[0].shape, 1e-9),)
+
+    def fit(self, state, target, context=None):
+        self.target = target[0]
+        zero = target[0].new_zeros(())
+        return dni_rl.CriticFit(zero, zero, zero, zero, zero)
+
+
+def test_a_scale_saves_what_crosses_interfaces_from_vanishing_in_float16():
+    torch.manual_seed(0)
+    layer, critic, scaler = nn.Linear(D, H), Tiny(), scaler_of(2.0**24)
+    interface, x = dni_rl.Interface(critic), torch.randn(B, D)
+    with torch.autocast("cpu", torch.float16), dni_rl.DecoupledPass(weight=1.0, scaler=scaler):
+        h = interface(layer(x))
+        assert h.dtype == torch.float16
+        scaler.scale((1e-9 * h.float()).sum()).backward()
+    torch.testing.assert_close(layer.bias.grad / 2.0**24, torch.full((H,), B * 1e-9), rtol=0.01, atol=0.0)
+    torch.testing.assert_close(critic.target, torch.full((B, H), 1e-9), rtol=0.01, atol=0.0)
+
+
+def test_a_large_weight_saves_the_synthetic_gradient_of_bp_lambda_from_vanishing_in_float16():
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model, _, x, state = make()
+        critic = dni_rl.GradientCritic(state_sizes=model["core"].state_sizes, normalize_targets=False)
+        with torch.no_grad():
+            critic.net[0].bias[:4] = 1e-9  # for the component that is in half precision
+        start = dni_rl.cut(state)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            outputs, end = model["core"].unroll(x[:1], start)
+        assert end[0].dtype == dtype
+        dni_rl.bp_lambda_backward(
+            0.0 * outputs.float().sum(-1),
+            start=start,
+            end=end,
+            critic=critic,
+            trace=dni_rl.bp_lambda_trace(critic, B),
+            lambda_=0.5,
+            weight=2.0**24,
+        )
+        found.append(model["core"].cell.fast.weight.grad / 2.0**24)
+    assert found[0].norm() > 1e-10
+    assert torch.linalg.vector_norm(found[1] - found[0]) < 0.05 * found[0].norm()

@@ -236,6 +236,44 @@ def test_critic_learns_from_dense_targets(core, inputs, first):
     assert any(p.grad is not None and p.grad.ne(0).any() for p in critic.parameters())
 
 
+@pytest.mark.parametrize("lambda_", [0.0, 0.6])
+def test_mixed_targets_follow_their_recursion_across_the_cuts_of_levels(core, inputs, first, lambda_):
+    ticks, taught = 2, []
+    torch.manual_seed(2)
+    critic = GradientCritic(
+        state_sizes=core.state_sizes, target_lambda=lambda_, gradient_discount=0.9, normalize_targets=False
+    ).double()
+    for p in critic.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    fit = critic.fit
+    critic.fit = lambda state, target, *rest: taught.append(target) or fit(state, target, *rest)
+    start = dni_rl.cut(core.initial_state(B))
+    outputs, end, bootstraps = core.unroll_in_ticks(inputs, start, first, ticks=ticks, critic=critic)
+    dni_rl.backward(losses_of(outputs) + bootstraps, start=start, end=end, critic=critic, weight=0.5)
+    found = [g.view(T, B, -1) for g in taught[0]]
+
+    steps, state = [], core.initial_state(B)
+    for x, starts in zip(inputs, first, strict=True):  # one step each, by autograd
+        before = dni_rl.cut(tuple(s.detach().masked_fill(starts.unsqueeze(-1), 0.0) for s in state))
+        output, state = core(x, before)
+        steps.append((before, losses_of(output).sum(), state))
+    carried = critic.synthetic_gradient(tuple(s.detach() for s in state))
+    for t in reversed(range(T)):
+        before, loss, after = steps[t]
+        arrived = torch.autograd.grad(
+            [loss, *after], before, [None, *carried], allow_unused=True, materialize_grads=True
+        )
+        valid = ~first[t]
+        for actual, expected in zip(found, arrived, strict=True):
+            torch.testing.assert_close(actual[t, valid], expected[valid], rtol=1e-10, atol=1e-12)
+        b = critic.synthetic_gradient(tuple(s.detach() for s in before), None, valid)
+        mixed = [torch.lerp(there, here, lambda_) * valid.unsqueeze(-1) for there, here in zip(b, arrived, strict=True)]
+        for part, period in zip(core._level_slices, core.periods, strict=True):
+            if t % (ticks * period) == 0:  # what the cut replaced
+                mixed[part] = b[part]
+        carried = mixed
+
+
 def test_steps_equal_unroll(core, inputs, first):
     fast, _ = core.unroll(inputs, core.initial_state(B), first)
     slow, _ = unroll_stepwise(core, inputs, core.initial_state(B), first)
@@ -380,3 +418,22 @@ def test_interface_critics_learn_what_arrives_where_it_is_heard(inputs, first):
         fit_interfaces(end, [])
     with pytest.raises(ValueError, match="interface_critics: expected one for each of 1"):
         core.unroll_in_ticks(inputs, core.initial_state(B), ticks=2, interface_critics=[])
+
+
+def test_interface_critics_leave_with_the_scale_and_learn_targets_without_it(inputs, first):
+    torch.manual_seed(0)
+    core = MultiTimescaleCore(D, (3, 2), (1, 3)).double()
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        core.zero_grad()
+        critics = [GradientCritic(state_sizes=(3,)).double()]
+        state = dni_rl.cut(core.initial_state(B))
+        outputs, end, bootstraps = core.unroll_in_ticks(inputs, state, first, ticks=T, interface_critics=critics)
+        dni_rl.backward(losses_of(outputs) + bootstraps, start=state, end=end, weight=0.25, scaler=scaler)
+        (fit,) = fit_interfaces(end, critics, weight=0.25, scaler=scaler)
+        scale = 1.0 if scaler is None else 1024.0
+        found.append((fit.loss.detach(), critics[0].target_rms, critics[0].net[-1].weight.grad / scale))
+    assert found[0][2].ne(0).any()
+    torch.testing.assert_close(found[1], found[0])
+    with pytest.raises(ValueError, match=r"weight: found -1\.0, allowed above 0"):
+        fit_interfaces(end, critics, weight=-1.0)
