@@ -350,12 +350,10 @@ def _content(
     found = _found(cache, file)
     if found is None:
         if unpack_from is None:
-            download(file, cache)
+            found = download(file, cache)
         else:
             assert members is not None
-            _unpack(_found(cache, unpack_from) or download(unpack_from, cache), members.values(), cache)
-        found = _found(cache, file)
-        assert found is not None
+            found = _download_and_unpack(unpack_from, members.values(), file, cache)
     return _verified(found, file, way_out="delete it, and it is downloaded again")
 
 
@@ -411,21 +409,35 @@ def download(file: DataFile, folder: Path, *, fetch: Fetch | None = None) -> Pat
         DataError: if no mirror delivers the file, or the folder cannot be written.
     """
     target = folder / file.path
+    with _exclusive(target):
+        _fetch(file, target, fetch or fetch_url)
+    return target
+
+
+def _download_and_unpack(archive: DataFile, members: Iterable[DataFile], wanted: DataFile, folder: Path) -> Path:
+    """Where the wanted member of an archive lies. One process at a time looks again, downloads the archive, and unpacks all of it."""
+    target = folder / archive.path
+    with _exclusive(target):
+        found = _found(folder, wanted)  # another process was faster, and has removed the archive since
+        if found is None:
+            _fetch(archive, target, fetch_url)
+            _unpack(target, members, folder)
+            found = folder / wanted.path
+    return found
+
+
+def _fetch(file: DataFile, target: Path, fetch: Fetch) -> None:
+    """See `download`; the caller has the file to itself."""
+    if target.exists():
+        return
     part = target.with_name(f"{target.name}.part")
     problems = []
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target):
-            if target.exists():  # another process was faster
-                return target
-            for url in file.urls:
-                problem = _transfer(url, part, file, fetch or fetch_url)
-                if not problem:
-                    os.replace(part, target)
-                    return target
-                problems.append(f"{url}: {problem}")
-    except OSError as error:  # of the file system: those of the network are dealt with below
-        raise DataError(f"{target}: cannot be written ({_line(error)}); make room, or set XDG_CACHE_HOME") from error
+    for url in file.urls:
+        problem = _transfer(url, part, file, fetch)
+        if not problem:
+            os.replace(part, target)
+            return
+        problems.append(f"{url}: {problem}")
     raise DataError(
         f"{file.path}: could not be downloaded ({'; '.join(problems) or 'no mirror is known'}); try again later, it continues where it "
         f"stopped, or put the file into a folder that {ENVIRONMENT_VARIABLE} names"
@@ -534,15 +546,23 @@ def _unpack(archive: Path, files: Iterable[DataFile], folder: Path) -> None:
         raise DataError(
             f"{archive}: cannot be unpacked ({_line(error)}); make room, or delete it and try again"
         ) from error
-    archive.unlink()
+    archive.unlink(missing_ok=True)
 
 
 @contextmanager
 def _exclusive(target: Path) -> Iterator[None]:
-    """Lets one process at a time download a file; a process that dies gives it free. No protection without POSIX locks."""
-    if fcntl is None:
-        yield
-        return
-    with open(target.with_name(f"{target.name}.lock"), "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Lets one process at a time make a file; a process that dies gives it free. No protection without POSIX locks.
+
+    Raises:
+        DataError: in place of an OSError of the file system, here or in the block; those of the network do not get here.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        with open(target.with_name(f"{target.name}.lock"), "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({_line(error)}); make room, or set XDG_CACHE_HOME") from error

@@ -1,21 +1,25 @@
 """Carries out the papers' experiments one after the other, and writes the pages of docs/results from what they left.
 
-    python scripts/experiments.py run                                       smoke: all of them in minutes, without data files
+    python scripts/experiments.py run                                       smoke: every program in minutes, without data files
     python scripts/experiments.py run --preset laptop --only copy ptb
     python scripts/experiments.py run --preset paper --device cuda --jobs 4
     python scripts/experiments.py report
 
 Every entry is a command of `dni_rl.experiments` with a folder of its own, <runs>/<preset>/<entry>, and `--resume`: what is done is
 skipped, what was interrupted goes on from its last checkpoint, and an entry that fails is reported and does not stop the others. What an
-entry prints is in output.log in its folder. An experiment is added as a line of ENTRIES in papers/entries.py.
+entry prints is in output.log in its folder. An experiment is added as a line of ENTRIES in papers/entries.py, where it may be left to some
+of the presets.
 
 The report has a page for each experiment, with figures (PNG) and JSON beside it. It counts runs that are finished and have the settings of
 the entry's command, says which are missing and which were left out, and asks the program itself which there should be. Where the runs of
-an entry are not at hand, because another machine made them, the page keeps what the JSON has of them. What stands on a page from
-"**Reading.**" on is written by hand, and kept; a page that has no such mark and is not of this script is left alone.
+an entry are not at hand, because another machine made them, the page keeps what the JSON has of them; also where fewer are at hand than
+the JSON has with the same settings, which is said. What stands on a page from "**Reading.**" on is written by hand, and kept; a page that
+has no such mark and is not of this script is left alone.
 
-Intervals of means and of differences between two methods (seed by seed) are 95 % t intervals over seeds; those of ratios of means are
-percentile bootstraps over the seeds of both, computed by scipy.
+Intervals of means and of differences between two methods (seed by seed) are 95 % t intervals over seeds. Ratios between two methods are of
+geometric means, with the 95 % interval that Welch's t distribution gives the difference of the mean logarithms; where a seed has 0 they
+are of means, and have no interval, nor have they where the seeds of each method all agree. A bar is kept for certain ("yes") only by a
+whole interval that has some width.
 """
 
 import argparse
@@ -52,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(option.presets, option.runs, option.output)
     if option.jobs is not None and option.jobs < 1:
         run.error(f"--jobs: found {option.jobs}; allowed an integer of at least 1")
-    names = [entry.name for entry in ENTRIES]
+    of_preset = [entry for entry in ENTRIES if option.preset in entry.presets]
+    names = [entry.name for entry in of_preset]
     if unknown := sorted(set(option.only or ()) - set(names)):
-        run.error(f"--only: found {' '.join(unknown)}; allowed {', '.join(names)}")
-    chosen = [entry for entry in ENTRIES if entry.name in (option.only or names)]
+        run.error(f"--only: found {' '.join(unknown)}; allowed with --preset {option.preset}: {', '.join(names)}")
+    chosen = [entry for entry in of_preset if entry.name in (option.only or names)]
     return run_all(chosen, option.preset, option.runs, option.jobs, option.device)
 
 

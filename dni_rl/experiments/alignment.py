@@ -38,7 +38,6 @@ import argparse
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,7 +384,6 @@ class Experiment(common.Experiment):
     def update(self) -> dict[str, Tensor]:
         """Learns from the next batch of sequences, window by window; returns metrics, still on the device."""
         config = self.config
-        started = time.monotonic()
         inputs, targets = self.batch()
         T, B = inputs.shape[:2]
         first = torch.zeros(T, B, dtype=torch.bool, device=inputs.device)
@@ -428,7 +426,6 @@ class Experiment(common.Experiment):
             parts = [report.as_dict() for report in reports]
             metrics |= {f"critic/{name}": torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         self.step += 1
-        self.seconds += time.monotonic() - started
         return metrics
 
     @property
@@ -503,7 +500,7 @@ class Experiment(common.Experiment):
         result: dict[str, Any] = {"loss": common.final(self.curve, "loss"), "cosines": None, "aligned_after": None}
         if self.critic is not None:
             late = [point["cosines"] for point in self.curve if point["step"] > 0.9 * self.step]
-            result["cosines"] = [statistics.fmean(of_lag) for of_lag in zip(*late, strict=True)]
+            result["cosines"] = _mean_by_lag(late)
             result["relative_error"] = self.curve[-1]["relative_error"]
             result["aligned_after"] = common.reached(self.curve, "misalignment", 1.0 - ALIGNED, "step")
         result["at_rest"] = self.cosines_at_rest()
@@ -522,15 +519,15 @@ run = functools.partial(common.carry_out, Experiment)
 # Summary
 
 
-def _mean_by_lag(found: Sequence[list[float] | None]) -> list[float] | None:
-    """Over seeds; None where there is nothing."""
+def _mean_by_lag(found: Sequence[Sequence[float | None] | None]) -> list[float | None] | None:
+    """Over seeds; None where there is nothing, and at lags where a seed diverged."""
     known = [one for one in found if one is not None]
-    return [statistics.fmean(of_lag) for of_lag in zip(*known, strict=True)] if known else None
+    return [common.mean(of_lag) for of_lag in zip(*known, strict=True)] if known else None
 
 
-def reach(by_lag: Sequence[float], level: float = REACHED) -> int:
+def reach(by_lag: Sequence[float | None], level: float = REACHED) -> int:
     """The lag up to which every cosine is above `level`; 0 if that of lag 1 is not."""
-    return next((lag for lag, cosine in enumerate(by_lag) if not cosine > level), len(by_lag))
+    return next((lag for lag, cosine in enumerate(by_lag) if cosine is None or not cosine > level), len(by_lag))
 
 
 def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -543,9 +540,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
             found = list(by_seed.values())
             by_lag = _mean_by_lag([one["cosines"] for one in found])
             at_rest = _mean_by_lag([one["at_rest"] for one in found])
-            per_seed = {
-                str(s): None if r["cosines"] is None else statistics.fmean(r["cosines"]) for s, r in by_seed.items()
-            }
+            per_seed = {str(s): None if r["cosines"] is None else common.mean(r["cosines"]) for s, r in by_seed.items()}
             curve = zip(*(one["curve"] for one in found), strict=True)
             rows.append(
                 {
@@ -556,12 +551,12 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
                     "per_seed": per_seed,
                     "cosine": common.spread(list(per_seed.values())),
                     "reach": None if by_lag is None else reach(by_lag),
-                    "aligned_after": common.spread([one["aligned_after"] for one in found])["mean"],
+                    "aligned_after": common.mean(one["aligned_after"] for one in found),
                     "loss": common.spread([one["loss"] for one in found]),
-                    "seconds": common.spread([one["seconds"] for one in found])["mean"],
+                    "seconds": common.mean(one["seconds"] for one in found),
                     "curve": [
                         {
-                            name: statistics.fmean(p[name] for p in points)
+                            name: common.mean(p[name] for p in points)
                             for name in ("step", "loss", "mean_cosine")
                             if name in points[0]
                         }
@@ -595,7 +590,7 @@ def table(summary: Mapping[str, Any]) -> str:
         )
         rows = []
         for row in found["cells"]:
-            rest = None if row["at_rest"] is None else statistics.fmean(row["at_rest"])
+            rest = None if row["at_rest"] is None else common.mean(row["at_rest"])
             after = None if row["aligned_after"] is None else round(row["aligned_after"])
             rows.append(
                 (
@@ -607,7 +602,7 @@ def table(summary: Mapping[str, Any]) -> str:
                     two(rest),
                     row["reach"],
                     after,
-                    f"{row['loss']['mean']:.4f}",
+                    common.shown(row["loss"]["mean"], 4),
                     round(row["seconds"]),
                 )
             )
@@ -618,7 +613,7 @@ def table(summary: Mapping[str, Any]) -> str:
     note = (
         "Mean and std: of the mean over lags, over seeds. At rest: where that mean is heading, in closed form. Reach: lag up to which "
         f"every cosine is above {REACHED}. Updates to {ALIGNED}: of the mean over lags, a dash where a seed never came there. "
-        "dni with a window above 1 is taught at its cuts alone."
+        f"Loss: {common.DIVERGED} where that of a seed is not finite. dni with a window above 1 is taught at its cuts alone."
     )
     return "\n\n".join((*shown, note))
 

@@ -11,14 +11,19 @@ without it, for several bounds on staleness. For each run: updates per second, p
 error, and how late gradients really were.
 
 The command starts the processes itself; under torchrun it is one of them, and only the runs with processes are done.
-results.json and table.md in the run's folder are written after every run; `--resume` skips those that are done.
+results.json and table.md in the run's folder are written after every run, and each run has a folder of its own with metrics.jsonl and
+TensorBoard events. `--resume` skips runs that are done; one in a single process goes on from its checkpoint, one with processes, which
+has none, starts again.
 """
 
 import argparse
+import collections
 import dataclasses
+import functools
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +32,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from dni_rl import data
-from dni_rl.distributed import Batch, ProcessError, connect, fail, launch, train_pipeline
+from dni_rl.distributed import Batch, ProcessError, Processes, StageReport, connect, fail, launch, train_pipeline
 from dni_rl.experiments import common, images
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
+NUM_LAST_LOSSES = 100  # whose mean is the training loss at the end
+FREE_FIELDS = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")  # what may change when runs are resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +63,22 @@ class AsynchronousConfig:
     backprop: bool = True  # whether to do the locked runs
     batch_size: int = 256
     num_steps: int = 500_000
-    learning_rate: float = 3e-5
-    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)
+    learning_rate: float = 3e-5  # Adam, for layers
+    critic_learning_rate: float | None = None  # Adam, for critics; None for the same
+    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # both are divided by 10 at each
     threads: tuple[int, ...] = (
         1,
     )  # of the locked run in one process, one run for each; all others have one thread a process
     timeout_sec: float = 300.0  # for a message between processes
-    seed: int = 0
-    device: str = "cpu"
+    log_every_steps: int = 100
+    eval_every_steps: int = 5_000  # of runs in one process; the others are tested at their end
+    checkpoint_every_steps: int = 5_000  # of runs in one process
+    seeds: tuple[int, ...] = (0,)  # of every run
+    device: str = "cpu"  # or "cuda", of which every process takes a GPU, if there are enough
 
     def __post_init__(self):
-        common.check_allowed(self, arm=("dni", "cdni"), schedule=("free", "fixed"))
+        common.check_allowed(self, arm=("dni", "cdni"), schedule=("free", "fixed"), device=("cpu", "cuda"))
+        common.check_each_once(seeds=self.seeds)
         if any(bound < 0 for bound in self.staleness_bounds):
             raise ValueError(f"staleness_bounds: found {self.staleness_bounds}, allowed 0 or more")
         if any(threads < 1 for threads in self.threads):
@@ -96,28 +109,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         "staleness_bounds": (0, 2),
         "update_probabilities": (0.5,),
         "timeout_sec": 30.0,
+        "log_every_steps": 20,
+        "eval_every_steps": 50,
+        "checkpoint_every_steps": 50,
     },
-    # minutes on two cores
+    # Under half an hour on two cores. Lower probabilities want more steps: see `dni_rl.experiments.images`.
     "laptop": {
-        "num_steps": 6_000,
+        "num_steps": 3_000,
         "learning_rate": 1e-3,
-        "learning_rate_drop_steps": (4_000, 5_000),
+        "learning_rate_drop_steps": (2_000, 2_500),
+        "staleness_bounds": (0, 2, 8),
+        "update_probabilities": (1.0, 0.2),
+        "eval_every_steps": 500,
+        "checkpoint_every_steps": 500,
+        "seeds": (0, 1, 2),
     },
-    "paper": {},
+    "paper": {"seeds": (0, 1, 2)},
 }
 
 
 def make_config(preset: str, **overrides: Any) -> AsynchronousConfig:
-    """A preset with settings replaced; the paper's critic for plain DNI where neither says otherwise."""
-    settings = {**PRESETS[preset], **overrides}
-    if preset != "smoke" and settings.get("arm") == "dni":
-        settings.setdefault("critic_hidden_sizes", (1024, 1024))
-    return AsynchronousConfig(**settings)
+    """A preset with settings replaced; critics as those of `dni_rl.experiments.images` where neither says otherwise."""
+    arm = overrides.get("arm", AsynchronousConfig.arm)
+    of_arm = images.PRESETS[preset].get("of_arms", {}).get(arm, {})
+    return AsynchronousConfig(**{**of_arm, **PRESETS[preset], **overrides})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row of the table.
+    """One run; those that differ in their seed alone are a row of the table.
 
     Attributes:
         arm: "backprop" or the config's.
@@ -126,6 +146,7 @@ class Run:
         update_probability: of each layer at each step.
         unlocked: whether layers compute on synthetic inputs.
         threads: of each process.
+        seed: of all randomness.
     """
 
     arm: str
@@ -134,8 +155,19 @@ class Run:
     update_probability: float = 1.0
     unlocked: bool = False
     threads: int = 1
+    seed: int = 0
 
     def __str__(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return re.sub(r"[^a-z0-9.]+", "-", str(self))
+
+    @property
+    def label(self) -> str:
+        """What it is, whatever its seed."""
         parts = [self.arm, "1 process" if self.processes == 1 else f"{self.processes} processes"]
         if self.max_staleness is not None:
             parts.append(f"staleness up to {self.max_staleness}")
@@ -149,86 +181,161 @@ class Run:
 
 
 def runs(config: AsynchronousConfig) -> list[Run]:
-    """All of a config, those in one process first."""
+    """All of a config, those in one process first; of each kind, seeds outermost."""
     L = config.num_layers
-    return [
+    alone = [
         *[Run(arm="backprop", threads=threads) for threads in config.threads if config.backprop],
         *[Run(arm=config.arm, update_probability=p) for p in config.update_probabilities],
         *([Run(arm=config.arm, unlocked=True)] if config.unlocked else []),
+    ]
+    together = [
         *([Run(arm="backprop", processes=L)] if config.backprop else []),
         *[Run(arm=config.arm, processes=L, max_staleness=bound) for bound in config.staleness_bounds],
     ]
+    return [dataclasses.replace(run, seed=seed) for kind in (alone, together) for seed in config.seeds for run in kind]
 
 
 # One process
 
 
-def run_in_one_process(config: AsynchronousConfig, run: Run) -> dict[str, Any]:
-    """Trains and tests; returns a row of the results."""
-    train, test = images.load(config.dataset, "train"), images.load(config.dataset, "test")
-    of_net = config.net(run.arm, update_probability=run.update_probability, unlocked=run.unlocked)
-    batches = images.Batches(train, config.batch_size, config.seed, config.device)
-    experiment = images.Experiment(of_net, train.images[0].numel())
+class _InOneProcess(images.Training):
+    """A run that also tells its processor time, and its last losses."""
+
+    def __init__(self, config: images.ImagesConfig):
+        super().__init__(config)
+        self.cpu_sec = 0.0
+        self.losses: collections.deque[Tensor] = collections.deque(maxlen=NUM_LAST_LOSSES)
+
+    def update(self) -> dict[str, Tensor]:
+        started = time.process_time()
+        metrics = super().update()
+        self.cpu_sec += time.process_time() - started
+        self.losses.append(metrics["train/loss"].detach())
+        return metrics
+
+    def result(self) -> dict[str, Any]:
+        return {**super().result(), "cpu_sec": self.cpu_sec, "last_losses": torch.stack(list(self.losses)).tolist()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "cpu_sec": self.cpu_sec, "losses": list(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.cpu_sec = state["cpu_sec"]
+        self.losses.extend(state["losses"])
+
+
+def run_in_one_process(config: AsynchronousConfig, run: Run, folder: Path, **how: Any) -> dict[str, Any]:
+    """Trains and tests; returns a row of the results.
+
+    Args:
+        config: of all runs.
+        run: which.
+        folder: of all runs.
+        how: to be carried out, see `common.carry_out`.
+    """
+    of_net = config.net(run.arm, update_probability=run.update_probability, unlocked=run.unlocked, seed=run.seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(run.threads)
     try:
-        start, start_cpu, losses = time.monotonic(), time.process_time(), []
-        for step in range(config.num_steps):
-            losses.append(experiment.update(step, *batches[step])["train/loss"].detach())
-        last_losses = torch.stack(losses[-100:]).tolist()  # waits for the device
-        seconds, cpu_sec = time.monotonic() - start, time.process_time() - start_cpu
-        error = experiment.test_error(data.Images(test.images.to(config.device), test.labels.to(config.device)))
+        free = (*common.FREE_FIELDS, "eval_every_steps")
+        result = common.carry_out(_InOneProcess, of_net, folder / run.folder, free=free, **how)
     finally:
         torch.set_num_threads(threads)
-    return row(run, config, seconds, [cpu_sec], error, last_losses)
+    return row(run, config, result["seconds"], [result["cpu_sec"]], result["error"], result["last_losses"])
 
 
 # Processes
 
 
-def run_in_processes(config: AsynchronousConfig, todo: Sequence[Run], folder: Path) -> None:
-    """What each of the processes does; that of the lowest layer tests the net and writes the results."""
-    test = images.load(config.dataset, "test")
+def run_in_processes(
+    config: AsynchronousConfig,
+    todo: Sequence[Run] | None,
+    folder: Path,
+    *,
+    resume: bool = False,
+    tensorboard: bool = True,
+) -> None:
+    """What each of the processes does; that of the lowest layer tests the net and writes the results.
+
+    Args:
+        config: of all runs.
+        todo: runs; None for what the process of the lowest layer finds to be left, which it tells the others.
+        folder: of all runs.
+        resume: whether some may be done, where it has to find out.
+        tensorboard: whether to write TensorBoard events.
+    """
     with connect(config.device, timeout_sec=config.timeout_sec) as processes:
-        if processes.rank == 0:
-            batches = images.Batches(
-                images.load(config.dataset, "train"), config.batch_size, config.seed, str(processes.device)
-            )
+        if todo is None:
+            todo = _agreed(processes, config, folder, resume)
+        where, lowest = processes.device, processes.rank == 0
+        test = images.load(config.dataset, "test")
         for run in todo:
-            of_net = config.net(run.arm, device=str(processes.device))
+            of_net = config.net(run.arm, device=str(where), seed=run.seed)
             experiment = images.Experiment(of_net, test.images[0].numel())
-
-            def set_learning_rates(step: int, experiment: images.Experiment = experiment) -> None:
-                drops = sum(step >= drop for drop in config.learning_rate_drop_steps)
-                for optimizer in experiment.optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.learning_rate * 0.1**drops
-
+            batches: Iterator[Batch] = iter(())
+            if lowest:
+                train = images.load(config.dataset, "train")
+                drawn = images.Batches(train, config.batch_size, run.seed, str(where))
+                batches = with_context(drawn, config.num_steps, run.arm)
+            bar = common.Progress(str(run), config.num_steps, wanted=lowest)
             processes.barrier()  # so that no one's clock runs while another still builds its net
             reports = train_pipeline(
                 experiment.net,
                 processes,
-                with_context(batches, config.num_steps, run.arm) if processes.rank == 0 else (),
+                batches,
                 cross_entropy,
                 max_staleness=run.max_staleness or 0,
                 schedule="fixed" if config.schedule == "fixed" else "free",
-                before_update=set_learning_rates,
+                before_update=functools.partial(_before_update, experiment, bar, config.log_every_steps),
             )
+            bar.close()
             if reports is None:
                 continue
-            where = processes.device
             error = experiment.test_error(data.Images(test.images.to(where), test.labels.to(where)))
-            seconds = max(report.seconds for report in reports)
-            cpu_sec = [report.cpu_sec for report in reports]
-            result = row(run, config, seconds, cpu_sec, error, reports[-1].losses[-100:])
-            result["mean_staleness"] = [report.mean_staleness for report in reports[:-1]]
-            result["highest_staleness"] = [report.max_staleness for report in reports[:-1]]
-            result["staleness_counts"] = [report.staleness for report in reports[:-1]]
-            result["waiting_share"] = [report.waiting_sec / report.seconds for report in reports]
-            result["blocked_share"] = [report.blocked_sec / report.seconds for report in reports]
-            if run.max_staleness is not None:
-                result["cosine_at_the_end"] = [_mean(report.cosines[-100:]) for report in reports[:-1]]
-            add_result(folder, run, result)
+            _log(folder / run.folder, reports, error, config.log_every_steps, tensorboard)
+            add_result(folder, run, row_of_processes(run, config, reports, error))
+
+
+def _before_update(experiment: images.Experiment, bar: common.Progress, every: int, step: int) -> None:
+    experiment.set_learning_rates(step)
+    if step % every == 0:
+        bar.show(step)
+
+
+def _agreed(processes: Processes, config: AsynchronousConfig, folder: Path, resume: bool) -> list[Run]:
+    """The runs with processes that are left, as rank 0 finds them before it writes; every process gets the same, or the same error."""
+    told: list[Any] = [None, ""]
+    if processes.rank == 0:
+        try:
+            told[0] = [run for run in _start_results(config, folder, resume) if run.processes > 1]
+        except ValueError as problem:
+            told[1] = str(problem)
+    try:
+        dist.broadcast_object_list(told, src=0)
+    except RuntimeError as error:
+        raise ProcessError(
+            f"process {processes.rank}: process 0 did not tell what is left; see what it said"
+        ) from error
+    if told[1]:
+        raise ValueError(told[1])
+    return told[0]
+
+
+def _log(folder: Path, reports: Sequence[StageReport], error: float, every: int, tensorboard: bool) -> None:
+    """What the processes measured, as the runs in one process log it; critics by the order in which gradients arrived."""
+    folder.mkdir(parents=True, exist_ok=True)
+    losses = reports[-1].losses
+    with common.Log(folder, 0, tensorboard) as log:
+        for step in range(1, len(losses) + 1):
+            if common.due(step - 1, step, every, len(losses)):
+                cosines = {
+                    f"critic_{i}/cosine": report.cosines[step - 1]
+                    for i, report in enumerate(reports, start=1)
+                    if len(report.cosines) >= step
+                }
+                log.write(step, {"train/loss": losses[step - 1], **cosines})
+        log.write(len(losses), {"test/error": error})
 
 
 def with_context(batches: images.Batches, num_steps: int, arm: str) -> Iterator[Batch]:
@@ -252,7 +359,7 @@ def row(
     seconds: float,
     cpu_sec: Sequence[float],
     error: float,
-    last_losses: Sequence[float],
+    last_losses: Sequence[float | None],
 ) -> dict[str, Any]:
     """What every run reports."""
     return {
@@ -262,14 +369,31 @@ def row(
         "updates_per_sec": config.num_steps / seconds,
         "cpu_ms_per_update": [1000.0 * sec / config.num_steps for sec in cpu_sec],  # of each process
         "test_error": error,
-        "train_loss_at_the_end": _mean(last_losses),
+        "train_loss_at_the_end": common.mean(last_losses),
     }
+
+
+def row_of_processes(
+    run: Run, config: AsynchronousConfig, reports: Sequence[StageReport], error: float
+) -> dict[str, Any]:
+    """What a run with processes reports, from the lowest layer; staleness is that of all layers but the highest."""
+    seconds, last_losses = max(report.seconds for report in reports), reports[-1].losses[-NUM_LAST_LOSSES:]
+    result = row(run, config, seconds, [report.cpu_sec for report in reports], error, last_losses)
+    below = reports[:-1]
+    result["mean_staleness"] = [report.mean_staleness for report in below]
+    result["highest_staleness"] = [report.max_staleness for report in below]
+    result["staleness_counts"] = [report.staleness for report in below]
+    result["waiting_share"] = [report.waiting_sec / report.seconds for report in reports]
+    result["blocked_share"] = [report.blocked_sec / report.seconds for report in reports]
+    if run.max_staleness is not None:
+        result["cosine_at_the_end"] = [common.mean(report.cosines[-NUM_LAST_LOSSES:]) for report in below]
+    return result
 
 
 def add_result(folder: Path, run: Run, result: Mapping[str, Any]) -> None:
     """Adds a row to results.json and draws table.md anew."""
     results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    results["runs"][str(run)] = dict(result)
+    results["runs"][str(run)] = common.finite(result)
     common.write_json(folder / RESULTS_FILE, results)
     (folder / TABLE_FILE).write_text(table(results) + "\n", encoding="utf-8")
     print(
@@ -279,29 +403,46 @@ def add_result(folder: Path, run: Run, result: Mapping[str, Any]) -> None:
     )
 
 
+def by_label(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of runs that differ in their seed alone."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, result in results["runs"].items():
+        found.setdefault(name.partition(", seed ")[0], []).append(result)
+    return found
+
+
 def table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
+    """The results as Markdown: test errors by seed, all else as means over seeds."""
 
-    def shown(values: Sequence[float] | None, digits: int = 2) -> str | None:
-        return None if values is None else " / ".join(f"{value:.{digits}f}" for value in values)
-
-    rows = [
-        (
-            name,
-            f"{100 * result['test_error']:.2f}",
-            f"{result['updates_per_sec']:.1f}",
-            shown(result["cpu_ms_per_update"], 1),
-            shown(result.get("mean_staleness")),
-            shown(result.get("highest_staleness"), 0),
-            shown(result.get("blocked_share")),
-            shown(result.get("waiting_share")),
-            shown(result.get("cosine_at_the_end")),
+    def shown(found: Sequence[Mapping[str, Any]], name: str, digits: int = 2) -> str | None:
+        """A number for each process."""
+        if name not in found[0]:
+            return None
+        return " / ".join(
+            common.shown(common.mean(seeds), digits) for seeds in zip(*(one[name] for one in found), strict=True)
         )
-        for name, result in results["runs"].items()
-    ]
+
+    rows = []
+    for label, found in by_label(results).items():
+        errors = [result["test_error"] for result in found]
+        rows.append(
+            (
+                label,
+                " ".join(common.shown(error, 2, 100.0) for error in errors),
+                common.shown(common.mean(errors), 2, 100.0),
+                common.shown(common.mean(result["updates_per_sec"] for result in found), 1),
+                shown(found, "cpu_ms_per_update", 1),
+                shown(found, "mean_staleness"),
+                shown(found, "highest_staleness", 0),
+                shown(found, "blocked_share"),
+                shown(found, "waiting_share"),
+                shown(found, "cosine_at_the_end"),
+            )
+        )
     header = (
         "run",
-        "test error, %",
+        "test error by seed, %",
+        "mean",
         "updates/s",
         "CPU ms per update",
         "mean staleness",
@@ -311,10 +452,6 @@ def table(results: Mapping[str, Any]) -> str:
         "cosine",
     )
     return common.markdown(header, rows)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _start_results(config: AsynchronousConfig, folder: Path, resume: bool) -> list[Run]:
@@ -327,7 +464,9 @@ def _start_results(config: AsynchronousConfig, folder: Path, resume: bool) -> li
                 f"{path}: results are there already; continue with --resume, or choose another --run-folder"
             )
         results = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(name for name in settings if results["config"].get(name) != settings[name])
+        different = sorted(
+            name for name in settings if name not in FREE_FIELDS and results["config"].get(name) != settings[name]
+        )
         if different:
             raise ValueError(
                 f"{path}: the runs there have other settings ({', '.join(different)}); choose another --run-folder"
@@ -347,36 +486,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--preset", choices=PRESETS, default="smoke")
     parser.add_argument("--run-folder", type=Path, default=Path("runs/asynchronous"))
-    parser.add_argument("--resume", action="store_true", help="skip runs that are done")
+    parser.add_argument("--resume", action="store_true", help="continue what was cut off, skip what is done")
+    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
     common.add_settings(parser, AsynchronousConfig)
     settings = vars(parser.parse_args(arguments))
-    preset, folder, resume = settings.pop("preset"), settings.pop("run_folder"), settings.pop("resume")
+    preset, folder = settings.pop("preset"), settings.pop("run_folder")
+    how = {"resume": settings.pop("resume"), "tensorboard": settings.pop("tensorboard")}
     is_a_process = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # torchrun has started it
-    rank = int(os.environ.get("RANK", 0))
     try:
         config = make_config(preset, **common.as_settings(settings))
+        common.check_device(config.device)
         if is_a_process:
-            # Every process decides alike what is to be done, from what rank 0 finds before any of them writes.
-            todo = [run for run in runs(config) if run.processes > 1]
-            if rank == 0:
-                open_runs = _start_results(config, folder, resume)
-                if any(run not in open_runs for run in todo):
-                    raise ValueError(f"{folder}: some runs are done; under torchrun choose another --run-folder")
-            run_in_processes(config, todo, folder)
+            run_in_processes(config, None, folder, **how)
         else:
-            todo = _start_results(config, folder, resume)
+            todo = _start_results(config, folder, how["resume"])
             for run in todo:
                 if run.processes == 1:
-                    add_result(folder, run, run_in_one_process(config, run))
+                    add_result(folder, run, run_in_one_process(config, run, folder, **how))
             together = [run for run in todo if run.processes > 1]
             if together:
-                launch(run_in_processes, config.num_layers, config, together, folder, timeout_sec=7 * 24 * 3600.0)
+                process = functools.partial(run_in_processes, **how)
+                launch(process, config.num_layers, config, together, folder, timeout_sec=7 * 24 * 3600.0)
     except (ValueError, data.DataError, ProcessError) as problem:
         if is_a_process:
             fail(f"asynchronous: {problem}")
         parser.exit(2, f"asynchronous: {problem}\n")
-    if rank == 0:
-        print((folder / TABLE_FILE).read_text(encoding="utf-8"), end="")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nasynchronous: stopped; continue with --resume\n")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(table(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

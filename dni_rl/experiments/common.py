@@ -34,6 +34,7 @@ RESULT_FILE = "result.json"
 SUMMARY_FILE = "summary.json"
 TABLE_FILE = "table.md"
 FREE_FIELDS = ("num_steps", "device", "log_every_steps", "checkpoint_every_steps")  # what a resumed run may change
+DIVERGED = "diverged"  # stands in tables for a score that is not finite
 
 
 # Command line
@@ -96,11 +97,110 @@ def check_each_once(**lists: Sequence[Any]) -> None:
             raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
 
 
+def check_device(name: str) -> None:
+    """ValueError if this machine, or this build of PyTorch, lacks the device.
+
+    Configs do not check it themselves, so that one of a run on another machine can be made here.
+    """
+    usable = ["cpu"]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        numbered = (f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))
+        usable += [accelerator.type, *numbered]
+    if name not in usable:
+        raise ValueError(
+            f"device: found {name!r}, which this machine lacks; allowed {', '.join(usable)}; use --device {usable[0]}"
+        )
+
+
+# Numbers that are not finite
+
+
+def finite(value: Any) -> Any:
+    """The same nest of dicts and lists with None in place of numbers that are not finite, which a run that diverged has, and JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def shown(value: float | None, digits: int, scale: float = 1.0) -> str:
+    """A score as it stands in a table."""
+    return DIVERGED if value is None or not math.isfinite(value) else f"{scale * value:.{digits}f}"
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of numbers; None where there are none, or one of them is None or not finite, or their sum is too large for a float."""
+    known = list(values)
+    if not known or any(value is None or not math.isfinite(value) for value in known):
+        return None
+    try:
+        return statistics.fmean(value for value in known if value is not None)
+    except OverflowError:
+        return None
+
+
+# Learning
+
+
+def set_learning_rates(
+    optimizers: Iterable[torch.optim.Optimizer], rates: Iterable[float], drop_steps: Sequence[int], step: int
+) -> None:
+    """Sets each optimiser to its rate, divided by 10 at each of `drop_steps` that `step` has come to."""
+    factor = 0.1 ** sum(step >= drop for drop in drop_steps)
+    for optimizer, rate in zip(optimizers, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+
+
+class Clock:
+    """Seconds of work on a device, between `start` and `stop`.
+
+    An accelerator has been given work long before it is done, so whoever reads the clock, starts or stops it waits for the device; and
+    nobody waits in between.
+
+    Args:
+        device: where the work is done.
+        seconds: to go on from.
+    """
+
+    def __init__(self, device: str, seconds: float = 0.0):
+        self._device, self._seconds = device, seconds
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Lets it run, if it does not."""
+        if self._started is None:
+            self._wait()
+            self._started = time.monotonic()
+
+    def stop(self) -> None:
+        """Holds it, once the device has done what it was given."""
+        self._seconds, self._started = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """What it shows."""
+        if self._started is None:
+            return self._seconds
+        self._wait()
+        return self._seconds + time.monotonic() - self._started
+
+    def _wait(self) -> None:
+        if torch.device(self._device).type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(self._device)
+
+
 # Logs and checkpoints
 
 
 class Log:
-    """metrics.jsonl, one row a line, and TensorBoard; rows after `first_step`, from a run that was cut off, are dropped."""
+    """metrics.jsonl, one row a line, and TensorBoard; rows after `first_step`, from a run that was cut off, are dropped.
+
+    Numbers that are not finite are null in metrics.jsonl.
+    """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         path = folder / "metrics.jsonl"
@@ -119,12 +219,12 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError("tensorboard is not installed; install it, or use --no-tensorboard") from error
-            self._events = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a row; `step` never decreases."""
-        print(json.dumps({"step": step, **metrics}), file=self._file, flush=True)
+        print(json.dumps(finite({"step": step, **metrics})), file=self._file, flush=True)
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
@@ -222,18 +322,23 @@ class Experiment(ABC):
     Attributes:
         config: its settings, a dataclass with `num_steps` and, unless `evaluation_is_due` is overridden, `eval_every_steps`.
         step: how far it has come.
-        seconds: that updates took so far.
+        clock: runs while it is updated.
         curve: a point for every evaluation.
     """
 
     def __init__(self, config: Any):
         self.config = config
-        self.step, self.seconds = 0, 0.0
+        self.step, self.clock = 0, Clock(config.device)
         self.curve: list[dict[str, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        """That updates took so far, waiting for the device."""
+        return self.clock.seconds
 
     @abstractmethod
     def update(self) -> dict[str, Tensor]:
-        """Learns, moves `step` and `seconds` on, and returns metrics, still on the device."""
+        """Learns, moves `step` on, and returns metrics, still on the device."""
 
     def figures(self) -> dict[str, float]:
         """What else to log with the metrics."""
@@ -279,7 +384,8 @@ class Experiment(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], list(state["curve"])
+        self.step, self.curve = state["step"], list(state["curve"])
+        self.clock = Clock(self.config.device, state["seconds"])
         for name, part in self.parts().items():
             if part is not None:
                 part.load_state_dict(state[name])
@@ -304,21 +410,27 @@ def carry_out(
         config: the run: `num_steps`, `log_every_steps` and `checkpoint_every_steps`, and what the experiment needs.
         folder: for its files, made if missing.
         free: fields of the config that a resumed run may change.
-        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed.
+        resume: continue from the folder's checkpoint, if it has one; more steps than before are allowed, and fewer if it has not come
+            to as many yet.
         tensorboard: whether to write TensorBoard events as well.
         progress: whether to show a line of progress, on a terminal.
 
     Returns:
-        The result, as in result.json.
+        The result, as in result.json; None in place of numbers that are not finite.
 
     Raises:
-        ValueError: if the folder holds another run, or the settings do not fit the data.
+        ValueError: if the folder holds another run or a longer one, the settings do not fit the data, or there is no such device.
         dni_rl.data.DataError: if the data cannot be had.
     """
+    check_device(config.device)
     state = load_checkpoint(folder / CHECKPOINT_FILE, config, resume=resume, free=free)
     result_file = folder / RESULT_FILE
-    if state is not None and state["step"] >= config.num_steps and result_file.exists():
-        return json.loads(result_file.read_text(encoding="utf-8"))
+    if state is not None and state["step"] >= config.num_steps:
+        _check_length(folder, state, config.num_steps)
+        if result_file.exists():
+            result = finite(json.loads(result_file.read_text(encoding="utf-8")))
+            if result.get("steps") == state["step"]:  # otherwise of this run when it was shorter
+                return result
     experiment = make_experiment(config)
     if state is not None:
         experiment.load_state_dict(state)
@@ -328,19 +440,36 @@ def carry_out(
     with Log(folder, experiment.step, tensorboard) as log:
         while experiment.step < config.num_steps:
             before = experiment.step
+            experiment.clock.start()
             metrics = experiment.update()
             step = experiment.step
-            if due(before, step, config.log_every_steps, config.num_steps):
+            logs = due(before, step, config.log_every_steps, config.num_steps)
+            evaluates = experiment.evaluation_is_due(before)
+            saves = due(before, step, config.checkpoint_every_steps, config.num_steps)
+            if logs or evaluates or saves:
+                experiment.clock.stop()
+            if logs:
                 log.write(step, {name: value.item() for name, value in metrics.items()} | experiment.figures())
                 bar.show(step, experiment.note())
-            if experiment.evaluation_is_due(before) and (evaluation := experiment.evaluation()):
+            if evaluates and (evaluation := experiment.evaluation()):
                 log.write(step, evaluation)
-            if due(before, step, config.checkpoint_every_steps, config.num_steps):
+            if saves:
                 save_checkpoint(folder / CHECKPOINT_FILE, experiment.state_dict())
     bar.close()
-    result = experiment.result()
+    result = finite(experiment.result())
     write_json(result_file, result)
     return result
+
+
+def _check_length(folder: Path, state: Mapping[str, Any], num_steps: int) -> None:
+    """ValueError if a run has come further than a run of so many steps, which the last update may have taken beyond them, would have."""
+    there, aimed_at = state["step"], state["config"]["num_steps"]
+    least = min(aimed_at, there + 1)
+    if num_steps < least:
+        raise ValueError(
+            f"num_steps: found {num_steps}, but the run in {folder} has come to step {there} of {aimed_at}; allowed {least} or more, or "
+            "choose another --run-folder"
+        )
 
 
 def due(before: int, step: int, every: int, total: int) -> bool:
@@ -451,10 +580,12 @@ def run_members(
         The results, by name of the member.
 
     Raises:
-        ValueError: if jobs is below 1, or a run is there already and resume is False.
+        ValueError: if jobs is below 1, there is no such device, or a run is there already and resume is False.
     """
     if jobs < 1:
         raise ValueError(f"jobs: found {jobs}, allowed 1 or more")
+    for device in dict.fromkeys(member.config.device for member in matrix):
+        check_device(device)
     if not resume:
         for member in matrix:
             load_checkpoint(folder / member.name / CHECKPOINT_FILE, member.config, resume=False)
@@ -489,15 +620,14 @@ def run_members(
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean, sample standard deviation, least and greatest of one cell's seeds; None where any seed has no value."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known or len(known) < len(values):
+    average, known = mean(values), [value for value in values if value is not None]
+    if average is None:
         return {"mean": None, "std": None, "min": None, "max": None}
-    return {
-        "mean": statistics.fmean(known),
-        "std": statistics.stdev(known) if len(known) > 1 else None,
-        "min": min(known),
-        "max": max(known),
-    }
+    try:
+        std = statistics.stdev(known) if len(known) > 1 else None
+    except OverflowError:
+        std = None
+    return {"mean": average, "std": std, "min": min(known), "max": max(known)}
 
 
 def by_cell(matrix: Sequence[Member], results: Mapping[str, dict[str, Any]]) -> dict[Cell, dict[int, dict[str, Any]]]:
@@ -508,17 +638,20 @@ def by_cell(matrix: Sequence[Member], results: Mapping[str, dict[str, Any]]) -> 
     return table
 
 
-def reached(curve: Sequence[Mapping[str, float]], name: str, level: float, against: str) -> float | None:
+def reached(curve: Sequence[Mapping[str, Any]], name: str, level: float, against: str) -> float | None:
     """Where on an axis a curve first falls to `level`, on a straight line between its points; None if it never does.
 
     Args:
-        curve: points in their order, each with `name` and the axis.
+        curve: points in their order, each with `name`, which may be None or not finite, and the axis.
         name: of what falls.
         level: to fall to.
         against: the axis, for example "step".
     """
-    before: Mapping[str, float] | None = None
+    before: Mapping[str, Any] | None = None
     for point in curve:
+        if point[name] is None or not math.isfinite(point[name]):
+            before = None
+            continue
         if point[name] <= level:
             if before is None:
                 return point[against]
@@ -528,19 +661,19 @@ def reached(curve: Sequence[Mapping[str, float]], name: str, level: float, again
     return None
 
 
-def final(curve: Sequence[Mapping[str, float]], name: str) -> float:
-    """Mean of `name` over the points in the last tenth of a curve's steps, of which the last one always is."""
+def final(curve: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """`mean` of `name` over the points in the last tenth of a curve's steps, of which the last one always is."""
     last = curve[-1]["step"]
-    return statistics.fmean(point[name] for point in curve if point["step"] > 0.9 * last)
+    return mean(point[name] for point in curve if point["step"] > 0.9 * last)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; None is shown as a dash, floats with three significant digits after the leading ones."""
+    """A table; None is shown as a dash, floats with three digits after the point, very large ones with as many in all."""
 
     def show(value: Any) -> str:
-        return (
-            "-" if value is None else f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-        )
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) >= 1e9 else f"{value:.3f}".rstrip("0").rstrip(".")
+        return "-" if value is None else str(value)
 
     lines = [list(header), ["---"] * len(header), *[[show(value) for value in row] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -18,7 +18,6 @@ on; reading takes N more.
 """
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -283,7 +282,6 @@ class Experiment(common.Experiment):
     def update(self) -> dict[str, Tensor]:
         """Learns from the next window; returns metrics, still on the device."""
         config, batch = self.config, self.batch
-        started = time.monotonic()
         self.batch = self.streams.take(config.steps_per_update)
         targets = batch.targets.to(config.device)
         found: list[Tensor] = []
@@ -299,7 +297,6 @@ class Experiment(common.Experiment):
         metrics["train/bits"] = bits.sum() / (targets != IGNORED).sum().clamp_min(1)
         advances = self.curriculum.observe(bits, batch, config.num_symbols)
         self.step += config.steps_per_update
-        self.seconds += time.monotonic() - started
         if advances:
             length = episode_length(config.task, self.curriculum.level - 1)
             self.solved.append({"length": length, "step": self.step, "seconds": round(self.seconds, 3)})

@@ -27,7 +27,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -278,8 +277,9 @@ def make_config(preset: str, **overrides: Any) -> ImagesConfig:
 # Data
 
 
+@functools.cache  # the runs of one process read it once
 def load(dataset: str, split: data.Split) -> data.Images:
-    """Images and labels of a data set by its name; synthetic ones are drawn, the same every time."""
+    """Images and labels of a data set by its name; synthetic ones are drawn, the same every time. Not to be written to."""
     if dataset == "synthetic_rgb":
         small = load("synthetic", split)
         return data.Images(small.images.repeat(1, 3, 4, 4)[:256], small.labels[:256])
@@ -495,10 +495,7 @@ class Experiment:
 
     def update(self, step: int, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One step; returns metrics, still on the device."""
-        drops = sum(step >= drop for drop in self.config.learning_rate_drop_steps)
-        for optimizer, rate in zip(self.optimizers, self.learning_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * 0.1**drops
+        self.set_learning_rates(step)
         report = self.net.update(
             x,
             lambda logits: F.cross_entropy(logits, labels, reduction="none"),
@@ -515,6 +512,10 @@ class Experiment:
             if loss is not None:
                 metrics[f"input_{i + 1}/loss"] = loss
         return metrics
+
+    def set_learning_rates(self, step: int) -> None:
+        """Sets those of `step`."""
+        common.set_learning_rates(self.optimizers, self.learning_rates, self.config.learning_rate_drop_steps, step)
 
     def test_error(self, images: data.Images) -> float:
         """Share of images classified wrongly, batch normalisation in eval mode."""
@@ -560,10 +561,8 @@ class Training(common.Experiment):
 
     def update(self) -> dict[str, Tensor]:
         """Learns from the next batch; returns metrics, still on the device."""
-        started = time.monotonic()
         metrics = self.experiment.update(self.step, *self.batches[self.step])
         self.step += 1
-        self.seconds += time.monotonic() - started
         return metrics
 
     def evaluation(self) -> dict[str, float]:

@@ -6,8 +6,8 @@ python -m dni_rl.experiments.ptb --preset paper --device cuda --run-folder runs/
 
 An LSTM predicts the next character (or word) of a text that it reads in windows. Each run is measured in bits per token on the
 validation split while it trains, against tokens read and against seconds of training, and at the end on the test split with the
-parameters that did best in validation; perplexity is 2^bits. summary.json compares every cell with the baseline, "none" at its longest
-window: which share of its tokens and of its seconds the cell took to reach the same bits. Folders, `--resume`, cells and arms are as
+parameters that did best in validation; perplexity is 2^bits. summary.json compares every cell with "none" at window 20 and at its longest
+window: which share of their tokens and of their seconds the cell took to reach the same bits. Folders, `--resume`, cells and arms are as
 in `dni_rl.experiments.copy`.
 
 What the paper leaves open, and is assumed here: batch 64, an embedding of 128, no dropout and no clipping, the length of training.
@@ -15,7 +15,6 @@ What the paper leaves open, and is assumed here: batch 64, an embedding of 128, 
 
 import functools
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +35,12 @@ PUBLISHED = {
     "dni": {2: 1.37, 3: 1.36, 4: 1.35, 5: 1.35, 8: 1.34},
     "dni_aux": {2: 1.37, 3: 1.36, 4: 1.35, 5: 1.35, 8: 1.33},
 }
-# Shares of what "none" at window 20 took to 1.35 bits, by arm and window: the same.
-PUBLISHED_DATA_RATIO = {("dni_aux", 5): 0.58}
-PUBLISHED_TIME_RATIO = {("dni_aux", 5): 0.5}
+# By window of "none": bits, and the shares of its data and of its time that cells took to them. Window 20: the same. Window 40: a later
+# account, of twice the speed and nothing on data.
+PUBLISHED_RATIOS: dict[int, tuple[float, dict[common.Cell, dict[str, float]]]] = {
+    20: (1.35, {common.Cell("dni_aux", 5): {"data_ratio": 0.58, "time_ratio": 0.5}}),
+    40: (1.34, {common.Cell("dni", 8): {"time_ratio": 0.5}}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": (0, 1, 2),
     },
 }
+
+
+def perplexity(bits: float) -> float:
+    """2^bits; infinite where that is too large for a float."""
+    return 2.0**bits if not bits >= 1024.0 else math.inf
 
 
 # Text
@@ -191,7 +198,6 @@ class Experiment(common.Experiment):
     def update(self) -> dict[str, Tensor]:
         """Learns from the next window; returns metrics, still on the device."""
         config, T = self.config, self.config.steps_per_update
-        started = time.monotonic()
         window = training_window(self.text["train"], config.batch_size, self.step, 2 * T)
         inputs, targets = window[:T], window[1 : T + 1]
         found: list[Tensor] = []
@@ -204,7 +210,6 @@ class Experiment(common.Experiment):
         metrics = self.learner.update(inputs, loss, window[T : 2 * T] if config.arm == "dni_aux" else None)
         metrics["train/bits"] = found[0].mean() * BITS_PER_NAT
         self.step += T
-        self.seconds += time.monotonic() - started
         return metrics
 
     def evaluate(self, split: str, num_steps: int = 50) -> float:
@@ -221,22 +226,21 @@ class Experiment(common.Experiment):
         return nats.item() * BITS_PER_NAT / (len(tokens) - 1)
 
     def evaluation(self) -> dict[str, float]:
-        """Validates, appends to the curve, and keeps the parameters if they are the best so far."""
-        config = self.config
-        started = time.monotonic()
-        if config.device.startswith("cuda"):
-            torch.cuda.synchronize(config.device)  # what is still under way belongs to training
-        self.seconds += time.monotonic() - started
+        """Validates, appends to the curve, and keeps the parameters if they are the best so far, and have not diverged."""
         bits = self.evaluate("valid")
-        tokens = self.step * config.batch_size
-        self.add_to_curve(tokens=tokens, bits=bits)
-        if bits < self.best_bits:
+        self.add_to_curve(tokens=self.step * self.config.batch_size, bits=bits)
+        if bits < self.best_bits and math.isfinite(perplexity(bits)):
             self.best_bits = bits
             self.best = {name: value.clone() for name, value in self.learner.net.state_dict().items()}
-        return {"valid/bits": bits, "valid/perplexity": 2.0**bits}
+        return {"valid/bits": bits, "valid/perplexity": perplexity(bits)}
 
     def test(self) -> float:
-        """Bits per token of the test split, with the parameters of the best validation; the net keeps its own."""
+        """Bits per token of the test split, with the parameters of the best validation; the net keeps its own.
+
+        NaN if the run has diverged before the first validation: no perplexity was a number.
+        """
+        if not self.best:
+            return math.nan
         present = {name: value.clone() for name, value in self.learner.net.state_dict().items()}
         self.learner.net.load_state_dict(self.best)
         try:
@@ -253,7 +257,7 @@ class Experiment(common.Experiment):
         test_bits = self.test()
         return {
             "test_bits": test_bits,
-            "test_perplexity": 2.0**test_bits,
+            "test_perplexity": perplexity(test_bits),
             "best_valid_bits": self.best_bits,
             "tokens": self.step * self.config.batch_size,
             **self.account(),
@@ -280,92 +284,139 @@ run = functools.partial(common.carry_out, Experiment)
 def summarize(
     matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]], threshold_bits: float | None = None
 ) -> dict[str, Any]:
-    """The table of a matrix: every cell's test bits by seed, beside the published ones, and what it took to a threshold.
+    """The table of a matrix: every cell's test bits by seed, beside the published ones, and what it took to reach certain bits.
 
-    The ratios are means over seeds of the tokens and seconds that a cell took to the threshold, over those of the baseline, "none" at its
-    longest window. Without a threshold of the caller, it is for each cell the lowest validation bits that all its and all the
-    baseline's seeds reached.
+    See `ratios` for the latter.
 
     Args:
         matrix: the runs.
         results: by name of the member.
-        threshold_bits: validation bits per token, or None.
+        threshold_bits: validation bits per token to compare data and time at, or None.
     """
     cells = common.by_cell(matrix, results)
-    plain = [cell for cell in cells if cell.arm == "none"]
-    baseline = max(plain, key=lambda cell: cell.window) if plain else None
-    published = PUBLISHED if matrix[0].config.level == "characters" and matrix[0].config.dataset == "ptb" else {}
+    config = matrix[0].config
+    is_published = config.level == "characters" and config.dataset == "ptb"
     rows = []
     for cell, by_seed in cells.items():
-        row: dict[str, Any] = {
-            "arm": cell.arm,
-            "window": cell.window,
-            "per_seed": {str(seed): result["test_bits"] for seed, result in by_seed.items()},
-            **common.spread([result["test_bits"] for result in by_seed.values()]),
-            "test_perplexity": common.spread([result["test_perplexity"] for result in by_seed.values()])["mean"],
-            "published": published.get(cell.arm, {}).get(cell.window),
-            "seconds": common.spread([result["seconds"] for result in by_seed.values()])["mean"],
-        }
-        if baseline is not None:
-            row |= _ratios(list(by_seed.values()), list(cells[baseline].values()), threshold_bits)
-        if published and baseline == common.Cell("none", 20):
-            row["published_data_ratio"] = PUBLISHED_DATA_RATIO.get((cell.arm, cell.window))
-            row["published_time_ratio"] = PUBLISHED_TIME_RATIO.get((cell.arm, cell.window))
-        rows.append(row)
-    config = matrix[0].config
+        bits = [result["test_bits"] for result in by_seed.values()]
+        rows.append(
+            {
+                "arm": cell.arm,
+                "window": cell.window,
+                "per_seed": {str(seed): result["test_bits"] for seed, result in by_seed.items()},
+                **common.spread(bits),
+                "test_perplexity": common.mean(result["test_perplexity"] for result in by_seed.values()),
+                "published": PUBLISHED.get(cell.arm, {}).get(cell.window) if is_published else None,
+                "seconds": common.mean(result["seconds"] for result in by_seed.values()),
+            }
+        )
     return {
         "experiment": "ptb",
         "dataset": config.dataset,
         "level": config.level,
-        "baseline": None if baseline is None else str(baseline),
         "cells": rows,
+        "ratios": ratios(cells, threshold_bits, is_published=is_published),
     }
 
 
-def _ratios(
-    results: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], threshold_bits: float | None
-) -> dict[str, float | None]:
-    if threshold_bits is None:
-        threshold_bits = max(result["best_valid_bits"] for result in (*results, *baseline))
-    found: dict[str, float | None] = {"threshold_bits": threshold_bits}
-    for name, against in (("data_ratio", "tokens"), ("time_ratio", "seconds")):
-        took, plain_took = (
-            common.spread([common.reached(result["curve"], "bits", threshold_bits, against) for result in runs])["mean"]
-            for runs in (results, baseline)
-        )
-        found[name] = took / plain_took if took is not None and plain_took else None
+def ratios(
+    cells: Mapping[common.Cell, Mapping[int, Mapping[str, Any]]],
+    threshold_bits: float | None = None,
+    *,
+    is_published: bool = False,
+) -> list[dict[str, Any]]:
+    """What every cell took to reach certain bits in validation, as shares of what "none" at window 20 and at its longest window took.
+
+    The ratios are means over seeds of the tokens and seconds of a cell, over those of the baseline; None where a seed did not get there.
+
+    Args:
+        cells: results by cell and seed.
+        threshold_bits: the bits to reach; None for the lowest that all seeds of the cell and of the baseline reached.
+        is_published: whether to compare at the bits of the published ratios as well, where the baseline came to them or there is one.
+    """
+    windows = {cell.window for cell in cells if cell.arm == "none"}
+    found = []
+    for window in sorted({20, max(windows, default=0)} & windows):
+        baseline = common.Cell("none", window)
+        published_bits, published = PUBLISHED_RATIOS.get(window, (None, {}))
+        for cell, by_seed in cells.items():
+            both = list(by_seed.values()), list(cells[baseline].values())
+            if cell != baseline:
+                found.append(
+                    _ratio(cell, baseline, _lowest(*both) if threshold_bits is None else threshold_bits, *both)
+                )
+            if cell != baseline and is_published and published_bits is not None:
+                row = _ratio(cell, baseline, published_bits, *both) | {
+                    f"published_{name}": value for name, value in published.get(cell, {}).items()
+                }
+                if cell in published or row["data_ratio"] is not None:
+                    found.append(row)
     return found
+
+
+def _lowest(*cells: Sequence[Mapping[str, Any]]) -> float | None:
+    """Bits that all seeds of some cells reached; None if one never had any."""
+    reached = [result["best_valid_bits"] for results in cells for result in results]
+    return None if None in reached else max(reached)
+
+
+def _ratio(
+    cell: common.Cell,
+    baseline: common.Cell,
+    bits: float | None,
+    results: Sequence[Mapping[str, Any]],
+    of_baseline: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"arm": cell.arm, "window": cell.window, "baseline": str(baseline), "threshold_bits": bits}
+    for name, axis in (("data_ratio", "tokens"), ("time_ratio", "seconds")):
+        took, baseline_took = (
+            None if bits is None else common.mean(common.reached(run["curve"], "bits", bits, axis) for run in runs)
+            for runs in (results, of_baseline)
+        )
+        row |= {name: took / baseline_took if took is not None and baseline_took else None, f"published_{name}": None}
+    return row
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown."""
     words = summary["level"] == "words"
-    what = "perplexity" if words else "bits per character"
+
+    def measure(bits: float | None) -> float | None:
+        return bits if bits is None or not words else perplexity(bits)
+
     rows = [
         (
             row["arm"],
             row["window"],
-            " ".join(f"{2.0**bits if words else bits:.3f}" for bits in row["per_seed"].values()),
+            " ".join(common.shown(measure(bits), 3) for bits in row["per_seed"].values()),
             row["test_perplexity"] if words else row["mean"],
             row["published"],
-            row.get("threshold_bits"),
-            row.get("data_ratio"),
-            row.get("published_data_ratio"),
-            row.get("time_ratio"),
-            row.get("published_time_ratio"),
         )
         for row in summary["cells"]
     ]
-    header = (
-        *("arm", "window", f"test {what}, by seed", "mean", "published", "bits to reach"),
-        *("data ratio", "published", "wall-clock ratio", "published"),
+    header = ("arm", "window", f"test {'perplexity' if words else 'bits per character'}, by seed", "mean", "published")
+    return "\n\n".join([common.markdown(header, rows), *ratio_tables(summary)])
+
+
+def ratio_tables(summary: Mapping[str, Any]) -> list[str]:
+    """The ratios of a summary as Markdown, with a note; none where there are none."""
+    if not summary["ratios"]:
+        return []
+    names = ("data_ratio", "published_data_ratio", "time_ratio", "published_time_ratio")
+    rows = [
+        (row["arm"], row["window"], row["baseline"], row["threshold_bits"], *(row[name] for name in names))
+        for row in summary["ratios"]
+    ]
+    header = ("arm", "window", "over", "bits to reach", "data ratio", "published", "wall-clock ratio", "published")
+    note = (
+        "Ratios: tokens and seconds of training to so many bits in validation, over those of the cell that is named; unless the bits "
+        "are given, or those of a published ratio, they are the lowest that all seeds of both reached."
     )
-    note = f"Ratios: tokens and seconds to the bits in validation, over those of {summary['baseline']}."
-    return f"{common.markdown(header, rows)}\n\n{note}" if summary["baseline"] else common.markdown(header, rows)
+    return [common.markdown(header, rows), note]
 
 
 _THRESHOLD = (
-    "validation bits per token to compare data and time at; by default the lowest that all runs compared reached"
+    "validation bits per token to compare data and time at; by default the lowest that all seeds compared reached"
 )
 _MORE = {"threshold_bits": {"type": float, "help": _THRESHOLD}}
 plan = functools.partial(common.cells_plan, "ptb", __doc__, PtbConfig, PRESETS, more_options=_MORE)

@@ -25,7 +25,6 @@ over here; the critic's settings are assumed.
 """
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dni_rl
-from dni_rl import data
 from dni_rl.experiments import common, images
 
 ARMS = ("none", "dni", "cdni", "sobolev", "bp_lambda")
@@ -118,12 +116,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.cache  # the runs of one process read it once
-def load(dataset: str, split: data.Split) -> data.Images:
-    """A split by the name of its data set; see `images.load`."""
-    return images.load(dataset, split)
-
-
 def as_rows(pixels: Tensor, num_rows: int) -> Tensor:
     """[B, Y * X] pixels, row after row, to a sequence of rows [Y, B, X], the topmost first."""
     return pixels.unflatten(1, (num_rows, -1)).transpose(0, 1)
@@ -139,7 +131,7 @@ class Experiment(common.Experiment):
 
     def __init__(self, config: SequentialMnistConfig):
         super().__init__(config)
-        train, test = load(config.dataset, "train"), load(config.dataset, "test")
+        train, test = images.load(config.dataset, "train"), images.load(config.dataset, "test")
         self.batches = images.Batches(train, config.batch_size, config.seed, config.device)
         self.test_images, self.test_labels = test.images.to(config.device), test.labels.to(config.device)
         self.num_rows = train.images.shape[-2]
@@ -175,7 +167,6 @@ class Experiment(common.Experiment):
     def update(self) -> dict[str, Tensor]:
         """Reads the next batch of images, and learns from it; returns metrics, still on the device."""
         config = self.config
-        started = time.monotonic()
         pixels, labels = self.batches[self.step]
         windows = as_rows(pixels, self.num_rows).split(config.window)
         context = None
@@ -211,7 +202,6 @@ class Experiment(common.Experiment):
             parts = [report.as_dict() for report in reports]
             metrics |= {f"critic/{name}": torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         self.step += 1
-        self.seconds += time.monotonic() - started
         return metrics
 
     def _backward(

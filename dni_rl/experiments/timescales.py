@@ -29,7 +29,6 @@ Batch 64, Adam with the 7e-5 of the paper's other recurrent nets, and the length
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -125,12 +124,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # Streams
-
-
-@functools.cache  # the runs of one process read it once
-def load(dataset: str, split: data.Split) -> data.Images:
-    """A split by the name of its data set; see `images.load`."""
-    return images.load(dataset, split)
 
 
 class Counts(NamedTuple):
@@ -248,7 +241,7 @@ class Experiment(common.Experiment):
 
     def __init__(self, config: TimescalesConfig):
         super().__init__(config)
-        train, test = load(config.dataset, "train"), load(config.dataset, "test")
+        train, test = images.load(config.dataset, "train"), images.load(config.dataset, "test")
         B, T = config.batch_size, config.window
         self.train_streams = Streams(train, B, T, config.seed + 1, config.device)
         self.test_streams = Streams(test, B, T, 0, config.device)  # the same for every run
@@ -284,7 +277,6 @@ class Experiment(common.Experiment):
         sends to A weighs the same whether it is a gradient or a synthetic one.
         """
         config, T = self.config, self.config.window
-        started = time.monotonic()
         pixels, labels = self.train_streams.window(self.step // T**2)
         target = counts(labels)
         empty = self._empty()
@@ -329,7 +321,6 @@ class Experiment(common.Experiment):
             fit = decoupled.fits[self.interface]
             metrics |= {f"critic/{f.name}": getattr(fit, f.name).detach() for f in dataclasses.fields(fit)}
         self.step += T**2
-        self.seconds += time.monotonic() - started
         return metrics
 
     def evaluate(self) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -82,17 +83,33 @@ def _finished(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | str |
     result = read_json(folder / common.RESULT_FILE, None)
     if found is None or result is None:
         return None
-    wanted = json.loads(json.dumps(config))
-    # a setting that the run does not know was added to the program later
-    for name in wanted:
-        if name in found and name not in FREE_FIELDS and found[name] != wanted[name]:
-            return f"{name}: found a run with {found[name]!r}; allowed {wanted[name]!r}; remove its folder and run the entry again"
+    if differs := _difference(found, config):
+        return f"{differs}; remove its folder and run the entry again"
     # The result may be of a shorter run that is about to be lengthened; the log says how far this one came.
     last = 0
     with contextlib.suppress(OSError, json.JSONDecodeError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         last = json.loads(lines[-1])["step"] if lines else 0
-    return result if last >= config["num_steps"] else None
+    return common.finite(result) if last >= config["num_steps"] else None
+
+
+def _difference(found: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The first setting in which a run is not of a config, in words; "" if there is none."""
+    wanted = json.loads(json.dumps(config))
+    for name in wanted:
+        # one that the run does not know was added to the program later
+        if name in found and name not in FREE_FIELDS and found[name] != wanted[name]:
+            return f"{name}: found a run with {found[name]!r}; allowed {wanted[name]!r}"
+    return ""
+
+
+def fits(entry: Entry, preset: str, found: Mapping[str, Any]) -> bool:
+    """Whether the runs of a section, as `section` returned it, are among those that the entry's command stands for now."""
+    if not entry.is_matrix:
+        return not _difference(found["settings"], asdict(entry.module.make_config(preset)))
+    configs = {member.name: asdict(member.config) for member in planned(entry, preset)}
+    runs = {name: {**found["settings"], **found["settings_of_runs"].get(name, {})} for name in found["curves"]}
+    return all(name in configs and not _difference(run, configs[name]) for name, run in runs.items())
 
 
 def _asynchronous_section(entry: Entry, preset: str, folder: Path) -> dict[str, Any] | None:
@@ -101,25 +118,22 @@ def _asynchronous_section(entry: Entry, preset: str, folder: Path) -> dict[str, 
     if results is None or not results["runs"]:
         return None
     config = entry.module.make_config(preset)
-    wanted = json.loads(json.dumps(asdict(config)))
-    for name in wanted:
-        if name not in FREE_FIELDS and results["config"].get(name, wanted[name]) != wanted[name]:
-            print(
-                f"{entry.name}: left out: {name}: found runs with {results['config'][name]!r}; allowed {wanted[name]!r}",
-                file=sys.stderr,
-            )
-            return None
+    if differs := _difference(results["config"], asdict(config)):
+        print(f"{entry.name}: left out: {differs}", file=sys.stderr)
+        return None
     names = [str(run) for run in entry.module.runs(config)]
+    by_label = entry.module.by_label(results).items()
+    errors = [{"arm": label, "per_seed": [run["test_error"] for run in runs]} for label, runs in by_label]
     return {
         **_head(entry, preset, folder),
         "planned": len(names),
         "finished": len(results["runs"]),
         "missing": [name for name in names if name not in results["runs"]],
         "left_out": {},
-        "seeds": [config.seed],
+        "seeds": list(config.seeds),
         "settings": results["config"],
         "settings_of_runs": {},
-        "summary": _rounded(results),
+        "summary": _rounded({**results, "parts": {"asynchronous": {"rows": errors}}}),
         "curves": {},
     }
 
@@ -132,9 +146,9 @@ def _shared(configs: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], dict
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers with six digits; the implied loss point by point is left out, as the figure has it."""
+    """Numbers with six digits, None for those that are not finite; the implied loss point by point is left out, as the figure has it."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _rounded(inner) for key, inner in value.items() if key != "first"}
     if isinstance(value, list | tuple):
@@ -153,6 +167,6 @@ def _curve(member: common.Member, result: Mapping[str, Any]) -> dict[str, Any]:
         points.append({"step": result["steps"], "length": before})
     if len(points) > MAX_POINTS:
         points = [points[i] for i in np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int)]
-    names = [name for name, value in (points[0] if points else {}).items() if isinstance(value, int | float)]
+    names = [name for name in (points[0] if points else ()) if any(isinstance(p[name], int | float) for p in points)]
     numbers = {name: _rounded([point[name] for point in points]) for name in names}
     return {"arm": member.cell.arm, "window": member.cell.window, "seed": member.config.seed, **numbers}

@@ -4,7 +4,7 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from PIL import Image
 
 from papers.entries import ENTRIES, PRESETS, Entry
 from papers.figures import curves_figure, windows_figure
-from papers.findings import FREE_FIELDS, section
+from papers.findings import FREE_FIELDS, fits, section
 from papers.running import read_json
-from papers.tables import comparison_table, tables, wrapped
+from papers.tables import comparisons_shown, tables, wrapped
 
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
 MADE_BY = "python scripts/experiments.py report"  # stands on every page of this script
@@ -25,9 +25,17 @@ MAX_PICTURE_BYTES = 250_000  # of a program's own figure; larger ones are stored
 TITLES = {
     "images": (
         "Images with every layer decoupled",
-        "Fully connected nets whose layers learn from synthetic gradients; now and then, in random order (p = 0.2), and on synthetic "
+        "Fully connected nets whose layers learn from synthetic gradients; now and then, in random order (p below 1), and on synthetic "
         'inputs as well ("complete unlock"). Jaderberg et al. (2017), sec. 3.1 and appendix, report about 2 % error on MNIST at p = 0.2 '
         "and about 2 % unlocked.",
+    ),
+    "images_fashion": (
+        "Fashion-MNIST with every layer decoupled",
+        "The net and the arms of [images](images.md), on a data set that Jaderberg et al. (2017) do not have.",
+    ),
+    "images_cifar10": (
+        "CIFAR-10 with every layer decoupled",
+        "Fully connected nets whose layers learn from synthetic gradients. Jaderberg et al. (2017), sec. 3.1.",
     ),
     "greedy_cnn": (
         "A published negative result, run again",
@@ -79,8 +87,9 @@ def page_text(page: str, content: Content, pictures: Mapping[str, Sequence[str]]
         "",
         wrapped(
             f"Made by `{MADE_BY}` from the runs of the commands below; settings, curves and all figures are in [{page}.json]({page}.json). "
-            "Intervals over seeds are t intervals, those of ratios percentile bootstraps. Seconds are of one run's training. Published "
-            "figures are of the papers' settings, whatever the preset."
+            "Intervals over seeds are t intervals. Ratios that are compared are of geometric means, with Welch's t interval of the mean "
+            "logarithms (where a seed has 0: of means, without interval); those in columns of results are of means. Seconds are of one "
+            "run's training. Published figures are of the papers' settings, whatever the preset."
         ),
     ]
     for preset, sections in content.items():
@@ -90,8 +99,10 @@ def page_text(page: str, content: Content, pictures: Mapping[str, Sequence[str]]
             lines += ["", f"    {found['command']}", "", _about(found)]
             for table in tables(found):
                 lines += ["", table]
-        compared = comparison_table(sections)
-        lines += ["", *(["### Compared", ""] if len(sections) > 1 else []), compared] if compared else []
+        compared = list(comparisons_shown(sections))
+        lines += ["", "### Compared"] if compared and len(sections) > 1 else []
+        for shown in compared:
+            lines += ["", shown]
         for picture in pictures[preset]:
             lines += ["", f"![{Path(picture).stem.replace('_', ' ')}]({picture})"]
     return "\n".join(lines) + "\n"
@@ -140,11 +151,11 @@ def _made_on(machines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs: Path, output: Path) -> str | None:
-    """Writes a page with its figures and its JSON.
+    """Writes a page with its figures and its JSON; see `_chosen` for what it keeps of an earlier JSON.
 
     Args:
         page: its name.
-        entries: that it shows.
+        entries: that it shows, each in its presets.
         presets: whose runs to look for.
         runs: folder of all.
         output: folder of the pages.
@@ -159,7 +170,8 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
     earlier = file.read_text(encoding="utf-8") if file.exists() else ""
     new: Content = {}
     for preset in presets:
-        found = {entry.name: section(entry, preset, runs / preset / entry.name) for entry in entries}
+        of_preset = [entry for entry in entries if preset in entry.presets]
+        found = {entry.name: section(entry, preset, runs / preset / entry.name) for entry in of_preset}
         new[preset] = {name: of_entry for name, of_entry in found.items() if of_entry is not None}
     if not any(new.values()):
         return None
@@ -172,12 +184,21 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
     kept = read_json(beside, {}).get("presets", {})
     content: Content = {}
     for preset in PRESETS:
-        of_old = {} if preset == "smoke" else kept.get(preset, {})
-        both = {**of_old, **new.get(preset, {})}
+        of_old, of_new = {} if preset == "smoke" else kept.get(preset, {}), new.get(preset, {})
+        both = {
+            entry.name: _chosen(entry, preset, of_old.get(entry.name), of_new.get(entry.name), beside)
+            for entry in entries
+            if entry.name in of_old or entry.name in of_new
+        }
         if both:
-            content[preset] = {entry.name: both[entry.name] for entry in entries if entry.name in both}
+            content[preset] = both
     output.mkdir(parents=True, exist_ok=True)
-    pictures = {preset: _draw(page, preset, content[preset], runs, output) for preset in content}
+    pictures = {
+        preset: _draw(
+            page, preset, sections, [n for n, s in sections.items() if s is new.get(preset, {}).get(n)], runs, output
+        )
+        for preset, sections in content.items()
+    }
     text = page_text(page, content, pictures)
     _, mark, reading = earlier.partition(READING)
     file.write_text(text + (f"\n{mark}{reading}" if mark else ""), encoding="utf-8")
@@ -189,12 +210,40 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
     return f"- [{page}]({page}.md): {_words(page, content)[0]}; {'; '.join(of_presets)}."
 
 
-def _draw(page: str, preset: str, sections: Mapping[str, dict[str, Any]], runs: Path, output: Path) -> list[str]:
-    """Draws the figures of a preset, takes over those that its programs drew, and returns the names of all that there are."""
+def _chosen(
+    entry: Entry, preset: str, old: dict[str, Any] | None, new: dict[str, Any] | None, file: Path
+) -> dict[str, Any]:
+    """The section of an entry: that of the runs at hand, unless the page has one of the same settings with more finished runs.
+
+    Another machine has made those, and what the page has of them is all that there is here. It is kept, and said to be.
+    """
+    if old is None or new is None:
+        found = new if old is None else old
+        assert found is not None
+        return found
+    if old["finished"] <= new["finished"] or not fits(entry, preset, old):
+        return new
+    print(
+        f"{entry.name}: found {new['finished']} finished runs of preset {preset}, and {old['finished']} in {file}, which are kept; finish "
+        "the others, bring those runs here, or remove that file to start anew",
+        file=sys.stderr,
+    )
+    return old
+
+
+def _draw(
+    page: str,
+    preset: str,
+    sections: Mapping[str, dict[str, Any]],
+    at_hand: Iterable[str],
+    runs: Path,
+    output: Path,
+) -> list[str]:
+    """Draws the figures of a preset, takes over those that the programs drew of entries at hand, and returns the names of all."""
     stem = f"{page}_{preset}"
     curves_figure(sections, output / f"{stem}.png")
     windows_figure(sections, output / f"{stem}_windows.png")
-    for entry in sections:
+    for entry in at_hand:
         for drawn in (runs / preset / entry).glob("*.png"):
             copy = output / f"{stem}_{drawn.name}"
             shutil.copyfile(drawn, copy)

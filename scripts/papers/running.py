@@ -76,12 +76,11 @@ def run_entry(entry: Entry, preset: str, runs: Path, jobs: int | None = None, de
 
 
 def _results_there(folder: Path) -> dict[str, Any]:
-    """What says of each run that it is done, and when it was."""
-    done: dict[str, Any] = {f.parent.name: f.stat().st_mtime_ns for f in folder.glob(f"*/{common.RESULT_FILE}")}
+    """What says of each run that it is done, and when it was: rows of one file, or else a file in each folder."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         together = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
-        done |= {name: row["seconds"] for name, row in together.items()}
-    return done
+        return {name: row["seconds"] for name, row in together.items()}
+    return {f.parent.name: f.stat().st_mtime_ns for f in folder.glob(f"*/{common.RESULT_FILE}")}
 
 
 def _machine(device: str | None) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import importlib
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dni_rl.experiments import common
+from dni_rl.experiments import common, ptb
 from papers.estimates import Estimate, difference, mean, ratio
 
 
@@ -70,23 +70,11 @@ VIEWS = {
         against_window=True,
     ),
     "ptb": View(
-        (
-            Score(
-                "test bits",
-                more={
-                    "bits to reach": "threshold_bits",
-                    "share of tokens": "data_ratio",
-                    "published share of tokens": "published_data_ratio",
-                    "share of seconds": "time_ratio",
-                    "published share of seconds": "published_time_ratio",
-                },
-            ),
-        ),
+        (Score("test bits"),),
         {"bits": ("validation bits per token", 1.0)},
         axes=("tokens", "seconds"),
         against_window=True,
-        note="Shares: tokens and seconds to the bits in validation, over those that {baseline} took. The bits to reach are the lowest "
-        "that all seeds of both reached. Seconds are those of training; runs side by side slow each other down.",
+        note="Seconds are those of training; runs side by side slow each other down.",
     ),
     "timescales": View(
         (
@@ -156,7 +144,7 @@ def tables(found: Mapping[str, Any]) -> Iterator[str]:
             line = [
                 f"`{row['arm']}`",
                 window_of(row),
-                " ".join(_number(value, score) or "-" for value in per_seed.values()),
+                " ".join(_number(value, score) or common.DIVERGED for value in per_seed.values()),
                 _number(estimate.value, score),
                 _number(estimate.std, score),
                 estimate.interval(score.digits, score.scale),
@@ -166,8 +154,7 @@ def tables(found: Mapping[str, Any]) -> Iterator[str]:
             lines.append([*line, None if row.get("seconds") is None else round(row["seconds"])])
         yield common.markdown([*header, *(["published"] if published else []), *more, "seconds"], lines)
     if view.note:
-        named = {name: f"`{found['summary'].get(name)}`" for name in ("baseline", "full")}
-        yield wrapped(view.note.format_map(named))
+        yield wrapped(view.note.format_map({"full": f"`{found['summary'].get('full')}`"}))
 
 
 def _part_tables(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -178,7 +165,7 @@ def _part_tables(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             lines = []
             for row in rows:
                 estimate = mean(row["per_seed"])
-                by_seed = " ".join(_number(value, _ERROR) or "-" for value in row["per_seed"])
+                by_seed = " ".join(_number(value, _ERROR) or common.DIVERGED for value in row["per_seed"])
                 figures = (_number(value, _ERROR) for value in (estimate.value, estimate.std))
                 interval = estimate.interval(_ERROR.digits, _ERROR.scale)
                 lines.append([f"`{row['arm']}`", by_seed, *figures, interval])
@@ -217,7 +204,10 @@ class Comparison:
     at_least: float | None = None
 
     def verdict(self) -> str | None:
-        """ "yes" if the whole interval keeps the bar, "on average" if the mean does, otherwise "no"; None without a bar."""
+        """ "yes" if the whole interval keeps the bar, "on average" if the mean does, otherwise "no"; None without a bar.
+
+        Without an interval, or with one of no width, that of seeds that agree to the digit, it is "on average" at best.
+        """
         if self.estimate.value is None or self.bar() is None:
             return None
 
@@ -226,7 +216,7 @@ class Comparison:
                 return False
             return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
 
-        whole = keeps(self.estimate.low) and keeps(self.estimate.high)
+        whole = self.estimate.has_width and keeps(self.estimate.low) and keeps(self.estimate.high)
         return "yes" if whole else "on average" if keeps(self.estimate.value) else "no"
 
     def bar(self) -> str | None:
@@ -272,7 +262,7 @@ def images_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Compa
                     at_most={("images", "cdni"): 0.3, ("images", "dni"): 1.5}.get((name, arm)),
                 )
     plain = scores_of(sections.get("images"), _ERROR)
-    for name, at_most in (("images_p0.2", 0.5), ("images_unlocked", None)):
+    for name, at_most in (("images_p0.2", 0.5), ("images_p0.05", None), ("images_unlocked", None)):
         for cell, errors in scores_of(sections.get(name), _ERROR).items():
             if cell in plain:
                 text = f"{name} less images: `{cell[0]}`, {cell[1]} layers, points"
@@ -280,13 +270,17 @@ def images_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Compa
 
 
 def copy_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Comparison]:
-    """Lengths solved over those of truncated BPTT at the same window."""
+    """Lengths solved over those of truncated BPTT at the same window, as ratios of geometric means; the published ones are plain."""
     (score,) = VIEWS["copy"].scores
+    plain: dict[str, Scores] = {}
+    for found in sections.values():
+        of_task = plain.setdefault(found["summary"]["task"], {})
+        of_task |= {cell: lengths for cell, lengths in scores_of(found, score).items() if cell[0] == "none"}
     for name, found in sections.items():
         published = {(row["arm"], row["window"]): row["published_ratio"] for row, _ in rows_of(found, score)}
-        scores = scores_of(found, score)
-        for (arm, window), lengths in scores.items():
-            baseline = [x for x in scores.get(("none", window), {}).values() if x is not None]
+        for (arm, window), lengths in scores_of(found, score).items():
+            of_none = plain[found["summary"]["task"]].get(("none", window), {})
+            baseline = [x for x in of_none.values() if x is not None]
             if arm != "none" and baseline:
                 yield Comparison(
                     f"{name}: `{arm}` over `none`, window {window}",
@@ -297,23 +291,43 @@ def copy_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Compari
 
 
 def ptb_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Comparison]:
-    """Bits less those of truncated BPTT at its longest window, which is to be matched by DNI at window 5."""
-    for name, found in sections.items():
-        scores = scores_of(found, VIEWS["ptb"].scores[0])
-        published = {(row["arm"], row["window"]): row["published"] for row, _ in rows_of(found, VIEWS["ptb"].scores[0])}
-        windows = {window for arm, window in scores if arm == "none"}
-        for longest in sorted({max(windows, default=0), 20} & windows):
-            baseline = ("none", longest)
-            for cell, bits in scores.items():
-                if cell[0] != "none":
-                    known = published[cell] is not None and published[baseline] is not None
-                    yield Comparison(
-                        f"{name}: `{cell[0]}` at window {cell[1]} less `none` at {longest}, bits",
-                        difference(bits, scores[baseline]),
-                        digits=4,
-                        published=published[cell] - published[baseline] if known else None,
-                        at_most=0.0 if (cell, longest) == (("dni", 5), 20) else None,
-                    )
+    """Bits less those of truncated BPTT at window 20, which is to be matched by DNI at window 5, and at its longest window."""
+    score = VIEWS["ptb"].scores[0]
+    scores: Scores = {}
+    published: dict[tuple[str, int], float | None] = {}
+    for found in sections.values():
+        scores |= scores_of(found, score)
+        published |= {(row["arm"], window_of(row)): row.get("published") for row, _ in rows_of(found, score)}
+    windows = {window for arm, window in scores if arm == "none"}
+    for longest in sorted({max(windows, default=0), 20} & windows):
+        baseline = ("none", longest)
+        for cell, bits in scores.items():
+            if cell[0] != "none":
+                of_cell, of_baseline = published[cell], published[baseline]
+                yield Comparison(
+                    f"`{cell[0]}` at window {cell[1]} less `none` at {longest}, bits",
+                    difference(bits, scores[baseline]),
+                    digits=4,
+                    published=None if of_cell is None or of_baseline is None else of_cell - of_baseline,
+                    at_most=0.0 if (cell, longest) == (("dni", 5), 20) else None,
+                )
+
+
+def ptb_ratios(sections: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """Tables of the shares of tokens and of seconds that cells took to the same bits, over all sections."""
+    cells: dict[common.Cell, dict[int, dict[str, Any]]] = {}
+    is_published = False
+    for found in sections.values():
+        is_published |= (found["summary"]["dataset"], found["summary"]["level"]) == ("ptb", "characters")
+        for run in found["curves"].values():
+            nothing = [None] * len(run.get("step", ()))
+            columns = {name: run.get(name, nothing) for name in ("tokens", "seconds", "bits")}
+            points = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            best = min((point["bits"] for point in points if point["bits"] is not None), default=None)
+            cell = common.Cell(run["arm"], run["window"])
+            cells.setdefault(cell, {})[run["seed"]] = {"curve": points, "best_valid_bits": best}
+    for shown in ptb.ratio_tables({"ratios": ptb.ratios(cells, is_published=is_published)}):
+        yield shown if shown.startswith("|") else wrapped(shown)
 
 
 def sequential_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Comparison]:
@@ -334,12 +348,20 @@ COMPARISONS: dict[str, Callable[[Mapping[str, dict[str, Any]]], Iterator[Compari
 }
 
 
-def comparison_table(sections: Mapping[str, dict[str, Any]]) -> str | None:
-    """What a page's program compares, with bars where there are some; None if there is nothing to compare."""
-    compare = COMPARISONS.get(next(iter(sections.values()))["program"])
-    lines = list(compare(sections)) if compare else []
-    if not lines:
-        return None
+MORE_COMPARISONS: dict[str, Callable[[Mapping[str, dict[str, Any]]], Iterator[str]]] = {"ptb": ptb_ratios}
+
+
+def comparisons_shown(sections: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """What a page's program compares, as tables and notes: with bars where there are some; nothing if there is nothing to compare."""
+    program = next(iter(sections.values()))["program"]
+    lines = list(COMPARISONS[program](sections)) if program in COMPARISONS else []
+    if lines:
+        yield from _comparison_table(lines)
+    if program in MORE_COMPARISONS:
+        yield from MORE_COMPARISONS[program](sections)
+
+
+def _comparison_table(lines: Sequence[Comparison]) -> Iterator[str]:
     has_published, has_bar = any(x.published is not None for x in lines), any(x.bar() for x in lines)
     header = ["comparison", "mean and 95 % interval", *(["published"] if has_published else [])]
     rows = [
@@ -351,8 +373,12 @@ def comparison_table(sections: Mapping[str, dict[str, Any]]) -> str | None:
         ]
         for line in lines
     ]
-    shown = common.markdown([*header, *(["bar", "kept"] if has_bar else [])], rows)
-    return f"{shown}\n\nKept: by the whole interval (yes), or by the mean alone (on average)." if has_bar else shown
+    yield common.markdown([*header, *(["bar", "kept"] if has_bar else [])], rows)
+    if has_bar:
+        yield wrapped(
+            "Kept: by the whole interval (yes); or by the mean alone (on average), which is all that can be said where there is no "
+            "interval, or one without width."
+        )
 
 
 def wrapped(text: str) -> str:

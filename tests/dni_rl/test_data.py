@@ -11,6 +11,7 @@ import socket
 import struct
 import tarfile
 import threading
+import time
 import urllib.error
 from pathlib import Path
 
@@ -428,6 +429,49 @@ def test_the_cifar_archive_is_unpacked_into_the_cache(server):
     assert data.cifar10("test", files=cifar_files(), archive=archive).labels.tolist() == [4, 5]
     assert len(server.requests) == 1
     assert files_in(data.cache_folder().parent) == {f"dni_rl/cifar-10-batches-py/{name}" for name in CIFAR}
+
+
+def test_several_who_need_the_cifar_archive_unpack_it_once(server, monkeypatch):
+    content = cifar_archive()
+    server.contents["cifar.tar.gz"] = content
+    archive = data.DataFile(path="cifar.tar.gz", checksum=md5(content), urls=(f"{server.url}/cifar.tar.gz",))
+    unpack, inside, results = data._unpack, [], []
+
+    def slowly(*arguments):
+        inside.append(threading.get_ident())
+        time.sleep(0.1)  # all the others have seen by then that the batch is missing
+        unpack(*arguments)
+
+    def need():
+        try:
+            results.append(data.cifar10("test", files=cifar_files(), archive=archive).labels.tolist())
+        except Exception as error:
+            results.append(error)
+
+    monkeypatch.setattr(data, "_unpack", slowly)
+    threads = [threading.Thread(target=need) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[4, 5]] * 4
+    assert len(inside) == 1 and len(server.requests) == 1
+    assert files_in(data.cache_folder().parent) == {f"dni_rl/cifar-10-batches-py/{name}" for name in CIFAR}
+
+
+def test_an_archive_that_someone_removes_while_it_is_unpacked_is_no_error(server, monkeypatch):
+    content = cifar_archive()
+    server.contents["cifar.tar.gz"] = content
+    archive = data.DataFile(path="cifar.tar.gz", checksum=md5(content), urls=(f"{server.url}/cifar.tar.gz",))
+    replace = os.replace
+
+    def and_remove(source, target):
+        replace(source, target)
+        if target.name == "test_batch":
+            (data.cache_folder() / "cifar.tar.gz").unlink()
+
+    monkeypatch.setattr(os, "replace", and_remove)
+    assert data.cifar10("test", files=cifar_files(), archive=archive).labels.tolist() == [4, 5]
 
 
 def test_an_archive_with_other_batches_leaves_no_batch_behind(server):

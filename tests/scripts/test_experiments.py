@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from papers import estimates, tables
 from papers.entries import ENTRIES, PRESETS, Entry
@@ -121,7 +123,9 @@ def test_pages_have_what_the_runs_wrote(smoke, tmp_path):
     assert [line[3] for line in table] == [f"{row['mean']:.3f}" for row in summary["cells"]]
     assert "python -m dni_rl.experiments.ptb --preset smoke --run-folder runs/experiments/smoke/ptb --resume" in page
     assert "All 4 of 4 runs, seeds: 0." in page and "Made on " in page and str(runs) not in page
-    assert f"over those that `{summary['baseline']}` took" in page
+    shares = [line for line in cells(page, "| ") if line[2:3] == ["none@6"]]
+    assert [line[:2] for line in shares] == [["none", "3"], ["dni", "3"], ["dni_aux", "3"]]
+    assert [line[3] for line in shares] == [f"{row['threshold_bits']:.3f}".rstrip("0") for row in summary["ratios"]]
     images = (tmp_path / "images.md").read_text()
     assert "--arms dni cdni --update-probability 0.2" in images
     assert "| published |" not in images  # that is of layers that learn at every step
@@ -167,7 +171,8 @@ def test_a_stop_reaches_the_program_which_saves_and_goes_on_later(tmp_path, monk
 
 def test_unknown_names_are_one_line(tmp_path, capsys):
     for arguments, message in (
-        (["--only", "coppy"], "--only: found coppy; allowed images, images_p0.2"),
+        (["--only", "coppy"], "--only: found coppy; allowed with --preset smoke: images, images_p0.2, images_unlocked"),
+        (["--only", "copy_aux"], "--only: found copy_aux; allowed with --preset smoke: images"),
         (["--jobs", "0"], "--jobs: found 0; allowed an integer of at least 1"),
     ):
         with pytest.raises(SystemExit):
@@ -180,10 +185,41 @@ def test_unknown_names_are_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.is_matrix], ids=lambda entry: entry.name)
 def test_every_entry_has_runs_in_every_preset_with_three_seeds_beyond_smoke(entry):
-    for preset in PRESETS:
+    for preset in entry.presets:
         matrix = planned(entry, preset)
         assert len({member.name for member in matrix}) == len(matrix)
         assert len({member.config.seed for member in matrix}) == (1 if preset == "smoke" else 3)
+
+
+def test_an_entry_belongs_to_presets_and_has_options_of_them(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(experiments, "run_all", lambda entries, preset, *_: started.append((preset, entries)) or 0)
+    for preset in PRESETS:
+        assert run(tmp_path, preset=preset) == 0
+    assert [preset for preset, _ in started] == list(PRESETS)
+    assert all([entry for entry in ENTRIES if preset in entry.presets] == entries for preset, entries in started)
+    names = {preset: {entry.name for entry in entries} for preset, entries in started}
+    assert {entry.program for entry in ENTRIES} == {OF_NAME[name].program for name in names["smoke"]}
+    entry = OF_NAME["images_cifar10"]
+    assert "--num-steps" in entry.command("laptop") and "--num-steps" not in entry.command("paper")
+    assert {member.config.dataset for member in planned(entry, "paper")} == {"cifar10"}
+
+
+def test_what_the_issue_lists_is_run():
+    """By arm and window, or arm, layers and data set, in any entry."""
+    ran: dict[str, dict[str, set[str]]] = {preset: {} for preset in PRESETS}
+    for entry in ENTRIES:
+        for preset in entry.presets if entry.is_matrix else ():
+            ran[preset].setdefault(entry.program, set()).update(str(m.cell) for m in planned(entry, preset))
+    windows = (2, 3, 4, 5)
+    for preset in ("laptop", "paper"):
+        assert {f"{arm}@{w}" for arm in ("none", "dni", "dni_aux", "sobolev") for w in windows} <= ran[preset]["copy"]
+        assert {"bp_lambda@4", "timescales@4", "timescales_dni@4"} <= ran[preset]["copy"]
+        assert {"none@5", "none@20", "dni@5", "dni_aux@5"} <= ran[preset]["ptb"]
+        assert {entry.name for entry in ENTRIES if preset in entry.presets} >= {
+            "images", "images_p0.2", "images_p0.05", "images_unlocked", "images_fashion", "images_cifar10",
+        }  # fmt: skip
+    assert {f"cdni@{layers}" for layers in (3, 4, 5, 6)} <= ran["paper"]["images"]
 
 
 def test_options_that_a_program_refuses_are_an_error(capsys):
@@ -208,12 +244,40 @@ def test_differences_are_taken_seed_by_seed():
     assert found == Estimate(0.5, 0.5, 0.5, 0.0)  # the spread over seeds is in both, and falls out
 
 
-def test_ratios_of_means_have_bootstrap_intervals():
-    assert estimates.ratio([16, 16], [8, 8]) == Estimate(2.0, 2.0, 2.0)
-    found = estimates.ratio([10, 20, 30], [10, 10, 10])
-    assert found.value == 2.0 and 1.0 <= found.low < 2.0 < found.high <= 3.0
-    assert estimates.ratio([10], [5]) == Estimate(2.0)
+def test_ratios_of_geometric_means_have_welchs_interval():
+    of, baseline = [10.0, 20.0, 30.0, 35.0], [8.0, 10.0, 12.0]
+    found, logs = estimates.ratio(of, baseline), [np.log(of), np.log(baseline)]
+    by_scipy = stats.ttest_ind(*logs, equal_var=False).confidence_interval(0.95)
+    assert found.value == pytest.approx(stats.gmean(of) / stats.gmean(baseline))
+    assert (found.low, found.high) == pytest.approx((math.exp(by_scipy.low), math.exp(by_scipy.high)))
+    one_sided = estimates.ratio([10.0, 20.0, 30.0], [10.0, 10.0, 10.0])  # the spread of one of them is enough
+    assert one_sided.value == pytest.approx(6_000 ** (1 / 3) / 10) and one_sided.low < one_sided.value < one_sided.high
+
+
+def test_the_interval_of_a_ratio_holds_at_three_seeds():
+    generator = np.random.default_rng(0)
+    kept = 0
+    for _ in range(500):
+        of, baseline = np.exp(generator.normal((1.0, 0.0), (0.3, 0.2), (3, 2))).T
+        found = estimates.ratio(of.tolist(), baseline.tolist())
+        kept += found.low <= math.e <= found.high
+    assert kept / 500 > 0.93  # a percentile bootstrap: 0.77
+
+
+def test_a_ratio_without_what_an_interval_needs_has_none():
+    for of, baseline, shown in (
+        ([10], [5], "2.0 (one seed)"),
+        ([16, 16], [8, 8], "2.0 (no spread)"),
+        ([9, 9, 9], [4, 0, 5], "3.0 (a seed has 0; of the means)"),
+        ([0, 0], [1, 3], "0.0 (a seed has 0; of the means)"),
+    ):
+        found = estimates.ratio(of, baseline)
+        assert (found.low, found.high) == (None, None) and found.shown(1) == shown
+        for bars in ({"at_most": 99.0}, {"at_least": 0.0}):
+            assert tables.Comparison("", found, **bars).verdict() == "on average"
     assert estimates.ratio([10], [0]) == estimates.ratio([], [1]) == Estimate(None)
+    with pytest.raises(ValueError, match="found -1, allowed scores of 0 or more"):
+        estimates.ratio([-1, 2], [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -226,6 +290,8 @@ def test_ratios_of_means_have_bootstrap_intervals():
         (Estimate(1.8, 1.7, 1.9), {"at_least": 1.7}, "yes"),
         (Estimate(1.8, 1.6, 1.9), {"at_least": 1.7}, "on average"),
         (Estimate(1.6, 1.5, 1.8), {"at_least": 1.7}, "no"),
+        (Estimate(0.2, 0.2, 0.2, 0.0), {"at_most": 0.3}, "on average"),  # as many seeds may agree by chance
+        (Estimate(0.2, 0.2 - 1e-16, 0.2 + 1e-16), {"at_most": 0.3}, "on average"),
         (Estimate(None), {"at_least": 1.7}, None),
         (Estimate(1.0, 1.0, 1.0), {}, None),
     ],
@@ -250,8 +316,8 @@ def test_the_page_of_images_compares_arms_and_entries_seed_by_seed(tmp_path):
     assert compared == {
         "images: `none` less `backprop`, 4 layers, points": ["8.20 [7.95, 8.45]", "10.80", "-", "-"],
         "images: `dni` less `backprop`, 4 layers, points": ["1.20 [0.95, 1.45]", "0.40", "at most 1.5", "yes"],
-        "images: `cdni` less `backprop`, 4 layers, points": ["0.10 [0.10, 0.10]", "0.10", "at most 0.3", "yes"],
-        "images_p0.2 less images: `dni`, 4 layers, points": ["0.20 [0.20, 0.20]", "-", "at most 0.5", "yes"],
+        "images: `cdni` less `backprop`, 4 layers, points": ["0.10 [0.10, 0.10]", "0.10", "at most 0.3", "on average"],
+        "images_p0.2 less images: `dni`, 4 layers, points": ["0.20 [0.20, 0.20]", "-", "at most 0.5", "on average"],
         "images_p0.2 less images: `cdni`, 4 layers, points": ["1.00 [1.00, 1.00]", "-", "at most 0.5", "no"],
     }
     content = (tmp_path / "pages" / "images.json").read_text()
@@ -276,7 +342,7 @@ def test_the_page_of_copy_has_ratios_at_every_window(tmp_path):
     compared = cells(page, "| copy: `dni`")
     assert [line[0] for line in compared] == [f"copy: `dni` over `none`, window {window}" for window in (2, 3, 4, 5)]
     assert [line[2] for line in compared] == ["2.29", "1.75", "1.80", "2.25"]  # published
-    assert all(line[1] == "2.00 [1.79, 2.25]" and line[3:] == ["at least 1.7", "yes"] for line in compared)
+    assert all(line[1] == "2.01 [1.59, 2.53]" and line[3:] == ["at least 1.7", "on average"] for line in compared)
     assert cells(page, "| `dni` | 2 ")[0][2:] == [
         "17 18 19",
         "18.0",
@@ -371,9 +437,84 @@ def test_runs_of_another_machine_stay_on_the_page(tmp_path):
     page = (pages / "images.md").read_text()
     assert page.index("## Preset `laptop`") < page.index("2.00 2.00 2.00") < page.index("## Preset `paper`")
     assert page.index("## Preset `paper`") < page.index("--preset paper --arms dni cdni") < page.index("| 5.00 |")
-    report(tmp_path / "there", pages)  # an entry whose runs are at hand is theirs alone
+
+
+def test_fewer_runs_do_not_replace_more_of_the_same_settings(tmp_path, capsys):
+    pages = tmp_path / "pages"
+    fabricate(tmp_path / "here", "images", errors({"backprop": (0.02,) * 3}))
+    fabricate(tmp_path / "there", "images", errors({"cdni": (0.04, 0.04)}))
+    noise = np.zeros((20, 20, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "there" / "laptop" / "images" / "noise.png")
+    report(tmp_path / "here", pages)
+    capsys.readouterr()
+    report(tmp_path / "there", pages)
+    page, shown = (pages / "images.md").read_text(), capsys.readouterr()
+    assert "2.00 2.00 2.00" in page and "4.00" not in page and not list(pages.glob("*noise.png"))
+    said = f"images: found 2 finished runs of preset laptop, and 3 in {pages / 'images.json'}, which are kept; finish"
+    assert said in shown.err and shown.err.count("\n") == 1
+    assert "laptop`, 3 of 12 runs" in shown.out
+    fabricate(tmp_path / "more", "images", errors({"cdni": (0.05,) * 3, "dni": (0.05,)}))
+    report(tmp_path / "more", pages)
     page = (pages / "images.md").read_text()
-    assert "2.00 2.00 2.00" not in page and "| 4.00 |" in page and "| 5.00 |" in page
+    assert "2.00 2.00 2.00" not in page and "5.00 5.00 5.00" in page and not capsys.readouterr().err
+
+
+def test_runs_of_settings_that_the_entry_has_no_longer_are_replaced_by_fewer(tmp_path, capsys):
+    pages = tmp_path / "pages"
+    fabricate(tmp_path / "here", "images", errors({"backprop": (0.02,) * 3}))
+    fabricate(tmp_path / "there", "images", errors({"cdni": (0.04,)}))
+    report(tmp_path / "here", pages)
+    content = json.loads((pages / "images.json").read_text())
+    content["presets"]["laptop"]["images"]["settings"]["learning_rate"] = 0.5
+    (pages / "images.json").write_text(json.dumps(content))
+    report(tmp_path / "there", pages)
+    page = (pages / "images.md").read_text()
+    assert "2.00 2.00 2.00" not in page and "| 4.00 |" in page and not capsys.readouterr().err
+
+
+def test_a_diverged_seed_is_in_its_row_and_in_no_mean(tmp_path):
+    def result(member):
+        good = {"test_bits": 1.5, "test_perplexity": 2.8, "best_valid_bits": 1.6, "tokens": 1}
+        curve = [{"step": s, "seconds": s / 10, "tokens": 32 * s, "bits": 1.5 + 10 / s} for s in (50, 100)]
+        if member.name == "dni-5-seed1":
+            good = {name: float("nan") for name in good}
+            curve = [{**point, "bits": float("inf")} for point in curve]
+        return {**good, "curve": curve}
+
+    fabricate(tmp_path, "ptb", result)
+    assert report(tmp_path, tmp_path / "pages") == 0
+    page = (tmp_path / "pages" / "ptb.md").read_text()
+    row, *_ = cells(page, "| `dni` ")
+    assert row[2:5] == ["1.500 diverged 1.500", "-", "-"]
+    (share,) = [line for line in cells(page, "| dni ") if line[2] == "none@20"]
+    assert share[3:] == ["-"] * 5
+    content = (tmp_path / "pages" / "ptb.json").read_text()
+    assert "NaN" not in content and "Infinity" not in content
+
+
+def test_arms_in_entries_of_their_own_are_compared_with_the_baseline_of_their_page(tmp_path):
+    fabricate(tmp_path, "copy", lambda member: {"solved_length": 8 + member.config.seed, "solved": []})
+    fabricate(tmp_path, "copy_aux", lambda member: {"solved_length": 16 + 2 * member.config.seed, "solved": []})
+    bits = {"none-20": 1.5, "none-5": 1.6, "dni-5": 1.5, "dni_aux-5": 1.4}
+
+    def read(member):
+        best = bits[f"{member.cell.arm}-{member.cell.window}"] + member.config.seed / 100
+        curve = [{"step": 10, "seconds": 5.0, "tokens": 100, "bits": 2.0}, {"step": 20, "seconds": 9.0, "tokens": 200}]
+        curve[1]["bits"] = best
+        return {"test_bits": best, "test_perplexity": 2**best, "best_valid_bits": best, "curve": curve}
+
+    fabricate(tmp_path, "ptb", read)
+    fabricate(tmp_path, "ptb_aux", read)
+    assert report(tmp_path, tmp_path / "pages") == 0
+    page = (tmp_path / "pages" / "copy.md").read_text()
+    compared = cells(page, "| copy_aux: `dni_aux` over `none`")
+    assert len(compared) == 4 and all(line[1].startswith("2.00 [") for line in compared)
+    page = (tmp_path / "pages" / "ptb.md").read_text()
+    (line,) = cells(page, "| `dni_aux` at window 5 less `none` at 20, bits")
+    assert line[1] == "-0.1000 [-0.1000, -0.1000]"
+    common_bits, published = [line for line in cells(page, "| dni_aux | 5 | none@20")]
+    assert common_bits[3] == "1.52" and float(common_bits[4]) < 1.0 and common_bits[5] == "-"
+    assert published[3:] == ["1.35", "-", "0.58", "-", "0.5"]  # which the fabricated baseline never reached
 
 
 def test_nothing_to_report_is_one_line(tmp_path, capsys):
@@ -401,12 +542,13 @@ def test_asynchronous_rows_are_taken_from_its_one_file(tmp_path, capsys):
     (folder / "results.json").write_text(json.dumps(results))
     assert report(tmp_path, tmp_path / "pages", preset="smoke") == 0
     page = (tmp_path / "pages" / "asynchronous.md").read_text()
-    assert f"| {names[0]} | 1.54 | 96.1 | 9.1 |" in page
+    assert "| backprop, 1 process | 1.54 | 1.54 | 96.1 | 9.1 |" in page
+    assert "| `backprop, 1 process` | 1.54 | 1.54 | - | - |" in page  # with an interval, were there several seeds
     assert f"**Not complete:** 1 of {len(names)} runs" in page and names[-1] in page
     results["config"]["num_steps"] = 7
     (folder / "results.json").write_text(json.dumps(results))
     assert report(tmp_path, tmp_path / "other", preset="smoke") == 1
-    assert "asynchronous: left out: num_steps: found runs with 7; allowed 100" in capsys.readouterr().err
+    assert "asynchronous: left out: num_steps: found a run with 7; allowed 100" in capsys.readouterr().err
 
 
 def test_no_page_takes_the_name_of_one_that_is_made_otherwise():

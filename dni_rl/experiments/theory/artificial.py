@@ -2,8 +2,7 @@
 
 import itertools
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,14 +142,15 @@ class Student:
         elif case.form != "backprop":
             hidden = (32,) if case.form == "mlp" else ()
             self.critic = dni_rl.GradientCritic(state_sizes=(size,), hidden_sizes=hidden, context_size=1)
-        self.learning_rates = (config.learning_rate, config.critic_learning_rate)
+        rates = (config.learning_rate, config.critic_learning_rate)
         if case.model == "linear":
-            self.learning_rates = (config.linear_learning_rate, config.linear_critic_learning_rate)
+            rates = (config.linear_learning_rate, config.linear_critic_learning_rate)
         self.modules = nn.ModuleDict({"lower": self.lower, "upper": self.upper}).to(config.device).double()
-        self.optimizers = [torch.optim.Adam(self.modules.parameters(), self.learning_rates[0])]
+        self.optimizers = [torch.optim.Adam(self.modules.parameters(), rates[0])]
         if self.critic is not None:
             self.critic.to(config.device).double()
-            self.optimizers.append(torch.optim.Adam(self.critic.parameters(), self.learning_rates[1]))
+            self.optimizers.append(torch.optim.Adam(self.critic.parameters(), rates[1]))
+        self.learning_rates = rates[: len(self.optimizers)]
         self.interface = dni_rl.Interface(self.critic, "locked" if self.critic is None else "decoupled")
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
@@ -237,13 +237,12 @@ class Artificial(common.Experiment):
 
     def update(self) -> dict[str, Tensor]:
         """One step of every case; returns losses before it."""
-        started = time.monotonic()
         metrics = {}
+        drop_steps = self.config.learning_rate_drop_steps
         for student in self.students:
-            set_learning_rates(student.optimizers, student.learning_rates, self.config, self.step)
+            common.set_learning_rates(student.optimizers, student.learning_rates, drop_steps, self.step)
             metrics[f"loss/{student.case}"] = student.update(self.x, self.y)
         self.step += 1
-        self.seconds += time.monotonic() - started
         return metrics
 
     def evaluation_is_due(self, before: int) -> bool:
@@ -300,16 +299,6 @@ class Artificial(common.Experiment):
         self.surfaces = list(state["surfaces"])
 
 
-def set_learning_rates(
-    optimizers: Sequence[torch.optim.Optimizer], rates: Sequence[float], config: UnderstandingConfig, step: int
-) -> None:
-    """Sets each to its rate, divided by 10 at each of the config's drops."""
-    factor = 0.1 ** sum(step >= drop for drop in config.learning_rate_drop_steps)
-    for optimizer, rate in zip(optimizers, rates, strict=False):  # there may be no critic
-        for group in optimizer.param_groups:
-            group["lr"] = rate * factor
-
-
 # The loss that a critic implies
 
 
@@ -340,7 +329,8 @@ def surface(student: Student, x: Tensor, y: Tensor, num_points: int = 41) -> dic
     """The true and the implied loss, on the line through the two classes' means of h, as far as the data reach along it.
 
     A loss is known from its gradient up to a constant, for each label; it is set so that the two agree on average where the data are.
-    The error is the RMS of what remains there, over the standard deviation of the true loss there.
+    The error is the RMS of what remains there, over the standard deviation of the true loss there. Of a model that has diverged all of
+    it is NaN.
 
     Args:
         student: with a critic.
@@ -357,6 +347,9 @@ def surface(student: Student, x: Tensor, y: Tensor, num_points: int = 41) -> dic
     line = torch.linspace(along.min().item(), along.max().item(), num_points, dtype=h.dtype, device=h.device)
     path = means[0] + line.unsqueeze(1) * direction
     found: dict[str, Any] = {"case": str(student.case), "along": line.tolist(), "classes": []}
+    if not line.isfinite().all():  # the model has diverged
+        nowhere = [math.nan] * num_points
+        return {**found, "classes": [{"true": nowhere, "implied": nowhere, "error": math.nan} for _ in means]}
     for label, rows in enumerate((~is_one, is_one)):
         label_of_path = y.new_full((num_points, 1), float(label))
         true = losses_of(student.case.loss, student.upper(path), label_of_path)

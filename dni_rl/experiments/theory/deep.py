@@ -1,7 +1,5 @@
 """Deep nets trained with any of `dni_rl.experiments.signals`: what their layers represent, and where the signals point."""
 
-import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rl import data
 from dni_rl.experiments import common, images, signals
-from dni_rl.experiments.theory.artificial import losses_of, set_learning_rates
+from dni_rl.experiments.theory.artificial import losses_of
 from dni_rl.experiments.theory.config import DISSIMILARITY_FILE, UnderstandingConfig
-
-
-@functools.cache  # the runs of one process read it once
-def load(dataset: str, split: data.Split) -> data.Images:
-    """A split by the name of its data set; see `images.load`."""
-    return images.load(dataset, split)
 
 
 def dissimilarity(features: Tensor) -> Tensor:
@@ -71,7 +62,7 @@ class Deep(common.Experiment):
     def __init__(self, config: UnderstandingConfig, folder: Path):
         super().__init__(config)
         self.folder = folder
-        self.train, self.test = load(config.dataset, "train"), load(config.dataset, "test")
+        self.train, self.test = images.load(config.dataset, "train"), images.load(config.dataset, "test")
         self.batches = images.Batches(self.train, config.batch_size, config.seed, config.device)
         self.is_rdm = config.part == "rdm"
         num_outputs = images.NUM_CLASSES if self.is_rdm else 1
@@ -92,6 +83,7 @@ class Deep(common.Experiment):
         self.optimizers = [torch.optim.Adam(self.net.parameters(), config.learning_rate)]
         if list(self.signal.parameters()):
             self.optimizers.append(torch.optim.Adam(self.signal.parameters(), config.critic_learning_rate))
+        self.learning_rates = (config.learning_rate, config.critic_learning_rate)[: len(self.optimizers)]
 
     def _targets(self, labels: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """The losses, and the context of critics, for labels [B]."""
@@ -108,9 +100,7 @@ class Deep(common.Experiment):
 
     def update(self) -> dict[str, Tensor]:
         """Learns from the next batch; returns metrics, still on the device."""
-        started = time.monotonic()
-        rates = (self.config.learning_rate, self.config.critic_learning_rate)
-        set_learning_rates(self.optimizers, rates, self.config, self.step)
+        common.set_learning_rates(self.optimizers, self.learning_rates, self.config.learning_rate_drop_steps, self.step)
         x, labels = self.batches[self.step]
         losses, context = self._targets(labels)
         for optimizer in self.optimizers:
@@ -130,7 +120,6 @@ class Deep(common.Experiment):
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        self.seconds += time.monotonic() - started
         return metrics
 
     @torch.no_grad()

@@ -78,14 +78,19 @@ def layers_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     probes, contrast, distance = chart.subplots(1, 3)
     for row in rows:
         layers = range(1, len(row["layers"]) + 1)
-        probes.plot(layers, [layer["probe_error"] for layer in row["layers"]], label=row["arm"])
-        contrast.plot(layers, [layer["between"] - layer["within"] for layer in row["layers"]])
-        distance.plot(layers, [layer["distance_to_last"] for layer in row["layers"]])
+        probes.plot(layers, _numbers(row["layers"], "probe_error"), label=row["arm"])
+        contrast.plot(layers, _numbers(row["layers"], "between") - _numbers(row["layers"], "within"))
+        distance.plot(layers, _numbers(row["layers"], "distance_to_last"))
     probes.set(xlabel="layer", title="test error of a linear probe", yscale="log")
     contrast.set(xlabel="layer", title="dissimilarity between less within classes")
     distance.set(xlabel="layer", title="distance to the last layer's")
     probes.legend(fontsize=7)
     return chart
+
+
+def _numbers(points: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray:
+    """What points have under a name; NaN where a seed diverged."""
+    return np.array([point[name] for point in points], float)
 
 
 def signals_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -95,9 +100,7 @@ def signals_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     chart = Figure(figsize=(8.0, 3.2), dpi=110, layout="constrained")
     errors, cosines = chart.subplots(1, 2)
     for row in rows:
-        errors.plot(
-            [point["step"] for point in row["curve"]], [point["error"] for point in row["curve"]], label=row["arm"]
-        )
+        errors.plot(_numbers(row["curve"], "step"), _numbers(row["curve"], "error"), label=row["arm"])
         cosines.plot(range(1, len(row["cosines"]) + 1), row["cosines"], "o-")
     errors.set(xlabel="step", title="test error", yscale="log")
     errors.legend(fontsize=7)

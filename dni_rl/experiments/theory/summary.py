@@ -92,8 +92,12 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(_TABLES[part](found) for part, found in summary["parts"].items())
 
 
-def _digits(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1e}"
+def _digits(value: float | None) -> str:
+    return common.DIVERGED if value is None else f"{value:.1e}"
+
+
+def _measured(value: float | None) -> float | str:
+    return common.DIVERGED if value is None else value
 
 
 def _linear_table(found: Mapping[str, Any]) -> str:
@@ -111,7 +115,10 @@ def _linear_table(found: Mapping[str, Any]) -> str:
     )
     largest = common.markdown(
         ("loss, critic", "largest gap", "published"),
-        [(name, _digits(entry["gap"]), _digits(entry["published"])) for name, entry in found["largest"].items()],
+        [
+            (name, _digits(entry["gap"]), None if entry["published"] is None else _digits(entry["published"]))
+            for name, entry in found["largest"].items()
+        ],
     )
     note = (
         "Loss with a critic less loss of backpropagation after as many steps, by model, loss and critic; mean over seeds. Predicted: "
@@ -124,7 +131,7 @@ def _surface_table(found: Mapping[str, Any]) -> str:
     shown = common.markdown(
         ("data", "model, loss, critic", "step", "error of the implied loss", "least", "largest"),
         [
-            (row["data"], row["case"].replace("_", ", "), row["step"], row["mean"], row["min"], row["max"])
+            (row["data"], row["case"].replace("_", ", "), row["step"], _measured(row["mean"]), row["min"], row["max"])
             for row in found["rows"]
         ],
     )
@@ -137,7 +144,7 @@ def _rdm_table(found: Mapping[str, Any]) -> str:
     rows = []
     for row in found["rows"]:
         for name in ("probe_error", "within", "between", "distance_to_last"):
-            values = [row["layers"][i - 1][name] for i in chosen]
+            values = [_measured(row["layers"][i - 1][name]) for i in chosen]
             rows.append((row["arm"], row["mean"], row["std"], name.replace("_", " "), *values))
     return common.markdown(("signal", "test error", "std", "measure", *(f"layer {i}" for i in chosen)), rows)
 
@@ -148,9 +155,9 @@ def _signals_table(found: Mapping[str, Any]) -> str:
         [
             (
                 row["arm"],
-                " ".join(f"{error:.4f}" for error in row["per_seed"]),
-                f"{row['mean']:.4f}",
-                " ".join(f"{cosine:.2f}" for cosine in row["cosines"]),
+                " ".join(common.shown(error, 4) for error in row["per_seed"]),
+                common.shown(row["mean"], 4),
+                " ".join(common.shown(cosine, 2) for cosine in row["cosines"]),
             )
             for row in found["rows"]
         ],

@@ -387,6 +387,18 @@ def test_the_summary_averages_seeds_and_says_when_every_one_was_aligned():
     )
 
 
+def test_a_run_that_diverges_is_a_row_that_says_so(tmp_path, capsys):
+    arguments = ["--tasks", "learned", "--cells", "dni@2", "none@2", "--learning-rate", "1e200", "--no-tensorboard"]
+    alignment.main([*arguments, "--run-folder", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "| dni | 2 | - | - | - | - | - | - | - | - | 0 | - | diverged |" in shown
+    assert "| none | 2 | - | - | - | - | - | - | - | - | - | - | diverged |" in shown
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    row, _ = summary["tasks"]["learned"]["cells"]
+    assert row["cosines"] == [None] * 5 and row["per_seed"] == {"0": None} and row["loss"]["mean"] is None
+    assert (tmp_path / "learned.png").exists()
+
+
 def test_presets_compare_bootstrapping_with_lambda_and_paper_keeps_the_papers_settings():
     config = AlignmentConfig()
     assert (config.hidden_size, config.sequence_length, config.input_size, config.critic_learning_rate) == (

@@ -23,19 +23,23 @@ def test_the_smoke_preset_learns_in_processes_and_resumes(tmp_path, capsys):
     table = capsys.readouterr().out
     found = results(tmp_path)
     assert list(found) == [
-        "backprop, 1 process",
-        "cdni, 1 process, p = 0.5",
-        "cdni, 1 process, unlocked",
-        "backprop, 3 processes",
-        "cdni, 3 processes, staleness up to 0",
-        "cdni, 3 processes, staleness up to 2",
+        f"{label}, seed 0"
+        for label in (
+            "backprop, 1 process",
+            "cdni, 1 process, p = 0.5",
+            "cdni, 1 process, unlocked",
+            "backprop, 3 processes",
+            "cdni, 3 processes, staleness up to 0",
+            "cdni, 3 processes, staleness up to 2",
+        )
     ]
-    assert all(name in table for name in found) and table == (tmp_path / asynchronous.TABLE_FILE).read_text()
+    assert all(name.removesuffix(", seed 0") in table for name in found)
+    assert table == (tmp_path / asynchronous.TABLE_FILE).read_text()
     # The same numbers in one process and in three, up to what summing in another order makes of them.
-    one, three = found["backprop, 1 process"], found["backprop, 3 processes"]
+    one, three = found["backprop, 1 process, seed 0"], found["backprop, 3 processes, seed 0"]
     assert three["train_loss_at_the_end"] == pytest.approx(one["train_loss_at_the_end"], rel=1e-3)
     for bound in (0, 2):
-        late = found[f"cdni, 3 processes, staleness up to {bound}"]
+        late = found[f"cdni, 3 processes, staleness up to {bound}, seed 0"]
         assert late["test_error"] < 0.6  # chance is 0.9
         assert max(late["highest_staleness"]) <= bound and late["updates_per_sec"] > 0
         assert [sum(counts.values()) for counts in late["staleness_counts"]] == [100, 100]
@@ -45,8 +49,63 @@ def test_the_smoke_preset_learns_in_processes_and_resumes(tmp_path, capsys):
     asynchronous.main(["--preset", "smoke", "--run-folder", str(tmp_path), "--resume"])
     assert capsys.readouterr().out == table  # nothing was done again
     with pytest.raises(SystemExit):
-        asynchronous.main(["--preset", "smoke", "--run-folder", str(tmp_path), "--resume", "--seed", "1"])
-    assert "other settings (seed)" in capsys.readouterr().err
+        asynchronous.main(["--preset", "smoke", "--run-folder", str(tmp_path), "--resume", "--seeds", "1"])
+    assert "other settings (seeds)" in capsys.readouterr().err
+    for name in ("cdni-1-process-p-0.5-seed-0", "cdni-3-processes-staleness-up-to-2-seed-0"):  # every run has its log
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "train/loss" in row] == [20, 40, 60, 80, 100]
+        assert "critic_1/cosine" in {key for row in rows for key in row} and "test/error" in rows[-1]
+        assert list((tmp_path / name).glob("events.out.tfevents.*"))
+
+
+def test_a_run_in_one_process_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    arguments = ["--num-layers", "3", "--staleness-bounds", "--no-unlocked", "--seeds", "0", "1", "--no-tensorboard"]
+    arguments += ["--update-probabilities", "1"]
+
+    def alone(folder, *more):
+        monkeypatch.setattr(asynchronous, "launch", lambda *_, **__: None)  # none of the runs with processes
+        asynchronous.main([*arguments, "--run-folder", str(folder), *more])
+        return results(folder)
+
+    whole = alone(tmp_path / "whole")
+    update, steps = images.Training.update, []
+
+    def interrupted(self):
+        steps.append(self.step)
+        if self.config.arm == "cdni" and self.step == 60:
+            raise KeyboardInterrupt
+        return update(self)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(images.Training, "update", interrupted)
+        alone(tmp_path / "pieces")
+    assert stopped.value.code == 130 and list(results(tmp_path / "pieces")) == ["backprop, 1 process, seed 0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(images.Training, "update", lambda self: (steps.append(self.step), update(self))[1])
+        steps.clear()
+        pieces = alone(tmp_path / "pieces", "--resume")
+    assert steps[0] == 50  # not 0: there was a checkpoint
+    names = ("test_error", "train_loss_at_the_end", "seed")
+    assert list(pieces) == list(whole) and len(whole) == 4
+    assert all(pieces[run][name] == whole[run][name] for run in whole for name in names)
+    errors = [whole[f"cdni, 1 process, seed {seed}"]["test_error"] for seed in (0, 1)]
+    assert errors[0] != errors[1]
+    shown = (tmp_path / "whole" / asynchronous.TABLE_FILE).read_text()
+    assert f"| cdni, 1 process | {100 * errors[0]:.2f} {100 * errors[1]:.2f} | {50 * sum(errors):.2f} |" in shown
+
+
+def test_critics_have_a_learning_rate_of_their_own_in_every_run(tmp_path, monkeypatch):
+    config = asynchronous.make_config("smoke", critic_learning_rate=0.5, learning_rate_drop_steps=(50,))
+    experiment = images.Experiment(config.net("cdni"), 64)
+    bar = asynchronous.common.Progress("", 1, wanted=False)
+    for step, factor in ((0, 1.0), (50, 0.1)):
+        asynchronous._before_update(experiment, bar, 1, step)
+        rates = [group["lr"] for optimizer in experiment.optimizers for group in optimizer.param_groups]
+        assert rates == pytest.approx([factor * rate for rate in [1e-2] * 3 + [0.5] * 2])  # layers, critics
+    assert asynchronous.make_config("laptop").critic_learning_rate == 1e-2  # ten times the layers', as in images
+    assert asynchronous.make_config("laptop", arm="dni") == asynchronous.make_config(
+        "laptop", arm="dni", critic_learning_rate=images.make_config("laptop", arm="dni").critic_learning_rate
+    )
 
 
 def torchrun(processes, *arguments):
@@ -71,8 +130,41 @@ def torchrun(processes, *arguments):
 def test_torchrun_starts_the_runs_with_processes(tmp_path):
     done = torchrun(3, *SMALL, "--run-folder", str(tmp_path), "--staleness-bounds", "1")
     assert done.returncode == 0, done.stderr
-    assert list(results(tmp_path)) == ["backprop, 3 processes", "cdni, 3 processes, staleness up to 1"]
-    assert "staleness up to 1" in done.stdout
+    names = ["backprop, 3 processes, seed 0", "cdni, 3 processes, staleness up to 1, seed 0"]
+    assert list(results(tmp_path)) == names and "staleness up to 1" in done.stdout
+
+
+@pytest.fixture
+def half_done(tmp_path):
+    """The options of a command of which one run is done; its folder, and that run's row."""
+    config = asynchronous.make_config("smoke", num_steps=12, unlocked=False, staleness_bounds=(1,))
+    asynchronous._start_results(config, tmp_path, False)
+    row = {
+        "test_error": 0.25,
+        "updates_per_sec": 1.0,
+        "cpu_ms_per_update": [1.0] * 3,
+        "arm": "backprop",
+        "processes": 3,
+    }
+    asynchronous.add_result(tmp_path, asynchronous.Run(arm="backprop", processes=3), row)
+    return [*SMALL, "--run-folder", str(tmp_path), "--staleness-bounds", "1"], tmp_path, row
+
+
+def test_torchrun_resumes_what_is_left(half_done):
+    arguments, folder, row = half_done
+    done = torchrun(3, *arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    first, second = results(folder).items()
+    assert first[0] == "backprop, 3 processes, seed 0" and first[1] == row  # not run again
+    assert second[0] == "cdni, 3 processes, staleness up to 1, seed 0" and "highest_staleness" in second[1]
+
+
+def test_torchrun_without_resume_refuses_what_is_there_in_every_process(half_done):
+    arguments, folder, row = half_done
+    refused = torchrun(3, *arguments)
+    lines = [line for line in refused.stderr.splitlines() if line.startswith("asynchronous:")]
+    assert refused.returncode != 0 and lines and all("continue with --resume" in line for line in lines)
+    assert results(folder) == {"backprop, 3 processes, seed 0": row}
 
 
 def test_torchrun_with_a_wrong_number_of_processes_ends_with_one_line(tmp_path):
@@ -86,7 +178,8 @@ def test_presets_state_the_papers_settings():
     paper = asynchronous.make_config("paper", arm="dni")
     assert (paper.num_layers, paper.hidden_size, paper.batch_size, paper.num_steps) == (4, 256, 256, 500_000)
     assert paper.critic_hidden_sizes == (1024, 1024) and {0.2, 0.05} <= set(paper.update_probabilities)
-    assert asynchronous.make_config("laptop").staleness_bounds == (0, 1, 2, 4, 8)
+    assert paper.staleness_bounds == (0, 1, 2, 4, 8)
+    assert all(len(asynchronous.make_config(preset).seeds) == 3 for preset in ("laptop", "paper"))
     assert paper.net("backprop") == images.make_config("paper", arm="backprop", critic_hidden_sizes=(1024, 1024))
 
 
@@ -98,6 +191,9 @@ def test_presets_state_the_papers_settings():
         (["--update-probabilities", "0"], "update_probabilities: found (0.0,)"),
         (["--num-layers", "1"], "num_layers: found 1"),
         (["--threads", "0"], "threads: found (0,)"),
+        (["--seeds", "1", "1"], "seeds: found 1 1, allowed one or more, each once"),
+        (["--device", "cuda:0"], "device: found 'cuda:0', allowed cpu, cuda"),
+        (["--device", "gpu"], "device: found 'gpu', allowed cpu, cuda"),
     ],
 )
 def test_wrong_settings_are_one_line(arguments, message, tmp_path, capsys):
@@ -107,8 +203,18 @@ def test_wrong_settings_are_one_line(arguments, message, tmp_path, capsys):
     assert stopped.value.code == 2 and message in shown and shown.count("\n") == 1
 
 
+def test_a_device_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        asynchronous.main(["--device", "cuda", "--run-folder", str(tmp_path / "run")])
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and shown.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert "device: found 'cuda', which this machine lacks; allowed cpu; use --device cpu" in shown
+
+
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
+    images.load.cache_clear()
     with pytest.raises(SystemExit):
         asynchronous.main(["--dataset", "mnist", "--run-folder", str(tmp_path / "run")])
     assert capsys.readouterr().err.count("\n") == 1

@@ -4,11 +4,13 @@ import argparse
 import importlib
 import io
 import json
+import math
 import pickle
 import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from dni_rl.experiments import common
 
@@ -53,6 +55,56 @@ def test_spread_of_seeds():
     assert common.spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "min": 1.0, "max": 3.0}
     assert common.spread([1.0])["std"] is None
     assert common.spread([1.0, None])["mean"] is None and common.spread([])["mean"] is None
+
+
+def test_what_diverged_is_none_and_said_to_be():
+    for values in ([1.0, None], [1.0, math.nan], [math.inf, -math.inf], [1e308, 1e308], []):
+        assert common.mean(values) is None
+        assert common.spread(values) == dict.fromkeys(("mean", "std", "min", "max"))
+    assert common.mean([1.0, 2.0]) == 1.5 and common.spread([-1.7e308, 1.7e308])["std"] is None
+    assert [common.shown(value, 1, 100.0) for value in (0.5, None, math.inf)] == ["50.0", "diverged", "diverged"]
+    found = common.finite({"a": [1.0, math.nan, {"b": (-math.inf, 2)}], "c": "x", "d": None, "e": True})
+    assert found == {"a": [1.0, None, {"b": [None, 2]}], "c": "x", "d": None, "e": True}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert "| 5e+30 | 12345.5 |" in common.markdown(("a", "b"), [(5e30, 12345.5)])
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    common.check_device("cpu")
+    for name in ("cuda", "gpu", "cuda:0", "meta"):
+        with pytest.raises(
+            ValueError, match=f"device: found '{name}', which this machine lacks; allowed cpu; use --device"
+        ):
+            common.check_device(name)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        common.check_device(name)
+    with pytest.raises(
+        ValueError, match="found 'cuda:2', which this machine lacks; allowed cpu, cuda, cuda:0, cuda:1;"
+    ):
+        common.check_device("cuda:2")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_refuses_a_device_that_is_not_there_in_one_line(program, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    arguments = ["--device", "cuda:7", "--run-folder", str(tmp_path / "run"), "--no-tensorboard"]
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"dni_rl.experiments.{program}").main(arguments)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and shown.count("\n") == 1
+    assert shown.startswith(f"{program}: device: found 'cuda:7', which this machine lacks; allowed cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_rates_are_divided_by_10_at_each_drop():
+    optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], 9.0) for _ in range(2)]
+    for step, factor in ((0, 1.0), (2, 1.0), (3, 0.1), (5, 0.01), (9, 0.01)):
+        common.set_learning_rates(optimizers, (1.0, 0.5), (3, 5), step)
+        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([factor, 0.5 * factor])
 
 
 def test_what_is_due_when_updates_take_several_steps():
@@ -108,11 +160,19 @@ def test_a_level_is_reached_between_the_points_of_a_curve():
     assert common.reached(CURVE, "error", 0.25, "step") == 20
     assert common.reached(CURVE, "error", 0.125, "seconds") == 8
     assert common.reached(CURVE, "error", 0.1, "step") is None and common.reached([], "error", 0.1, "step") is None
+    for gone in (None, math.nan, math.inf):
+        points = [CURVE[0], {**CURVE[1], "error": gone}, *CURVE[2:]]
+        assert (
+            common.reached(points, "error", 0.5, "step") == 10
+            and common.reached(points, "error", 0.3125, "step") == 97.5
+        )
+        assert common.reached(points[1:2], "error", 0.5, "step") is None
 
 
 def test_what_is_final_is_the_mean_over_the_last_tenth_of_the_steps():
     assert common.final(CURVE, "error") == 0.3125
     assert common.final(CURVE[:2], "error") == 0.25 and common.final(CURVE[:1], "error") == 0.5
+    assert common.final([*CURVE, {**CURVE[-1], "error": math.inf}], "error") is None
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -161,10 +221,10 @@ def test_the_user_comes_before_the_preset_in_a_plan_of_cells():
 
 
 class Count(common.Experiment):
-    """Counts its steps."""
+    """Counts its steps, as many at a time as its size."""
 
     def update(self):
-        self.step += 1
+        self.step += self.config.size
         return {}
 
     def figures(self):
@@ -206,6 +266,123 @@ def test_a_run_is_resumed_with_more_steps_but_not_with_other_settings(tmp_path):
         carry_out(size=2, eval_every_steps=2)
     free = (*common.FREE_FIELDS, "eval_every_steps")
     assert carry_out(free, num_steps=8, eval_every_steps=2) == {"steps": 8}
+
+
+def test_a_run_is_not_resumed_as_a_shorter_one(tmp_path):
+    def carry_out(num_steps, folder, resume=True):
+        config = CountConfig(size=3, num_steps=num_steps, checkpoint_every_steps=6)
+        return common.carry_out(Count, config, tmp_path / folder, resume=resume, tensorboard=False)
+
+    assert carry_out(10, "a", resume=False) == {"steps": 12}  # the last update takes it beyond
+    assert (
+        carry_out(10, "a") == carry_out(11, "a") == carry_out(12, "a") == {"steps": 12}
+    )  # runs of 11 and 12 end there, too
+    for fewer in (9, 5):
+        with pytest.raises(
+            ValueError, match=rf"num_steps: found {fewer}, but the run in .*/a has come to step 12 of 10; allowed 10 or"
+        ):
+            carry_out(fewer, "a")
+    assert carry_out(14, "a") == {"steps": 15}
+
+    class Interrupted(Count):
+        def update(self):
+            if self.step == 9:
+                raise KeyboardInterrupt
+            return super().update()
+
+    with pytest.raises(KeyboardInterrupt):
+        config = CountConfig(size=3, num_steps=100, checkpoint_every_steps=6)
+        common.carry_out(Interrupted, config, tmp_path / "b", tensorboard=False)
+    with pytest.raises(
+        ValueError,
+        match=r"found 6, but the run in .*/b has come to step 6 of 100; allowed 7 or more, or choose another",
+    ):
+        carry_out(6, "b")
+    assert carry_out(8, "b") == {"steps": 9}  # it has not come so far yet
+
+
+def test_the_result_of_a_shorter_run_is_not_taken_for_that_of_a_longer_one(tmp_path):
+    def carry_out(num_steps):
+        return common.carry_out(Count, CountConfig(num_steps=num_steps), tmp_path, resume=True, tensorboard=False)
+
+    carry_out(4)
+    shorter = (tmp_path / "result.json").read_text()
+    assert carry_out(8) == {"steps": 8}
+    (tmp_path / "result.json").write_text(shorter)  # as if it had been cut off behind its last checkpoint
+    assert carry_out(8) == {"steps": 8} and json.loads((tmp_path / "result.json").read_text()) == {"steps": 8}
+
+
+def test_a_run_that_diverges_has_a_result_without_the_numbers_that_it_lacks(tmp_path):
+    class Diverging(Count):
+        def figures(self):
+            return {"loss": math.inf}
+
+        def result(self):
+            return {"steps": self.step, "error": math.nan, "curve": [{"step": 4, "error": -math.inf}]}
+
+    for resume in (False, True):
+        result = common.carry_out(Diverging, CountConfig(), tmp_path, resume=resume, tensorboard=False)
+        assert result == {"steps": 4, "error": None, "curve": [{"step": 4, "error": None}]}
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 2, "loss": None}, {"step": 4, "loss": None}]
+    (tmp_path / "result.json").write_text('{"steps": 4, "error": NaN}')  # as they once were written
+    assert common.carry_out(Diverging, CountConfig(), tmp_path, resume=True)["error"] is None
+
+
+class Device:
+    """Has been given work that nobody has waited for yet; time goes on while somebody does, and while there are evaluations."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.given, self.waits = 0.0, 0.0, 0
+        monkeypatch.setattr(common.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr("torch.accelerator.synchronize", self.wait)
+
+    def wait(self, device):
+        assert device == "cuda:1"
+        self.now, self.given, self.waits = self.now + self.given, 0.0, self.waits + 1
+
+
+def test_seconds_are_those_of_the_device_and_of_updates_alone(tmp_path, monkeypatch):
+    device = Device(monkeypatch)
+    monkeypatch.setattr(common, "check_device", lambda _: None)
+
+    class Worker(Count):
+        def update(self):
+            device.given += 2.0  # which takes no time yet
+            return super().update()
+
+        def evaluation(self):
+            device.now += 100.0
+            self.add_to_curve()
+            return {}
+
+        def result(self):
+            return self.account()
+
+    config = CountConfig(num_steps=6, device="cuda:1", log_every_steps=3, eval_every_steps=3, checkpoint_every_steps=6)
+    result = common.carry_out(Worker, config, tmp_path, tensorboard=False)
+    assert result["seconds"] == 12.0 and [point["seconds"] for point in result["curve"]] == [6.0, 12.0]
+    assert device.waits == 4  # at the start and the end of each stretch, and never between
+    clock = common.Clock("cuda:1", 5.0)
+    assert clock.seconds == 5.0 and device.waits == 4
+    clock.start()
+    device.given = 1.0
+    assert clock.seconds == 6.0  # read while it runs
+    clock.stop()
+    device.now += 9.0
+    assert clock.seconds == 6.0
+
+
+def test_tensorboard_has_every_point_once_though_a_run_was_cut_off_before_its_first_checkpoint(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first_step, steps in ((0, (1, 2, 3)), (0, (1, 2)), (2, (3, 4))):
+        with common.Log(tmp_path, first_step, tensorboard=True) as log:
+            for step in steps:
+                log.write(step, {"loss": float(step)})
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4]
 
 
 def test_a_program_writes_its_summary_and_where_it_draws_a_table(tmp_path, capsys):

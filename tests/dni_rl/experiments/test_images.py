@@ -410,6 +410,7 @@ def test_a_plan_is_a_matrix_or_one_run_in_the_folder_itself():
 
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
+    images.load.cache_clear()
     monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit):
         images.main(["--dataset", "mnist", "--run-folder", str(tmp_path / "run")])

@@ -158,19 +158,55 @@ def results_of(curves):
 
 def test_ratios_are_of_tokens_and_of_seconds_to_the_same_bits():
     settings = {key: value for key, value in SMALL.items() if key not in ("window", "dataset")}
-    matrix = common.members(ptb.PtbConfig, ("none@5", "none@20", "dni_aux@5"), (0,), settings)
+    cells = ("none@5", "none@20", "none@40", "dni_aux@5", "dni@8")
+    matrix = common.members(ptb.PtbConfig, cells, (0,), settings)
     faster = [{"tokens": 50.0, "seconds": 2.0, "bits": 3.0}, {"tokens": 150.0, "seconds": 6.0, "bits": 1.0}]
-    results = results_of({"none-5-seed0": CURVE[:2], "none-20-seed0": CURVE, "dni_aux-5-seed0": faster})
+    curves = {"none-5": CURVE[:2], "none-20": CURVE, "none-40": faster, "dni_aux-5": faster, "dni-8": CURVE[:3]}
+    results = results_of({f"{name}-seed0": curve for name, curve in curves.items()})
     summary = ptb.summarize(matrix, results)
-    short, long, aux = summary["cells"]
-    assert summary["baseline"] == "none@20"
-    assert aux["threshold_bits"] == 1.5 and short["threshold_bits"] == 2.0  # what both got to
-    assert (long["data_ratio"], long["time_ratio"]) == (1.0, 1.0)
+    assert [row["published"] for row in summary["cells"]] == [1.37, 1.35, 1.34, 1.35, 1.34]
+    found = {(f"{r['arm']}@{r['window']}", r["baseline"], r["threshold_bits"]): r for r in summary["ratios"]}
+    # To the bits that both got to, over window 20 and over the longest; and to the published bits, where the baseline came to them or a
+    # ratio was published.
+    assert set(found) == {
+        ("none@5", "none@20", 2.0), ("none@40", "none@20", 1.5), ("dni_aux@5", "none@20", 1.5), ("dni@8", "none@20", 2.0),
+        ("none@5", "none@40", 2.0), ("none@20", "none@40", 1.5), ("dni_aux@5", "none@40", 1.0), ("dni@8", "none@40", 2.0),
+        ("dni_aux@5", "none@20", 1.35), ("dni@8", "none@40", 1.34), ("dni_aux@5", "none@40", 1.34),
+    }  # fmt: skip
+    aux = found["dni_aux@5", "none@20", 1.5]
     assert aux["data_ratio"] == pytest.approx(125 / 400) and aux["time_ratio"] == pytest.approx(5 / 7)
-    assert (aux["published"], aux["published_data_ratio"], aux["published_time_ratio"]) == (1.35, 0.58, 0.5)
-    assert "0.312" in ptb.table(summary) and "0.714" in ptb.table(summary)
-    at_two = ptb.summarize(matrix, results, threshold_bits=1.6)["cells"]
-    assert at_two[0]["data_ratio"] is None and at_two[2]["data_ratio"] == pytest.approx(120 / 390)
+    assert aux["published_data_ratio"] is None
+    headline = found["dni_aux@5", "none@20", 1.35]
+    assert (headline["published_data_ratio"], headline["published_time_ratio"]) == (0.58, 0.5)
+    assert headline["data_ratio"] is None  # window 20 never came to 1.35
+    assert found["dni@8", "none@40", 1.34]["published_time_ratio"] == 0.5
+    assert found["dni_aux@5", "none@40", 1.34]["data_ratio"] == 1.0
+    assert "| dni_aux | 5 | none@20 | 1.5 | 0.312 | - | 0.714 | - |" in ptb.table(summary)
+    assert "| dni_aux | 5 | none@20 | 1.35 | - | 0.58 | - | 0.5 |" in ptb.table(summary)
+    asked = [r for r in ptb.summarize(matrix, results, threshold_bits=1.6)["ratios"] if r["threshold_bits"] == 1.6]
+    by_cell = {(f"{r['arm']}@{r['window']}", r["baseline"]): r["data_ratio"] for r in asked}
+    assert by_cell["none@5", "none@20"] is None and len(asked) == 8
+    assert by_cell["dni_aux@5", "none@20"] == pytest.approx(120 / 390)
+
+
+def test_the_papers_headline_can_be_printed():
+    """58 % of the data, half the time, against window 20 and to 1.35 bits."""
+    paper = ptb.plan(["--preset", "paper", "--seeds", "0"]).matrix
+
+    def curve(share):
+        return [{"tokens": share * t, "seconds": share * t, "bits": bits} for t, bits in ((100.0, 1.45), (200.0, 1.25))]
+
+    curves = {member.name: curve(0.5 if member.cell == common.Cell("dni_aux", 5) else 1.0) for member in paper}
+    table = ptb.table(ptb.summarize(paper, results_of(curves)))
+    assert "| dni_aux | 5 | none@20 | 1.35 | 0.5 | 0.58 | 0.5 | 0.5 |" in table
+    assert "| dni | 8 | none@40 | 1.34 | 1 | - | 1 | 0.5 |" in table
+
+
+def test_without_a_baseline_there_are_no_ratios():
+    settings = {key: value for key, value in SMALL.items() if key != "window"}
+    matrix = common.members(ptb.PtbConfig, ("dni@5",), (0,), settings)
+    summary = ptb.summarize(matrix, results_of({"dni-5-seed0": CURVE}))
+    assert summary["ratios"] == [] and "Ratios" not in ptb.table(summary)
 
 
 # Program
@@ -198,13 +234,50 @@ def test_the_smoke_preset_learns_and_writes_everything(tmp_path, capsys):
         ("none", 3), ("none", 6), ("dni", 3), ("dni_aux", 3),
     ]  # fmt: skip
     assert all(row["mean"] < 2.0 for row in summary["cells"])  # a memoryless model of this text needs more
-    assert summary["cells"][0]["data_ratio"] > 0 and "wall-clock ratio" in shown and "none@6" in shown
+    assert [(row["arm"], row["baseline"], row["threshold_bits"]) for row in summary["ratios"]] == [
+        (arm, "none@6", 2.2) for arm in ("none", "dni", "dni_aux")
+    ]
+    assert all(row["data_ratio"] > 0 < row["time_ratio"] for row in summary["ratios"]) and "wall-clock ratio" in shown
     folder = tmp_path / "dni_aux-3-seed0"
     found = rows(folder)
     assert {"train/bits", "critic/cosine", "auxiliary/loss"} <= found[0].keys()
     assert [row["step"] for row in found if "valid/bits" in row] == [120, 240, 360, 480, 600]
     assert all(row["valid/perplexity"] == 2 ** row["valid/bits"] for row in found if "valid/bits" in row)
     assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_a_run_that_diverges_is_a_row_that_says_so(tmp_path, capsys):
+    arguments = ["--preset", "smoke", "--cells", "none@3", "dni@3", "--num-steps", "60", "--learning-rate", "1e30"]
+    for level in ("characters", "words"):
+        ptb.main([*arguments, "--level", level, "--run-folder", str(tmp_path / level), "--no-tensorboard"])
+        shown = capsys.readouterr().out
+        assert "| none | 3 | diverged | - | - |" in shown and "| dni | 3 | diverged | - | - |" in shown
+        row, _ = json.loads((tmp_path / level / "summary.json").read_text())["cells"]
+        assert row["per_seed"] == {"0": None} and row["mean"] is None and row["test_perplexity"] is None
+    for bits in (5e30, 1024.0, math.inf):
+        assert ptb.perplexity(bits) == math.inf
+    assert math.isnan(ptb.perplexity(math.nan)) and ptb.perplexity(3.0) == 8.0
+
+
+def test_one_diverged_seed_leaves_the_others_their_rows(tmp_path):
+    settings = {key: value for key, value in SMALL.items() if key != "window"}
+    matrix = common.members(ptb.PtbConfig, ("none@3", "none@20"), (0, 1), settings)
+    results = results_of({member.name: CURVE for member in matrix})
+    nothing = dict.fromkeys(("test_bits", "test_perplexity", "best_valid_bits"))
+    results["none-3-seed1"] |= {**nothing, "curve": [{**point, "bits": None} for point in CURVE]}
+    summary = ptb.summarize(matrix, results)
+    assert [row["mean"] for row in summary["cells"]] == [None, 1.5]
+    (ratio,) = summary["ratios"]
+    assert ratio["threshold_bits"] is ratio["data_ratio"] is ratio["time_ratio"] is None
+    assert "| none | 3 | 1.500 diverged | - | - |" in ptb.table(summary)
+
+
+def test_without_a_validation_that_is_a_number_there_is_no_test():
+    experiment = ptb.Experiment(small())
+    experiment.learner.net["readout"].weight.data.fill_(math.nan)
+    experiment.step = 3
+    assert math.isnan(experiment.evaluation()["valid/bits"]) and experiment.best == {}
+    assert math.isnan(experiment.result()["test_bits"])
 
 
 def test_words_are_measured_in_perplexity(tmp_path, capsys):

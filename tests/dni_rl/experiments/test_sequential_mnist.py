@@ -305,7 +305,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
-    sequential_mnist.load.cache_clear()
+    images.load.cache_clear()
     with pytest.raises(SystemExit):
         sequential_mnist.main(["--dataset", "mnist", "--run-folder", str(tmp_path / "run")])
     assert "nowhere: no such folder" in capsys.readouterr().err

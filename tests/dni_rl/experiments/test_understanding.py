@@ -10,7 +10,7 @@ import torch
 
 import dni_rl
 from dni_rl import data
-from dni_rl.experiments import common, understanding
+from dni_rl.experiments import common, images, understanding
 from dni_rl.experiments.theory.artificial import (
     Artificial,
     SigmoidGradientCritic,
@@ -23,7 +23,7 @@ from dni_rl.experiments.theory.artificial import (
     surface,
 )
 from dni_rl.experiments.theory.config import DISSIMILARITY_FILE, PARTS, UnderstandingConfig
-from dni_rl.experiments.theory.deep import Deep, dissimilarity, load, probe_error
+from dni_rl.experiments.theory.deep import Deep, dissimilarity, probe_error
 from dni_rl.experiments.theory.figures import dissimilarity_figure, draw
 from dni_rl.experiments.theory.identities import identities
 from dni_rl.experiments.theory.summary import summarize, table
@@ -300,6 +300,15 @@ def test_a_resumed_run_equals_one_that_never_stopped(part, tmp_path):
     assert len(parts) > 2 and all(str(saved[0][name]) == str(saved[1][name]) for name in parts)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_run_that_diverges_is_a_row_that_says_so(part, tmp_path, capsys):
+    rates = ["--learning-rate", "1e30", "--critic-learning-rate", "1e30", "--linear-learning-rate", "1e200"]
+    understanding.main(["--parts", part, *rates, "--run-folder", str(tmp_path), "--no-tensorboard"])
+    assert "diverged" in capsys.readouterr().out
+    assert "NaN" not in (tmp_path / "summary.json").read_text()
+    assert part == "linear" or list(tmp_path.glob("*.png"))
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("understanding")
@@ -389,7 +398,7 @@ def test_wrong_settings_are_one_line(arguments, message, tmp_path, capsys):
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(data.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
-    load.cache_clear()
+    images.load.cache_clear()
     with pytest.raises(SystemExit):
         understanding.main(["--parts", "signals", "--dataset", "mnist", "--run-folder", str(tmp_path / "run")])
     assert "nowhere: no such folder" in capsys.readouterr().err
@@ -409,4 +418,4 @@ def test_gaps_are_spread_over_seeds():
     results[matrix[0].name]["gaps"]["deep_mse_linear"] = math.nan
     found = summarize(matrix, results)
     assert found["parts"]["linear"]["largest"]["mse, linear"] == {"gap": None, "published": 4e-5}
-    assert "| mse, linear | - | 4.0e-05 |" in table(found)
+    assert "| mse, linear | diverged | 4.0e-05 |" in table(found)
