@@ -173,7 +173,8 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
         of_preset = [entry for entry in entries if preset in entry.presets]
         found = {entry.name: section(entry, preset, runs / preset / entry.name) for entry in of_preset}
         new[preset] = {name: of_entry for name, of_entry in found.items() if of_entry is not None}
-    if not any(new.values()):
+    kept = read_json(beside, {}).get("presets", {})
+    if not any(new.values()) and not kept:
         return None
     if earlier and MADE_BY not in earlier and READING not in earlier:
         print(
@@ -181,7 +182,6 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
             file=sys.stderr,
         )
         return None
-    kept = read_json(beside, {}).get("presets", {})
     content: Content = {}
     for preset in PRESETS:
         of_old, of_new = {} if preset == "smoke" else kept.get(preset, {}), new.get(preset, {})
