@@ -437,6 +437,9 @@ def test_runs_of_another_machine_stay_on_the_page(tmp_path):
     page = (pages / "images.md").read_text()
     assert page.index("## Preset `laptop`") < page.index("2.00 2.00 2.00") < page.index("## Preset `paper`")
     assert page.index("## Preset `paper`") < page.index("--preset paper --arms dni cdni") < page.index("| 5.00 |")
+    (pages / "images.md").write_text("**Reading.** My thoughts.\n")
+    assert report(tmp_path / "elsewhere", pages) == 0  # where no runs are at hand, it is made of its JSON
+    assert (pages / "images.md").read_text() == f"{page}\n**Reading.** My thoughts.\n"
 
 
 def test_fewer_runs_do_not_replace_more_of_the_same_settings(tmp_path, capsys):
