@@ -137,7 +137,7 @@ def test_bp_lambda_takes_one_trace_through_all_windows_of_all_rollouts(K, same_s
                 trace=trace,
                 lambda_=0.7,
                 first=rollout.first[step],
-                alive=~(rollout.first | rollout.last)[t + K],
+                alive=torch.cat([~rollout.last[step], ~(rollout.first | rollout.last)[t + K : t + K + 1]]),
                 weight=1.0 / (T * B),
             )
     torch.testing.assert_close(learner.trace, trace, rtol=1e-9, atol=1e-12)
