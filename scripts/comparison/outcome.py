@@ -72,10 +72,8 @@ def settings_of(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[
     """What makes the experiments that the rows are of, by "<method> / <task>": sections of the configuration."""
     there = {(row["method"], row["task"]) for row in rows}
     pairs = {(m.method, m.task): m for m in members(matrix) if (m.method, m.task) in there}
-    return {
-        f"{method} / {task}": {name: member.resolved()[name] for name in EXPERIMENT}
-        for (method, task), member in pairs.items()
-    }
+    resolved = {f"{method} / {task}": member.resolved() for (method, task), member in pairs.items()}
+    return {pair: {name: sections[name] for name in EXPERIMENT} for pair, sections in resolved.items()}
 
 
 def collect(
