@@ -303,7 +303,7 @@ class Learner:
             if algorithm.minibatches == 1:
                 yield epoch, windows
                 continue
-            order = torch.randperm(self.num_envs, generator=self.generator).to(windows.action.device)
+            order = torch.randperm(self.num_envs, generator=self.generator).to(windows.action.device, non_blocking=True)
             for environments in order.split(size):
                 yield epoch, select_sequences(windows, environments, self.num_envs)
 

@@ -156,7 +156,7 @@ class AuxiliaryTask(nn.Module):
         if valid is not None and valid.shape != outputs.shape[:2]:
             raise ValueError(f"valid: expected [T, B] = {tuple(outputs.shape[:2])}, got {tuple(valid.shape)}")
         goal = torch.cat(target, dim=-1).detach()
-        count = goal.new_tensor(goal[..., 0].numel()) if valid is None else valid.sum().to(goal.dtype)
+        count = goal.new_full((), float(goal[..., 0].numel())) if valid is None else valid.sum().to(goal.dtype)
         if valid is not None:
             goal = goal.masked_fill(~valid.unsqueeze(-1), 0.0)
         self._update_statistics(goal.square().mean(-1).sum() / count.clamp_min(1.0), count)

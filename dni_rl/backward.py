@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dni_rl.cores.base import State, StateHistory, UnrolledState
+from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
 from dni_rl.critics import ErrorCritic, Window
 from dni_rl.targets import HALF_PRECISION, check_weight, per_sequence
 
@@ -203,7 +203,7 @@ def backward(
         assert history is not None and has_future is not None
         steps = critic.target_steps(T)
         states, targets, _ = history.at(steps)
-        valid = has_future if len(steps) == T else has_future[list(steps)]
+        valid = has_future if len(steps) == T else select_steps(has_future, steps)
         if mixed is not None:
             targets = mixed
         history.clear()

@@ -83,7 +83,7 @@ def past_inputs(inputs: Tensor, first: Tensor | None, steps: Sequence[int], *, b
     size = x.shape[-1] + 1
     if before is not None and before.shape != (B, len(steps) * size):
         raise ValueError(f"before: expected [B, Z] = ({B}, {len(steps) * size}), got {tuple(before.shape)}")
-    share = x.new_tensor([1.0 / n for n in steps])
+    share = torch.stack([x.new_full((), 1.0 / n) for n in steps])  # filled on the device, not copied to it
     read = torch.cat(
         [part for s in share for part in (x * s.sqrt(), s.expand(T, B, 1))], dim=-1
     )  # [T, B, len(steps) * size]

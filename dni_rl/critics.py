@@ -26,7 +26,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from dni_rl.cores.base import State, evenly_spaced_steps
+from dni_rl.cores.base import State, evenly_spaced_steps, select_steps
 from dni_rl.targets import HALF_PRECISION, lambda_targets
 
 _CONTEXT_BOUND = 100.0  # in units of the running RMS: 1 / sqrt(p) of a component that is there a fraction p of the time
@@ -85,7 +85,7 @@ class Window:
     def at_steps(self, values: Tensor) -> Tensor:
         """[R, B, ...] of values [T or more, B, ...]."""
         R = len(self.states[0])
-        return values[:R] if self.steps is None or self.steps == tuple(range(R)) else values[list(self.steps)]
+        return values[:R] if self.steps is None or self.steps == tuple(range(R)) else select_steps(values, self.steps)
 
     def rows(self) -> tuple[State, State, Tensor | None, Tensor | None]:
         """States and gradients as tuples of [R * B, ...], context [R * B, Z] or None, valid [R * B] or None."""
@@ -415,7 +415,7 @@ class ErrorCritic(nn.Module, ABC):
             squares = self._join_gradient(tuple(g.detach() for g in gradient)).square().sum(-1)
             square = squares.mean()
             if self._mean is not None:
-                total, count = self._mean(torch.stack([squares.sum(), square.new_tensor(len(squares))]))
+                total, count = self._mean(torch.stack([squares.sum(), square.new_full((), float(len(squares)))]))
                 square = total / count
             # One overflow, which a gradient scaler expects and skips, must not stay in the statistics.
             step = (1.0 - self.statistics_decay**stands_for) * square.isfinite().to(square.dtype)

@@ -58,15 +58,15 @@ class StateHistory:
         if self.steps is None:
             if len(steps) == len(self.valid):
                 return states, gradients, self.valid
-            rows = list(steps)
+            rows = steps
         elif set(steps) <= set(self.steps):
-            rows = [self.steps.index(step) for step in steps]
+            rows = tuple(self.steps.index(step) for step in steps)
         else:
             self._check_complete()
-        valid = self.valid[list(steps)]
+        valid = select_steps(self.valid, steps)
         if self.steps == steps:
             return states, gradients, valid
-        return tuple(s[rows] for s in states), tuple(g[rows] for g in gradients), valid
+        return tuple(select_steps(s, rows) for s in states), tuple(select_steps(g, rows) for g in gradients), valid
 
     def _check_complete(self) -> None:
         if self.steps is not None:
@@ -232,6 +232,11 @@ def evenly_spaced_steps(num_steps: int, wanted: int | None) -> tuple[int, ...]:
     """floor(i T / n) for i = 0 .. n - 1: n of T steps, the first of them 0; all where `wanted` is None or above T."""
     n = num_steps if wanted is None else min(wanted, num_steps)
     return tuple(i * num_steps // n for i in range(n))
+
+
+def select_steps(values: Tensor, steps: Sequence[int]) -> Tensor:
+    """[R, ...] of values [T, ...] at R steps. An index made of a list would be copied to the device, and the host wait for it."""
+    return torch.stack([values[step] for step in steps])
 
 
 def clear_state(state: State, first: Tensor) -> State:
