@@ -9,26 +9,33 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+DEFAULT = "leave it out for the default"  # the way out of most mistakes
 
 
 class ArgumentError(ValueError):
     """An environment does not take an argument: "name: found X; allowed Y; way out"."""
 
 
-def refuse(name: str, found: object, allowed: str, way_out: str = "leave it out for the default") -> NoReturn:
+def refuse(name: str, found: object, allowed: str, way_out: str = DEFAULT) -> NoReturn:
     """Raises the `ArgumentError` of an argument."""
     raise ArgumentError(f"{name}: found {found!r}; allowed {allowed}; {way_out}")
 
 
-def require(name: str, value: object, holds: bool, allowed: str, way_out: str = "leave it out for the default") -> None:
+def require(name: str, value: object, holds: bool, allowed: str, way_out: str = DEFAULT) -> None:
     """Refuses an argument unless something `holds`, which `allowed` says in words."""
     if not holds:
         refuse(name, value, allowed, way_out)
 
 
-def require_integer(name: str, value: object, low: int, hint: str = "") -> None:
-    """Refuses an argument unless it is an integer of at least `low`; `hint` says why it is so much."""
-    require(name, value, is_integer(value, low), f"an integer of at least {low}{hint}")
+def require_integer(name: str, value: object, low: int, high: int | None = None, way_out: str = DEFAULT) -> None:
+    """Refuses an argument unless it is an integer in [low, high]; `high` None is no bound."""
+    allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    require(name, value, is_integer(value, low, high), allowed, way_out)
+
+
+def require_number(name: str, value: object, low: float, high: float, way_out: str = DEFAULT) -> None:
+    """Refuses an argument unless it is an integer or a float in [low, high]."""
+    require(name, value, is_number(value, low, high), f"a number from {low:g} to {high:g}", way_out)
 
 
 def require_flag(name: str, value: object) -> None:
@@ -75,7 +82,7 @@ def built_with(build: Callable[..., T], arguments: Mapping[str, Any], owner: str
                 message = " ".join(str(error).split())
                 reason = type(error).__name__ + (f": {message}" if message else "")
                 raise ArgumentError(
-                    f"{name}: found {value!r}; allowed what {owner} takes ({reason}); leave it out for the default"
+                    f"{name}: found {value!r}; allowed what {owner} takes ({reason}); {DEFAULT}"
                 ) from error
         raise
 

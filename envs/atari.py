@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from envs.adapters import checked_actions, environment_seeds
-from envs.arguments import is_number, refuse, require, require_flag, require_integer
+from envs.arguments import refuse, require_flag, require_integer, require_number
 from envs.timestep import EnvSpec, TimeStep
 
 
@@ -96,11 +96,11 @@ class Atari:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         require_integer("frame_stack", frame_stack, 1)
         require_integer("frame_skip", frame_skip, 1)
-        require_integer("max_frames", max_frames, frame_skip, " (frame_skip)")
+        require_integer("max_frames", max_frames, frame_skip, way_out="an action takes frame_skip of them")
         require_integer("noop_max", noop_max, 0)
         require_integer("num_threads", num_threads, 0)
         for name, probability in {"sticky_actions": sticky_actions, "flicker_probability": flicker_probability}.items():
-            require(name, probability, is_number(probability, 0.0, 1.0), "a number from 0 to 1")
+            require_number(name, probability, 0.0, 1.0)
         for name, flag in {
             "clip_rewards": clip_rewards,
             "episodic_life": episodic_life,

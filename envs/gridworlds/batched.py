@@ -6,24 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.arguments import is_integer, is_number
+from envs.arguments import require_integer
 from envs.timestep import EnvSpec, TimeStep
 
 # One call of the generator serves this many steps. Part of the random stream: another value is another stream.
 _STEPS_PER_DRAW = 32
-
-
-def check_integer(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
-    """Raises ValueError unless `value` is an int in [low, high]; `high` None is no bound, `hint` says the way out."""
-    if not is_integer(value, low, high):
-        allowed = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}{': ' + hint if hint else ''}")
-
-
-def check_number(name: str, value: object, low: float, high: float, hint: str = "") -> None:
-    """Raises ValueError unless `value` is an int or float in [low, high]; `hint` says the way out."""
-    if not is_number(value, low, high):
-        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}{': ' + hint if hint else ''}")
 
 
 class BatchedGridworld(ABC):
@@ -61,7 +48,7 @@ class BatchedGridworld(ABC):
             device: where all tensors live.
             dials: the resolved settings of the task; saved states are only accepted by an equal task.
         """
-        check_integer("num_envs", num_envs, 1)
+        require_integer("num_envs", num_envs, 1)
         self.num_envs = num_envs
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self._name = f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in dials.items())})"
@@ -78,7 +65,7 @@ class BatchedGridworld(ABC):
 
     def reseed(self, seed: int) -> None:
         """Restarts the random stream; the next call must be `reset`."""
-        check_integer("seed", seed, 0, 2**63 - 1)
+        require_integer("seed", seed, 0, 2**63 - 1)
         self._generator.manual_seed(seed)
         self._generator_state = self._generator.get_state()  # from which the current draws were made
         self._cursor = 0

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from envs.gridworlds.batched import BatchedGridworld, check_integer, check_number
+from envs.arguments import require_integer, require_number
+from envs.gridworlds.batched import BatchedGridworld
 from envs.gridworlds.rooms import SquareRoom
 from envs.timestep import EnvSpec, TimeStep
 
@@ -78,16 +79,18 @@ class KeyToDoor(BatchedGridworld):
         Raises:
             ValueError: if a setting is out of range.
         """
-        check_integer("distractor_length", distractor_length, 0)
-        check_integer("num_doors", num_doors, 1, 2)
-        check_integer("room_size", room_size, 2)
+        require_integer("distractor_length", distractor_length, 0)
+        require_integer("num_doors", num_doors, 1, 2)
+        require_integer("room_size", room_size, 2)
         farthest = room_size - 1 + room_size // 2
         door_distance = room_size - 1 if num_doors == 1 else farthest
-        check_integer("key_steps", key_steps, farthest, None, f"room_size={room_size} has a cell that far away")
-        check_integer("door_steps", door_steps, door_distance, None, f"room_size={room_size} has a door that far away")
-        check_integer("num_apples", num_apples, 0, room_size**2 - 1, f"room_size={room_size} has no more free cells")
-        check_number("apple_reward", apple_reward, 0.0, 1e6)
-        check_number("door_reward", door_reward, 1e-6, 1e6)
+        require_integer("key_steps", key_steps, farthest, None, f"room_size={room_size} has a cell that far away")
+        require_integer(
+            "door_steps", door_steps, door_distance, None, f"room_size={room_size} has a door that far away"
+        )
+        require_integer("num_apples", num_apples, 0, room_size**2 - 1, f"room_size={room_size} has no more free cells")
+        require_number("apple_reward", apple_reward, 0.0, 1e6)
+        require_number("door_reward", door_reward, 1e-6, 1e6)
         dials = {
             "distractor_length": distractor_length,
             "num_doors": num_doors,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from envs.gridworlds.batched import BatchedGridworld, check_integer
+from envs.arguments import require_flag, require_integer
+from envs.gridworlds.batched import BatchedGridworld
 from envs.gridworlds.rooms import SquareRoom
 from envs.timestep import EnvSpec, TimeStep
 
@@ -79,24 +80,23 @@ class MatchToSample(BatchedGridworld):
         Raises:
             ValueError: if a setting is out of range.
         """
-        check_integer("delay", delay, 1)
+        require_integer("delay", delay, 1)
         shortest = (delay + 1) // 2 if min_delay is None else min_delay
-        check_integer("min_delay", shortest, 1, delay, f"{delay} keeps the delay fixed")
-        if not isinstance(hidden_sample, bool):
-            raise ValueError(f"hidden_sample must be True or False, got {hidden_sample!r}")
-        check_integer("num_colours", num_colours, 2)
-        check_integer("room_size", room_size, 2)
+        require_integer("min_delay", shortest, 1, delay, f"{delay} keeps the delay fixed")
+        require_flag("hidden_sample", hidden_sample)
+        require_integer("num_colours", num_colours, 2)
+        require_integer("room_size", room_size, 2)
         most = min(num_colours, room_size)
-        check_integer("num_choices", num_choices, 2, most, "as many as there are colours, and columns of the room")
+        require_integer("num_choices", num_choices, 2, most, "as many as there are colours, and columns of the room")
         walk = room_size - 1 + room_size // 2
         sample_steps = 2 * walk if sample_steps is None else sample_steps
         choice_steps = 2 * walk if choice_steps is None else choice_steps
         needed = walk + 1 if hidden_sample else 1  # the colour is seen on arrival
-        check_integer(
+        require_integer(
             "sample_steps", sample_steps, needed, None, f"with room_size={room_size} the sample may be that far"
         )
-        check_integer("choice_steps", choice_steps, walk, None, f"room_size={room_size} has a cell that far away")
-        check_integer("num_distractors", num_distractors, 0)
+        require_integer("choice_steps", choice_steps, walk, None, f"room_size={room_size} has a cell that far away")
+        require_integer("num_distractors", num_distractors, 0)
         dials = {
             "delay": delay,
             "min_delay": shortest,

@@ -15,7 +15,8 @@ Small enough to be written out as tables, so that a step of the batch is a few l
 import torch
 from torch import Tensor
 
-from envs.gridworlds.batched import BatchedGridworld, check_integer, check_number
+from envs.arguments import refuse, require_integer, require_number
+from envs.gridworlds.batched import BatchedGridworld
 from envs.timestep import EnvSpec, TimeStep
 
 TURN_LEFT, TURN_RIGHT, FORWARD = range(3)  # MiniGrid's order
@@ -98,23 +99,25 @@ class MemoryCorridor(BatchedGridworld):
         Raises:
             ValueError: if a setting is out of range.
         """
-        check_integer("length", length, 3, None, "a shorter corridor shows cue and objects at once")
+        require_integer("length", length, 3, None, "a shorter corridor shows cue and objects at once")
         shortest = max(3, (length + 1) // 2) if min_length is None else min_length
-        check_integer("min_length", shortest, 3, length, f"{length} keeps the length fixed")
-        check_integer("start_distance", start_distance, 0, shortest, "it must lie within the shortest corridor")
-        check_integer("num_distractors", num_distractors, 0)
+        require_integer("min_length", shortest, 3, length, f"{length} keeps the length fixed")
+        require_integer("start_distance", start_distance, 0, shortest, "it must lie within the shortest corridor")
+        require_integer("num_distractors", num_distractors, 0)
         steps_needed = length + start_distance + 2
         limit = 2 * steps_needed if time_limit is None else time_limit
-        check_integer(
+        require_integer(
             "time_limit", limit, steps_needed, None, "the longest corridor must be solvable; None is twice that"
         )
         cost = 1.0 / limit if penalty is None else penalty
-        check_number("penalty", cost, 0.0, 1.0, "it is subtracted; 0 turns it off")
+        require_number("penalty", cost, 0.0, 1.0, "it is subtracted; 0 turns it off")
         worst_success = 1.0 - cost * (limit - 1)  # the last step is never fined
         if worst_success <= 0.0:  # the return of the best failure
-            raise ValueError(
-                f"penalty must be below {1 / (limit - 1):g} (a late success must beat a failure), got {cost:g}: "
-                "lower it, or time_limit, or leave it None"
+            refuse(
+                "penalty",
+                cost,
+                f"below {1 / (limit - 1):g}, so that a late success beats a failure",
+                "lower it, or time_limit, or leave it None",
             )
         dials = {
             "length": length,

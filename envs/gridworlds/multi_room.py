@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from envs.gridworlds.batched import BatchedGridworld, check_integer
+from envs.arguments import require_integer
+from envs.gridworlds.batched import BatchedGridworld
 from envs.gridworlds.rooms import RIGHT, SquareRoom
 from envs.timestep import EnvSpec, TimeStep
 
@@ -81,14 +82,14 @@ class MultiRoomKeyDoor(BatchedGridworld):
         Raises:
             ValueError: if a setting is out of range.
         """
-        check_integer("num_rooms", num_rooms, 2)
+        require_integer("num_rooms", num_rooms, 2)
         fewest = max(2, (num_rooms + 1) // 2) if min_rooms is None else min_rooms
-        check_integer("min_rooms", fewest, 2, num_rooms, f"{num_rooms} keeps the number fixed")
-        check_integer("room_size", room_size, 3, None, "the doors must leave a cell between them")
-        check_integer("num_distractors", num_distractors, 0)
+        require_integer("min_rooms", fewest, 2, num_rooms, f"{num_rooms} keeps the number fixed")
+        require_integer("room_size", room_size, 3, None, "the doors must leave a cell between them")
+        require_integer("num_distractors", num_distractors, 0)
         steps_needed = (num_rooms + 1) * (2 * room_size - 1)  # once through each room, and the first one twice
         limit = 4 * steps_needed if time_limit is None else time_limit
-        check_integer("time_limit", limit, steps_needed, None, "the longest way must fit; None is four times that")
+        require_integer("time_limit", limit, steps_needed, None, "the longest way must fit; None is four times that")
         dials = {
             "num_rooms": num_rooms,
             "min_rooms": fewest,

@@ -12,7 +12,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from envs.gridworlds.batched import BatchedGridworld, check_integer
+from envs.arguments import require_integer
+from envs.gridworlds.batched import BatchedGridworld
 from envs.timestep import EnvSpec, TimeStep
 
 _SUCCESS = 0.9  # share of right answers that makes an episode a success
@@ -42,9 +43,9 @@ class _Repeat(BatchedGridworld):
         longest_wait: int,
         dials: dict[str, int],
     ):
-        check_integer("num_answers", num_answers, 1)
-        check_integer("num_symbols", num_symbols, 2)
-        check_integer("num_distractors", num_distractors, 0)
+        require_integer("num_answers", num_answers, 1)
+        require_integer("num_symbols", num_symbols, 2)
+        require_integer("num_distractors", num_distractors, 0)
         dials = {
             **dials,
             "num_answers": num_answers,
@@ -166,9 +167,9 @@ class RepeatFirst(_Repeat):
         Raises:
             ValueError: if a setting is out of range.
         """
-        check_integer("delay", delay, 1)
+        require_integer("delay", delay, 1)
         shortest = (delay + 1) // 2 if min_delay is None else min_delay
-        check_integer("min_delay", shortest, 1, delay, f"{delay} keeps the delay fixed")
+        require_integer("min_delay", shortest, 1, delay, f"{delay} keeps the delay fixed")
         super().__init__(
             num_envs=num_envs,
             seed=seed,
@@ -233,8 +234,8 @@ class RepeatPrevious(_Repeat):
         Raises:
             ValueError: if a setting is out of range.
         """
-        check_integer("delay", delay, 1)
-        check_integer("max_gap", max_gap, 1)
+        require_integer("delay", delay, 1)
+        require_integer("max_gap", max_gap, 1)
         super().__init__(
             num_envs=num_envs,
             seed=seed,

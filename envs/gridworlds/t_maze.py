@@ -15,7 +15,8 @@ A T-maze is small enough to be written out as tables, so that a step of the batc
 import torch
 from torch import Tensor
 
-from envs.gridworlds.batched import BatchedGridworld, check_integer, check_number
+from envs.arguments import refuse, require_integer, require_number
+from envs.gridworlds.batched import BatchedGridworld
 from envs.timestep import EnvSpec, TimeStep
 
 RIGHT, UP, LEFT, DOWN = range(4)  # Ni et al.'s order
@@ -46,26 +47,28 @@ class _TMaze(BatchedGridworld):
         time_limit: int | None,
         max_cue_delay: int = 0,
     ):
-        check_integer("corridor_length", corridor_length, 1)
-        check_integer("num_distractors", num_distractors, 0)
+        require_integer("corridor_length", corridor_length, 1)
+        require_integer("num_distractors", num_distractors, 0)
         shortest = corridor_length if min_corridor_length is None else min_corridor_length
-        check_integer("min_corridor_length", shortest, 1, corridor_length, "None keeps corridor_length fixed")
-        check_integer(
+        require_integer("min_corridor_length", shortest, 1, corridor_length, "None keeps corridor_length fixed")
+        require_integer(
             "max_cue_delay", max_cue_delay, 0, shortest - 1, "the cue must come before the junction can be reached"
         )
         steps_needed = corridor_length + 2 * oracle_distance + 1
         limit = 2 * steps_needed if time_limit is None else time_limit
-        check_integer(
+        require_integer(
             "time_limit", limit, steps_needed, None, "the longest corridor must be solvable; None is twice that"
         )
         cost = 1.0 / (limit - 1) if penalty is None else penalty
-        check_number("penalty", cost, 0.0, 1.0, "it is subtracted; 0 turns it off")
+        require_number("penalty", cost, 0.0, 1.0, "it is subtracted; 0 turns it off")
         wasted = limit - 1 - shortest  # most steps that an episode which still succeeds can be fined for
         worst_success = 1.0 - cost * wasted
         if worst_success <= 0.0:  # the return of the best failure
-            raise ValueError(
-                f"penalty must be below {1 / wasted:g} (a late success must beat a failure), got {cost:g}: "
-                "lower it, or time_limit, or leave it None"
+            refuse(
+                "penalty",
+                cost,
+                f"below {1 / wasted:g}, so that a late success beats a failure",
+                "lower it, or time_limit, or leave it None",
             )
         dials = {
             "corridor_length": corridor_length,

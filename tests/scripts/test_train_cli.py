@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_last_good_one(train, tmp_path, c
         ({"algorithm.bptt_horizon": 3}, "algorithm.bptt_horizon: found 3; allowed a divisor of algorithm.rollout_length, 8"),
         ({"env.id": "PasiveTMaze"}, "env: unknown environment 'PasiveTMaze'; the nearest are ['PassiveTMaze'"),
         ({"env.kwargs": "{coridor: 3}"}, "env: PassiveTMaze has no argument 'coridor'; did you mean 'corridor_length'?"),
-        ({"env.kwargs.corridor_length": 0}, "env: corridor_length must be an integer of at least 1, got 0"),
+        ({"env.kwargs.corridor_length": 0}, "env.kwargs.corridor_length: found 0; allowed an integer of at least 1; leave it out"),
         ({"env.id": "Pendulum-v1"}, "env: the action space is Box(-2.0, 2.0, (1,), float32), but only Discrete is supported"),
         ({"env.id": "CartPole-v1", "critic.kind": "cdni"}, "critic.kind: found 'cdni', but this environment offers no"),
         ({"model.torso": "conv"}, "model.torso: found 'conv' for observations (3,)"),
