@@ -363,7 +363,7 @@ class Learner:
         if self.auxiliary is not None and critic is not None:
             assert isinstance(next_state, UnrolledState)
             num_windows = algorithm.rollout_length // self.window_length
-            targets, valid = dni_rl.later_synthetic_gradients(critic, next_state, num_windows, batch.alive, context)
+            targets, valid = dni_rl.later_synthetic_gradients(critic, next_state, num_windows, alive, context)
             auxiliary_loss = self.auxiliary(outputs, targets, valid)
             total = total + auxiliary_loss
             metrics["losses/auxiliary_loss"] = auxiliary_loss.detach().sum() / valid.sum().clamp_min(1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dni_rl.cores.base import State, UnrolledState
 from dni_rl.critics import ErrorCritic
+from dni_rl.targets import check_alive
 
 
 def later_synthetic_gradients(
@@ -29,20 +30,20 @@ def later_synthetic_gradients(
 
     which lies in the next window of the same sequence. All W windows of B sequences are columns of one batch, by window, then
     sequence, as `agents` unrolls a stored rollout; the last window has no next one. Neither has a step between which and its
-    target an episode starts. Where the episode ends exactly at s_{t+1+T}, the target is 0.
+    target an episode starts. Where the episode ends exactly at s_{t+1+T}, or its last loss lies before, the target is 0.
 
     Args:
         critic: the error critic.
         end: from `core.unroll` over [T, W * B, D], with its history.
         num_windows: W, at least 2.
-        alive: [W * B] as in `dni_rl.backward`.
+        alive: [W * B] or [T + 1, W * B] as in `dni_rl.backward`.
         context: [T + 1, W * B, Z] as in `dni_rl.backward`.
 
     Returns:
         Targets, tuple of [T, W * B, size] without gradient, and [T, W * B] bool, where there is one.
 
     Raises:
-        ValueError: if there are not at least two windows, or the batch is none of them.
+        ValueError: if there are not at least two windows, the batch is none of them, or `alive` has another shape.
     """
     T, N = end.history.valid.shape
     if num_windows < 2 or N % num_windows:
@@ -53,8 +54,11 @@ def later_synthetic_gradients(
     continues = end.history.valid  # [T, W * B]; False where the step starts an episode
     # s_1 .. s_T of every window, and whether its episode goes on there
     states = tuple(torch.cat([s[1:], e.detach().unsqueeze(0)]) for s, e in zip(end.history.states, end, strict=True))
-    last = continues.new_ones(1, N) if alive is None else alive.bool().unsqueeze(0)
-    goes_on = torch.cat([continues[1:], last])
+    check_alive(alive, T, N)
+    if alive is None:
+        alive = continues.new_ones(N)
+    inside, last = (continues, alive) if alive.dim() == 1 else (continues & alive[:-1].bool(), alive[-1])
+    goes_on = torch.cat([inside[1:], last.bool().unsqueeze(0)])
     later = critic.synthetic_gradient(
         tuple(s[:, B:].flatten(0, 1) for s in states),
         None if context is None else context[1:, B:].flatten(0, 1),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
 from dni_rl.critics import ErrorCritic, Window
-from dni_rl.targets import HALF_PRECISION, check_weight, per_sequence
+from dni_rl.targets import HALF_PRECISION, check_alive, check_weight, per_sequence
 
 
 def cut(state: State) -> State:
@@ -272,13 +272,6 @@ def _mixed_gradients(
     gradients = history.gradients
     history.clear()
     return gradients
-
-
-def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
-    """Raises ValueError if it is not of one of the two shapes that `backward` takes."""
-    shapes = ((batch_size,), (num_steps + 1, batch_size))
-    if alive is not None and alive.shape not in shapes:
-        raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {tuple(alive.shape)}")
 
 
 @contextmanager

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from dni_rl.cores.base import State, evenly_spaced_steps, select_steps
 from dni_rl.targets import HALF_PRECISION, lambda_targets
 
+_GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples, modulo 1, are spread evenly, and never repeat
+
 _CONTEXT_BOUND = 100.0  # in units of the running RMS: 1 / sqrt(p) of a component that is there a fraction p of the time
 
 
@@ -187,6 +189,15 @@ class _Potential(nn.Module):
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling the module runs what `torch.compile(module)` or `module.compile()` made of it."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def check_unbounded(critic: object, name: str = "critic") -> None:
+    """Raises ValueError if a critic whose window nobody observes bounds its predictions: by a norm of 0 it would answer with zeros."""
+    ratio = getattr(critic, "max_norm_ratio", None)
+    if ratio is not None:
+        raise ValueError(
+            f"{name}: found max_norm_ratio={ratio}, allowed None; only `dni_rl.backward` measures what it would be bounded by"
+        )
 
 
 def check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None:
@@ -390,15 +401,17 @@ class ErrorCritic(nn.Module, ABC):
         """How many windows the next `observe_window` stands for; 0 where this one need not be observed.
 
         The yardstick of the bound costs a second backward pass through the window, and moves slowly: the first 16 windows are
-        observed, then one in `yardstick_interval`. The count is kept on the host, so that asking is no synchronisation. 0 without
-        a bound.
+        observed, then one of every `yardstick_interval`. Which of them follows multiples of the golden ratio: were it always the same
+        one, sequences of equal length that are learned from in step would always be looked at in the same place. The count is
+        kept on the host, so that asking is no synchronisation. 0 without a bound.
         """
         if self.max_norm_ratio is None:
             return 0
         self._windows_seen += 1
         if self._windows_seen <= 16:
             return 1
-        return self.yardstick_interval if self._windows_seen % self.yardstick_interval == 0 else 0
+        group, place = divmod(self._windows_seen - 17, self.yardstick_interval)
+        return self.yardstick_interval if place == int(group * _GOLDEN_RATIO % 1.0 * self.yardstick_interval) else 0
 
     def target_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps of a window of so many at which a critic with dense targets learns; see `evenly_spaced_steps`."""
@@ -528,11 +541,14 @@ class ErrorCritic(nn.Module, ABC):
         self.target_rms.copy_(torch.where(floor > 0, rms.maximum(floor), 1.0))
 
     @torch.no_grad()
-    def _update_context_statistics(self, context: Tensor | None, weight: Tensor) -> None:
-        """Moves the RMS of the context; context [N, Z], weight [N, 1] as `_rows` returns it."""
-        if context is None or not self.normalize_context:
-            return
-        square = torch.where(weight > 0, weight * context.to(weight.dtype).square(), 0.0).sum(0)
+    def _rows_of_context(self, context: Tensor | None, weight: Tensor) -> Tensor | None:
+        """What is learned from of a context [N, Z], weight [N, 1] as `_rows` returns it. Updates the statistics of the context."""
+        if context is None:
+            return None
+        context = torch.where(weight > 0, context, 0.0)  # an invalid row may hold anything
+        if not self.normalize_context:
+            return context
+        square = (weight * context.to(weight.dtype).square()).sum(0)
         total = weight.sum()
         if self._mean is not None:
             square, total = self._mean(torch.cat([square, total.view(1)])).split([len(square), 1])
@@ -542,6 +558,7 @@ class ErrorCritic(nn.Module, ABC):
         self._context_weight.add_(step * (1.0 - self._context_weight))
         rms = (self._context_square / self._context_weight.clamp_min(torch.finfo(square.dtype).tiny)).sqrt()
         self.context_rms.copy_(torch.where(rms > 0, rms, torch.ones_like(rms)))  # one that is always 0 stays 0
+        return context
 
     def _join_context(self, joined: Tensor, context: Tensor | None) -> Tensor | None:
         """The context as the network reads it: checked against states [..., S], normalised, in their precision."""
@@ -600,8 +617,7 @@ class GradientRegression(ErrorCritic):
             The fit; call `.loss.backward()` to fill the critic's gradients. No gradient reaches state or target.
         """
         joined, goal, weight = self._rows(state, target, valid)
-        self._update_context_statistics(context, weight)
-        predicted = self._gradient(self.net, joined, None if context is None else context.detach())
+        predicted = self._gradient(self.net, joined, self._rows_of_context(context, weight))
         return self._regress(predicted, goal, weight)
 
     def _regress(self, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
@@ -788,8 +804,7 @@ class _ValueCritic(ErrorCritic):
             share = weight.squeeze(-1)
             loss_to_go = torch.where(share > 0, loss_to_go, 0.0)
             self._update_loss_statistics((share * loss_to_go).sum(), (share * loss_to_go.square()).sum(), share.sum())
-        self._update_context_statistics(context, weight)
-        context = None if context is None else context.detach()
+        context = self._rows_of_context(context, weight)
         value = self._value(self.net, joined, context)
         deviation = (value - loss_to_go) / (self.loss_std if self.normalize_targets else 1.0)
         loss = self._value_cost * (share * deviation.square()).sum()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import State
-from dni_rl.critics import CriticFit
+from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
 from dni_rl.targets import check_weight, per_sequence, scaled_weight
 
 
@@ -52,6 +52,9 @@ class Interface(nn.Module):
     The critic is not a submodule: a model's `parameters()`, `state_dict()` and `to()` know nothing of the critics of its
     interfaces; `interface_critics(model)` collects them for an optimiser and a checkpoint of their own. Gradients sent by
     several interfaces, and along paths without one, add up below; gradients from several consumers of y add up in the target.
+
+    Not for between a recurrent core and its losses in a window of `dni_rl.backward`: the synthetic gradient would reach the core in the
+    forward pass, before that call looks at what comes back to the window's start, and its critic would learn of none.
 
     In eval mode and under `no_grad` an interface is the identity and learns nothing; in eval mode gradients pass it unchanged.
 
@@ -88,7 +91,8 @@ class Interface(nn.Module):
             [B, ...], equal to h.
 
         Raises:
-            ValueError: if h is not a batch of floating-point numbers, or the critic refuses its shape or the context's.
+            ValueError: if h is not a batch of floating-point numbers, of vectors for a `GradientCritic`, or the critic refuses its shape
+                or the context's.
             RuntimeError: if there is a critic, gradients are needed and no `DecoupledPass` is open, or inside of a backward pass
                 (activation checkpointing).
         """
@@ -96,6 +100,10 @@ class Interface(nn.Module):
             return h
         if not h.is_floating_point() or h.dim() < 2:
             raise ValueError(f"h: expected a floating-point tensor [B, ...], got {h.dtype} {tuple(h.shape)}")
+        if isinstance(self.critic, GradientCritic) and h.dim() != 2:
+            raise ValueError(
+                f"h: expected [B, F] for a GradientCritic, got {tuple(h.shape)}; flatten it before the interface"
+            )
         if self.critic is None:
             return h if self.mode == "locked" else h.detach()
         if torch._C._current_graph_task_id() != -1:
@@ -312,11 +320,7 @@ def _check_critic(critic: InterfaceCritic | nn.Module | None) -> None:
         raise ValueError(
             f"critic: found state_sizes {tuple(sizes)}, allowed one tensor; between layers an activation crosses, without a memory"
         )
-    ratio = getattr(critic, "max_norm_ratio", None)
-    if ratio is not None:
-        raise ValueError(
-            f"critic: found max_norm_ratio={ratio}; leave it None, there is no window between layers to measure it by"
-        )
+    check_unbounded(critic)
 
 
 @dataclass(frozen=True, slots=True)

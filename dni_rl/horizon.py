@@ -185,8 +185,6 @@ def credit_horizon(
     T = _check(inputs, window, critic, context, alive, probe, loss_times, num_lags, margin)
     if unroll is not None and window is not None:
         raise ValueError("unroll: it replaces window= and critic=; leave those out")
-    if loss_times is None:
-        loss_times = _spread(T, window)
     start = tuple(
         s.detach().requires_grad_() for s in (core.initial_state(inputs.shape[1]) if state is None else state)
     )
@@ -204,6 +202,8 @@ def credit_horizon(
         total = _gradients(losses.sum(), start, end)
         b, tail = _bootstraps(core, inputs, end, total, starts, window, critic, context, alive)
     method = None if unroll is None else _Method(unroll, loss_fn, inputs, start, first)
+    if loss_times is None:
+        loss_times = _spread(T, window if method is None else method.phases)
     if method is not None:
         total = _gradients(losses.sum(), start, end)
         b, tail = method.bootstraps_and_tail(_join(total).double())
@@ -324,14 +324,14 @@ class _Method:
         start: State,
         first: Tensor | None,
     ):
-        # States behind a cut lead back to inputs only, not to the start: both have to be asked for, so that the history is
-        # passed on the way.
+        # States behind a cut lead back to inputs and to the leaf at the cut, those of an upper level whose messages are cut as well to
+        # that leaf alone, and none of them to the start: all have to be asked for, so that the history is passed on the way.
         inputs = inputs.detach().requires_grad_()
         start = tuple(s.detach().requires_grad_() for s in start)
-        self.leaves = (*start, inputs)
         with torch.enable_grad():
             outputs, self.end, self.bootstraps = unroll(inputs, start, first)
             self.losses = loss_fn(outputs)
+        self.leaves = (*start, inputs, *self.end.leaves)
         # What the history notes at a cut is behind it; what the step before receives is the synthetic gradient.
         states = _join(self.end.history.states)
         self.cut = torch.zeros(states.shape, dtype=torch.bool, device=states.device)  # [T, B, S]
@@ -339,12 +339,17 @@ class _Method:
         edges = [0]
         for s in start:
             edges.append(edges[-1] + s.shape[-1])
+        last: dict[int, int] = {}  # cut of a part of the state
+        gaps = []
         for step, part, synthetic in self.end.cuts:
+            gaps.append(step - last.get(part.start, 0))
+            last[part.start] = step
             columns = slice(edges[part.start], edges[part.stop])
             self.cut[step, :, columns] = True
             if synthetic is not None:
                 self.synthetic[step, :, columns] = _join(synthetic).double()
         self.cut[0] = True  # the window starts with a cut of its own, at which no critic is asked
+        self.phases = math.lcm(*gaps)  # steps after which all cuts come again
 
     def inside(self, t: int) -> Tensor:
         """[T, B, S] what the loss of step t sends through the graph."""

@@ -118,8 +118,7 @@ class RecurrentGradientCritic(GradientRegression):
         """Regresses on the window's target gradients, and trains the recurrent net through the window."""
         states, gradients, context, valid = window.rows()
         joined, goal, weight = self._rows(states, gradients, valid)
-        self._update_context_statistics(context, weight)
-        z = self._join_context(joined, None if context is None else context.detach())
+        z = self._join_context(joined, self._rows_of_context(context, weight))
         net, memory = self.net, window.states[-1]  # [R, B, memory_size]
         assert isinstance(net, _Reader)
         features = joined[:, : -self.memory_size]

@@ -80,6 +80,13 @@ def check_weight(weight: float | Tensor | None) -> None:
         raise ValueError(f"weight: found {value}, allowed above 0; multiply losses by 0 where they must not count")
 
 
+def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
+    """Raises ValueError if it is not of one of the two shapes that `dni_rl.backward` takes."""
+    shapes = ((batch_size,), (num_steps + 1, batch_size))
+    if alive is not None and alive.shape not in shapes:
+        raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {tuple(alive.shape)}")
+
+
 def scaled_weight(weight: float | Tensor, like: Tensor, scaler: torch.amp.GradScaler | None) -> float | Tensor:
     """The weight times the scaler's scale, on the device of `like`, in its precision or in float32 where that is half."""
     if scaler is None or not scaler.is_enabled():

@@ -219,6 +219,8 @@ class Core(nn.Module, ABC):
         """Checks the arguments of `unroll`; raises ValueError in one line."""
         if inputs.dim() < 3 or len(inputs) == 0:
             raise ValueError(f"inputs: expected [T, B, D] with T >= 1, got {tuple(inputs.shape)}")
+        if inputs.dim() == 3 and inputs.shape[2] != self.input_size:  # fused kernels read past their memory otherwise
+            raise ValueError(f"inputs: expected D = {self.input_size} in [T, B, D], got {tuple(inputs.shape)}")
         if first is not None and first.shape != inputs.shape[:2]:
             raise ValueError(f"first: expected [T, B] = {tuple(inputs.shape[:2])}, got {tuple(first.shape)}")
         if first is not None and first.dtype != torch.bool:

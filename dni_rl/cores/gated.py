@@ -56,6 +56,7 @@ class _LSTMLayer(torch.autograd.Function):
         transposed = weight_hh.t()
         resets = None if first is None else first.unsqueeze(-1)  # [T, B, 1]
         zero = x_proj.new_zeros(())
+        h, c = h.to(x_proj.dtype), c.to(x_proj.dtype)  # a state of half precision, as autocast leaves behind
         for t in range(T):
             if resets is None:
                 h_prev[t].copy_(h)

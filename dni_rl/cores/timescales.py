@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, unroll_stepwise
-from dni_rl.critics import CriticFit, GradientCritic
+from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
 from dni_rl.targets import check_weight, per_sequence, scaled_weight
 
 
@@ -232,6 +232,8 @@ class MultiTimescaleCore(Core):
             raise ValueError(
                 f"interface_critics: expected one for each of {len(self.levels) - 1} interfaces, got {len(interface_critics)}"
             )
+        for critic_of_level in interface_critics or ():
+            check_unbounded(critic_of_level, "interface_critics")
         has_future = alive if first is None else ~first if alive is None else alive & ~first
         bootstraps = [inputs.new_zeros(B) for _ in range(T)]
         messages: list[list[Tensor]] = [[] for _ in self.levels[1:]]

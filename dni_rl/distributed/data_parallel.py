@@ -134,7 +134,9 @@ def _average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) ->
     message = torch.cat(
         [
             *(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters),
-            torch.tensor([not m for m in missing], dtype=parameters[0].dtype).to(parameters[0].device),
+            torch.tensor([not m for m in missing], dtype=parameters[0].dtype).to(
+                parameters[0].device, non_blocking=True
+            ),
         ]
     )
     means = _Mean(group)(message)

@@ -27,9 +27,10 @@ from torch import Tensor
 from dni_rl.backward import cut
 from dni_rl.cores.base import State
 from dni_rl.cores.timescales import MultiTimescaleCore
-from dni_rl.critics import GradientCritic
+from dni_rl.critics import GradientCritic, check_unbounded
 from dni_rl.distributed.pipeline import on_host
 from dni_rl.distributed.processes import Message, Processes
+from dni_rl.targets import per_sequence
 
 MESSAGE, CONTEXT, MESSAGE_GRADIENTS, CONTEXT_GRADIENT, END = range(5)
 
@@ -124,6 +125,8 @@ class Level:
             raise ValueError(
                 "critics: the highest level sends no messages up, and the lowest no context down; leave theirs None"
             )
+        for critic_of_level in (critic, message_critic, context_critic):
+            check_unbounded(critic_of_level)
         self.core, self.index, self.optimizer, self.ticks = core, index, optimizer, ticks
         self.critic, self.message_critic, self.context_critic = critic, message_critic, context_critic
         self.critic_optimizer, self.weight = critic_optimizer, weight
@@ -214,7 +217,7 @@ class Level:
         if self.critic is not None:
             outputs += self.state
             gradients += self.critic.synthetic_gradient(tuple(s.detach() for s in self.state))
-        pairs = [(o, g.to(o.dtype) * weight) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+        pairs = [(o, (g * weight).to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         if pairs:
@@ -224,12 +227,12 @@ class Level:
         if self.critic is not None:
             steps = list(zip(*self.visited, strict=True))
             states = tuple(torch.cat([s.detach() for s in component]) for component in steps)
-            targets = tuple(torch.cat([_gradient(s) / weight for s in component]) for component in steps)
+            targets = tuple(torch.cat([_gradient(s, weight) for s in component]) for component in steps)
             self.fit(self.critic, states, targets)
-        to_below = {tag: _gradient(m) / weight for tag, m in self.heard.items()}
+        to_below = {tag: _gradient(m, weight) for tag, m in self.heard.items()}
         to_above = {}
         for tag in list(self.contexts)[:-1]:
-            to_above[tag] = _gradient(self.contexts.pop(tag)) / weight
+            to_above[tag] = _gradient(self.contexts.pop(tag), weight)
         self.state = cut(self.state)
         self._start_window()
         return to_below, to_above
@@ -244,8 +247,9 @@ class Level:
         return fit.cosine.detach()
 
 
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+def _gradient(leaf: Tensor, weight: float) -> Tensor:
+    """What arrived at it, in units of one sequence's loss."""
+    return torch.zeros_like(leaf) if leaf.grad is None else per_sequence((leaf.grad,), weight)[0]
 
 
 def train_levels(

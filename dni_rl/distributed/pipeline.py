@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dni_rl.critics import CriticFit
 from dni_rl.distributed.processes import Processes
 from dni_rl.feedforward import DecoupledSequential, InterfaceCritic, _takes_context
+from dni_rl.targets import per_sequence
 
 ACTIVATION, GRADIENT, END = range(3)
 
@@ -161,10 +162,10 @@ class Stage:
             self.optimizer.zero_grad()
         if not output.requires_grad:
             return None
-        torch.autograd.backward([output], [gradient.to(output.dtype) * weight])
+        torch.autograd.backward([output], [(gradient * weight).to(output.dtype)])
         if self.optimizer is not None:
             self.optimizer.step()
-        return None if leaf is None or leaf.grad is None else leaf.grad / weight
+        return None if leaf is None or leaf.grad is None else per_sequence((leaf.grad,), weight)[0]
 
 
 def train_pipeline(

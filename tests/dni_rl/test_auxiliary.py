@@ -57,6 +57,25 @@ def test_targets_are_the_synthetic_gradients_of_states_one_window_later(name):
     assert valid.any() and not any(g.requires_grad for g in targets)
 
 
+def test_a_state_without_a_future_inside_the_later_window_is_asked_for_nothing():
+    """As `dni_rl.backward` takes it: where steps are left between two episodes, critics learn nothing there."""
+    _, critic, _, _, end, alive, _, _ = problem()
+    table = torch.cat([end.history.valid, alive.unsqueeze(0)])  # [T + 1, W * B]
+    expected, valid = dni_rl.later_synthetic_gradients(critic, end, W, alive)
+    same, _ = dni_rl.later_synthetic_gradients(critic, end, W, table)
+    torch.testing.assert_close(same, expected, rtol=0, atol=0)
+    t, b = 0, 0
+    assert valid[t, b] and expected[0][t, b].any()
+    table[t + 1, B + b] = False  # the state that this target is of
+    found, still_valid = dni_rl.later_synthetic_gradients(critic, end, W, table)
+    assert torch.equal(still_valid, valid)
+    for g, e in zip(found, expected, strict=True):
+        e[t, b] = 0.0
+        torch.testing.assert_close(g, e, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"alive: expected \[B\]"):
+        dni_rl.later_synthetic_gradients(critic, end, W, table[:-1])
+
+
 def test_context_belongs_to_the_later_state():
     _, critic, _, _, end, _, states, _ = problem(context_size=2)
     context = torch.randn(W * T + 1, B, 2, dtype=DOUBLE)

@@ -322,6 +322,25 @@ def test_a_given_jacobian_changes_nothing(core, inputs):
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+def test_autocast_around_it_changes_nothing(inputs):
+    torch.manual_seed(0)
+    core = LSTM(D, 3)
+    found = []
+    for enabled in (False, True):
+        critic = random_critic(core).float()
+        state, trace = tuple(s.float() for s in start_state(core)), bp_lambda_trace(critic, B)
+        for t in range(3):
+            state = dni_rl.cut(state)
+            outputs, end = core.unroll(inputs[t : t + 1].float(), state)
+            losses = losses_of(outputs)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                _, trace = bp_lambda_backward(losses, start=state, end=end, critic=critic, trace=trace, lambda_=0.9)
+            state = end
+        found.append((trace, take(critic), take(core)))
+    assert found[1][0].dtype == torch.float32
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_only_adds_and_leaves_frozen_parameters_alone(inputs):
     core = LSTM(D, 2).double()
     critic = random_critic(core)

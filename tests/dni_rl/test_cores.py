@@ -481,3 +481,31 @@ def test_a_linear_core_needs_no_training_to_be_exact():
     for t in range(4):
         s = s @ A.T + inputs[t] @ W.T
         assert_same(outputs[t].detach(), s)
+
+
+@every_core
+@pytest.mark.parametrize("num_steps", [4, 40])
+@pytest.mark.parametrize("targets_per_window", [None, 0, 3])
+@pytest.mark.parametrize("width", [D - 1, D + 1])
+def test_inputs_of_another_width_are_refused(name, num_steps, targets_per_window, width):
+    core = make_core(name, torch.float32)
+    if targets_per_window is not None:
+        if not isinstance(core, dni_rl.LSTM):
+            pytest.skip("records every step")
+        core.targets_per_window = targets_per_window
+    with pytest.raises(
+        ValueError, match=rf"inputs: expected D = {D} in \[T, B, D\], got \({num_steps}, {B}, {width}\)"
+    ):
+        core.unroll(torch.randn(num_steps, B, width), core.initial_state(B))
+
+
+@pytest.mark.parametrize("first", [None, torch.tensor([[False, True], [True, False], [False, False]])])
+def test_a_state_of_half_precision_starts_a_window(first):
+    core = dni_rl.LSTM(2, 3)
+    inputs = torch.randn(3, 2, 2)
+    half = tuple(torch.randn(2, 3).bfloat16().requires_grad_() for _ in range(2))
+    outputs, _ = core.unroll(inputs, half, first)
+    expected, _ = core.unroll(inputs, tuple(s.float() for s in half), first)
+    torch.testing.assert_close(outputs, expected)
+    outputs.sum().backward()
+    assert all(s.grad.dtype == torch.bfloat16 and s.grad.any() for s in half)

@@ -294,6 +294,22 @@ def test_a_fit_without_valid_rows_is_no_update_of_the_statistics(name, shared):
     assert not torch.equal(critic.context_rms, before["context_rms"])
 
 
+@every_critic
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_invalid_row_may_have_any_context(name, normalize):
+    state, target, z = rows_of(name)
+    valid, found = torch.arange(N) != 2, []
+    for value in (0.0, math.nan):
+        critic = make_critic(name, context_size=Z, normalize_context=normalize)
+        context = z.clone()
+        context[2] = value
+        result = fit(critic, state, target, context, valid=valid)
+        result.loss.backward()
+        found.append((result.loss.detach(), gradients(critic), dict(critic.named_buffers())))
+    assert_same(found[0], found[1])
+    assert found[1][0].isfinite()
+
+
 def test_targets_are_divided_by_a_running_rms_that_starts_unbiased():
     critic = dni_rl.GradientCritic(state_sizes=SIZES, statistics_decay=0.8).double()
     seen = []
@@ -836,7 +852,7 @@ def test_a_context_that_comes_back_after_a_long_time_does_not_explode():
     assert_same(scaled, (z[17, 0] / critic.context_rms[0]).expand(3))  # rarer than that alone feels the bound
     assert scaled.abs().max() < 100.0
     for _ in range(3000):
-        critic._update_context_statistics(torch.zeros(1, Z), torch.ones(1, 1, dtype=DOUBLE))
+        critic._rows_of_context(torch.zeros(1, Z), torch.ones(1, 1, dtype=DOUBLE))
     assert critic.context_rms[0] < 1e-6
     assert join(critic.synthetic_gradient(state, z)).abs().max() == 100.0
 

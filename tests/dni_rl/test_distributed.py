@@ -407,3 +407,26 @@ def test_wrong_settings_are_refused(monkeypatch):
         Level(MultiTimescaleCore(2, (3, 2), (1, 2), message="mean"), 0, None, ticks=1)
     with pytest.raises(ValueError, match="highest level sends no messages up"):
         Level(make_core(), 2, None, ticks=1, message_critic=GradientCritic(state_sizes=(4,)))
+
+
+def test_levels_refuse_critics_that_nobody_gives_a_bound():
+    bounded = {"max_norm_ratio": 1.0}
+    for name, sizes in (("critic", (3, 3)), ("message_critic", (3,))):
+        critic = GradientCritic(state_sizes=sizes, **bounded)
+        with pytest.raises(ValueError, match=r"critic: found max_norm_ratio=1\.0, allowed None"):
+            Level(make_core(), 0, None, ticks=1, **{name: critic})
+
+
+def test_a_layer_of_half_precision_is_sent_what_the_net_in_one_process_sends():
+    """The weight is in the gradient before it is rounded, and what goes down is divided by it in single precision."""
+    nets = [make_net() for _ in range(2)]
+    for net in nets:
+        net.to(torch.bfloat16)
+    h, gradient = torch.randn(3, WIDTHS[1]).bfloat16(), torch.randn(3, WIDTHS[2])
+    leaf = h.clone().requires_grad_()
+    sent = Stage.of(nets[0], 1)._learn(nets[0].layers[1](leaf), gradient, leaf)
+    leaf = h.clone().requires_grad_()
+    nets[1].layers[1](leaf).backward((gradient * (1.0 / 3.0)).bfloat16())
+    torch.testing.assert_close(sent, leaf.grad.float() / (1.0 / 3.0), rtol=0, atol=0)
+    found, expected = ([p.grad for p in net.layers[1].parameters()] for net in nets)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

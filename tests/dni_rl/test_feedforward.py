@@ -527,6 +527,8 @@ def test_wrong_settings_and_inputs_are_refused():
             dni_rl.DecoupledPass(weight=weight)
     interface = dni_rl.Interface(make_critic())
     with dni_rl.DecoupledPass():
+        with pytest.raises(ValueError, match=r"expected \[B, F\] for a GradientCritic, got \(2, 3, 4\)"):
+            interface(torch.ones(2, 3, 4))
         with pytest.raises(ValueError, match=r"expected a floating-point tensor \[B, ...\]"):
             interface(torch.ones(B, H, dtype=torch.int64))
         with pytest.raises(ValueError, match="widths"):

@@ -52,8 +52,23 @@ def test_the_yardstick_is_looked_at_in_the_first_windows_and_then_at_intervals(i
         before = len(looks)
         run_window(model, critic, x, y, state)
         seen += [(number, stands_for) for stands_for in looks[before:]]
-    expected = [(n, 1) for n in range(1, 17)] + [(n, interval) for n in range(17, 41) if n % interval == 0]
-    assert seen == expected
+    assert seen[:16] == [(number, 1) for number in range(1, 17)]
+    groups = [(number - 17) // interval for number, _ in seen[16:]]
+    assert groups == list(range(24 // interval)) and all(stands_for == interval for _, stands_for in seen[16:])
+
+
+@pytest.mark.parametrize("period", [2, 4, 7, 8, 12, 16])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_looks_do_not_keep_time_with_sequences_that_are_learned_from_in_step(period, place):
+    """Of `period` windows each sequence has a loss in one; whichever that is, its mean square is 1 / period."""
+    critic = dni_rl.GradientCritic(state_sizes=(1,), max_norm_ratio=1.0).double()
+    squares = []
+    for number in range(4000):
+        if stands_for := critic.window_is_due():
+            size = float(number % period == place % period)
+            critic.observe_window((torch.full((3, 1), size, dtype=DOUBLE),), stands_for)
+        squares.append(critic.window_norm.square().item())
+    assert sum(squares[1000:]) / 3000 == pytest.approx(1.0 / period, rel=0.15)
 
 
 def test_looks_stand_for_the_windows_between_them():

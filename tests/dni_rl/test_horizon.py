@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dni_rl import GRU, LSTM, Core, GradientCritic
 from dni_rl.cores.timescales import MultiTimescaleCore
-from dni_rl.horizon import CreditHorizon, credit_horizon
+from dni_rl.horizon import CreditHorizon, _Method, credit_horizon
 
 T, B, K = 13, 3, 4
 
@@ -477,6 +477,30 @@ def test_slow_levels_deliver_beyond_the_ticks_of_the_lowest(levels, inputs):
     assert horizon.delivered_norm[:5].gt(0).all() and horizon.delivered_norm[5:].eq(0).all()
     lowest = credit_horizon(levels, squared, inputs, window=2, loss_times=range(T))
     assert lowest.delivered_norm[1:].eq(0).all()
+
+
+def test_loss_times_meet_every_phase_of_ticks_too():
+    """By default at most 64 loss times: at 512 steps every eighth is one, which would always meet the same phase of windows of 8."""
+    torch.manual_seed(0)
+    core, inputs = MultiTimescaleCore(1, (3,), (1,)).double(), torch.randn(512, 2, 1).double()
+    in_ticks = credit_horizon(core, squared, inputs, unroll=partial(core.unroll_in_ticks, ticks=8), num_lags=12)
+    window = credit_horizon(core, squared, inputs, window=8, num_lags=12)
+    for field in dataclasses.fields(CreditHorizon):
+        torch.testing.assert_close(getattr(in_ticks, field.name), getattr(window, field.name), rtol=1e-9, atol=1e-13)
+
+
+def test_levels_whose_messages_are_cut_keep_what_arrives_through_the_graph(inputs):
+    """Behind the last message before a loss, cut messages make no difference: the loss reaches the upper level by its context alone."""
+    torch.manual_seed(0)
+    core, t = MultiTimescaleCore(1, (3, 2), (1, 3)).double(), 11
+    zero = GradientCritic(state_sizes=(3,)).double()
+    inside = []
+    for interfaces in (None, [zero]):
+        unroll = partial(core.unroll_in_ticks, ticks=2, interface_critics=interfaces)
+        inside.append(_Method(unroll, squared, inputs, core.initial_state(B), None).inside(t))
+    upper = slice(6, 10)  # h and c, behind those of the lower level
+    assert inside[1][t - 1 : t + 1, :, upper].any(-1).all()
+    torch.testing.assert_close(inside[1][t - 1 : t + 1, :, upper], inside[0][t - 1 : t + 1, :, upper])
 
 
 def test_unroll_replaces_window(levels, inputs):

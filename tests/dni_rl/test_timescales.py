@@ -330,6 +330,13 @@ def test_ticks_below_one_are_refused(core, inputs):
         core.unroll_in_ticks(inputs, core.initial_state(B), ticks=0)
 
 
+def test_interface_critics_without_a_window_to_be_bounded_by_are_refused(inputs):
+    core = MultiTimescaleCore(D, (3, 2), (1, 2)).double()
+    critics = [GradientCritic(state_sizes=(size,), max_norm_ratio=1.0).double() for size in core.hidden_sizes[:-1]]
+    with pytest.raises(ValueError, match=r"interface_critics: found max_norm_ratio=1\.0, allowed None"):
+        core.unroll_in_ticks(inputs, core.initial_state(B), ticks=2, interface_critics=critics)
+
+
 # Interfaces between levels ---------------------------------------------------------------------------------------------
 
 
