@@ -458,7 +458,9 @@ def _transfer(url: str, part: Path, file: DataFile, fetch: Fetch) -> str:
             problem = _line(error)
         except urllib.error.HTTPError as error:
             error.close()
-            return f"HTTP {error.code} {error.reason}"  # asking again would not help
+            problem = f"HTTP {error.code} {error.reason}"
+            if error.code < 500 and error.code not in (408, 429):  # a timeout, too many requests
+                return problem  # asking again would not help
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             problem = _line(error)
     return problem

@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, options = parser.parse_known_args(argv)
     if options and arguments.command != "workers":
         parser.error(f"unrecognized arguments: {' '.join(options)}")
+    for name in ("rounds", "threads", "processes", "steps"):
+        if getattr(arguments, name, 1) < 1:
+            parser.error(f"--{name}: found {getattr(arguments, name)}; allowed an integer of at least 1")
     warnings.filterwarnings("ignore", module="gymnasium|stable_baselines3|pygame")
     if arguments.command == "speed":
         write(speed(arguments.tasks, arguments.rounds), arguments.output)

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--runs", type=Path, default=RUNS, help="folder of all runs, as <preset>/<entry>")
     option = parser.parse_args(arguments)
     if option.what == "report":
-        if "smoke" in option.presets and option.output == PAGES:
+        if "smoke" in option.presets and option.output.resolve() == PAGES.resolve():
             write.error(
                 f"--preset: found smoke, whose runs show nothing but that they run; allowed with an --output beside {PAGES}"
             )

@@ -6,6 +6,8 @@ import numpy as np
 from scipy.stats import bootstrap
 
 CONFIDENCE, NUM_RESAMPLES = 0.95, 9999
+# values in a sample. Of an interquartile mean of normal values the interval covers 50 % at two, 74 at three, 89 at five and 93 at ten.
+FEWEST_VALUES = 5
 
 
 def percentile_interval(samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray]) -> tuple[float, float]:

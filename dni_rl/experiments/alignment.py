@@ -541,7 +541,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
             by_lag = _mean_by_lag([one["cosines"] for one in found])
             at_rest = _mean_by_lag([one["at_rest"] for one in found])
             per_seed = {str(s): None if r["cosines"] is None else common.mean(r["cosines"]) for s, r in by_seed.items()}
-            curve = zip(*(one["curve"] for one in found), strict=True)
+            curve = common.by_step([one["curve"] for one in found])
             rows.append(
                 {
                     "arm": cell.arm,

@@ -78,7 +78,8 @@ class AsynchronousConfig:
 
     def __post_init__(self):
         common.check_allowed(self, arm=("dni", "cdni"), schedule=("free", "fixed"), device=("cpu", "cuda"))
-        common.check_each_once(seeds=self.seeds)
+        lists = {name: getattr(self, name) for name in ("staleness_bounds", "update_probabilities", "threads")}
+        common.check_each_once(seeds=self.seeds, **{name: found for name, found in lists.items() if found})
         if any(bound < 0 for bound in self.staleness_bounds):
             raise ValueError(f"staleness_bounds: found {self.staleness_bounds}, allowed 0 or more")
         if any(threads < 1 for threads in self.threads):

@@ -90,6 +90,13 @@ def check_at_least(config: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name}: found {getattr(config, name)}, allowed {least} or more")
 
 
+def by_step(curves: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[Mapping[str, Any], ...]]:
+    """The points [{"step": ...}, ...] of several curves, together where all have one; a run that was lengthened has one more."""
+    of_runs = [{point["step"]: point for point in curve} for curve in curves]
+    shared = set.intersection(*(set(points) for points in of_runs)) if of_runs else set()
+    return [tuple(points[step] for points in of_runs) for step in sorted(shared)]
+
+
 def check_each_once(**lists: Sequence[Any]) -> None:
     """ValueError if a list is empty, or has something twice."""
     for name, found in lists.items():
@@ -272,8 +279,13 @@ def load_checkpoint(path: Path, config: Any, *, resume: bool, free: Iterable[str
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a whole file or none."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or none."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -639,10 +651,10 @@ def by_cell(matrix: Sequence[Member], results: Mapping[str, dict[str, Any]]) -> 
 
 
 def reached(curve: Sequence[Mapping[str, Any]], name: str, level: float, against: str) -> float | None:
-    """Where on an axis a curve first falls to `level`, on a straight line between its points; None if it never does.
+    """Where on an axis a curve first falls to `level`, on a straight line between its points; None if it never does, or nobody knows.
 
     Args:
-        curve: points in their order, each with `name`, which may be None or not finite, and the axis.
+        curve: points in their order, each with `name`, which may be None or not finite, and the axis, None where it is not known.
         name: of what falls.
         level: to fall to.
         against: the axis, for example "step".
@@ -656,6 +668,8 @@ def reached(curve: Sequence[Mapping[str, Any]], name: str, level: float, against
             if before is None:
                 return point[against]
             share = (before[name] - level) / (before[name] - point[name])
+            if before[against] is None or point[against] is None:
+                return None
             return before[against] + share * (point[against] - before[against])
         before = point
     return None
@@ -783,7 +797,11 @@ def matrix_parser(name: str, description: str | None, presets: Iterable[str]) ->
     )
     parser.add_argument("--preset", choices=list(presets), default="smoke")
     parser.add_argument("--seeds", type=int, nargs="*", help="by default the preset's")
-    parser.add_argument("--jobs", type=int, help="runs at a time, of one thread each; by default the preset's, or 1")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at a time, of one thread each where there are several; by default the preset's, or 1",
+    )
     parser.add_argument("--run-folder", type=Path, default=Path("runs") / name)
     parser.add_argument("--resume", action="store_true", help="continue what was cut off, skip what is done")
     parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
@@ -812,7 +830,7 @@ def one_line_errors(name: str) -> Iterator[None]:
     """Ends the program `name` with one line where settings are wrong, data are missing, or the user stops it."""
     try:
         yield
-    except (ValueError, data.DataError) as problem:
+    except (ValueError, OSError, data.DataError) as problem:
         print(f"{name}: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -625,6 +625,8 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
     for cell, by_seed in common.by_cell(matrix, results).items():
         errors = [result["error"] for result in by_seed.values()]
         published = PUBLISHED.get((config.model, config.dataset, cell.arm), {}).get(cell.window)
+        if config.unlocked or config.update_probability != 1.0:  # the figures are of neither
+            published = None
         rows.append(
             {
                 "arm": cell.arm,

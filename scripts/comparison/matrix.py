@@ -53,22 +53,38 @@ def load_matrix(path: Path) -> dict[str, Any]:
     Raises:
         SystemExit: with one line, if keys are unknown or missing, or say what cannot be.
     """
-    matrix = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        matrix = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SystemExit(f"compare.py: {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(matrix, Mapping):
+        raise SystemExit(f"compare.py: {path}: found no keys; allowed {sorted(REQUIRED | OPTIONAL)}")
     unknown, missing = set(matrix) - REQUIRED - OPTIONAL, REQUIRED - set(matrix)
     if unknown or missing:
         raise SystemExit(
             f"compare.py: {path}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; allowed {sorted(REQUIRED | OPTIONAL)}"
         )
     matrix = {"windows": [], "dial": None, "overrides": {}, **matrix}
-    for group in ("tasks", "methods"):  # a name without settings is one that changes nothing
-        matrix[group] = {str(name): settings or {} for name, settings in matrix[group].items()}
-    matrix["methods"] = _at_windows(matrix["methods"], matrix["windows"])
     try:
+        seeds = matrix["seeds"]
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+            raise ValueError(f"seeds: found {seeds!r}; allowed a list of integers")
+        for group in ("tasks", "methods"):  # a name without settings is one that changes nothing
+            if not isinstance(matrix[group], Mapping) or not matrix[group]:
+                raise ValueError(f"{group}: found {matrix[group]!r}; allowed names with their settings")
+            matrix[group] = {str(name): settings or {} for name, settings in matrix[group].items()}
+        matrix["methods"] = _at_windows(matrix["methods"], matrix["windows"])
         matrix["dial_name"], matrix["dials"] = _dials(matrix["dial"], matrix["tasks"])
         pairs = [f"{method} / {task}" for method in matrix["methods"] for task in matrix["tasks"]]
         for pair in matrix["overrides"]:
             if pair not in pairs:
                 raise ValueError(f"overrides: found {pair!r}; allowed '<method> / <task>' of those above")
+        folders = [member.name for member in members(matrix)]
+        if twice := sorted({name for name in folders if folders.count(name) > 1}):
+            raise ValueError(
+                f"seeds, tasks, methods: found two runs for the folder {twice[0]!r}; allowed seeds that are named once, and names that "
+                "differ in letters or digits"
+            )
     except ValueError as error:
         raise SystemExit(f"compare.py: {path}: {error}") from None
     return matrix

@@ -14,7 +14,7 @@ from agents.config import from_dict, to_dict
 from agents.metrics import read_metrics
 from comparison.matrix import members
 from comparison.running import EXPERIMENT, is_done, made_with_other_settings, measured, other_setting, read_record
-from intervals import percentile_interval
+from intervals import FEWEST_VALUES, percentile_interval
 
 REACHES = 0.9  # of the dial: an expected horizon that long foretells success; see `foretelling`
 
@@ -143,7 +143,8 @@ def interquartile_mean(strata: Sequence[Sequence[float]]) -> Estimate:
     """Mean of the middle half of all values, with a percentile bootstrap interval.
 
     Seeds are drawn again within each stratum, so that every task keeps its weight (Agarwal et al. 2021, section 4.1). With fewer
-    than four values nothing is cut off, and this is the mean.
+    than four values nothing is cut off, and this is the mean. With fewer than five in a stratum there is no interval, which would
+    cover far less than it says.
 
     Args:
         strata: the values of each task, at least one.
@@ -151,7 +152,7 @@ def interquartile_mean(strata: Sequence[Sequence[float]]) -> Estimate:
     samples = [np.asarray(values, float) for values in strata]
     pooled = np.concatenate(samples)
     value = float(trim_mean(pooled, 0.25))
-    if min(map(len, samples)) < 2:
+    if min(map(len, samples)) < FEWEST_VALUES:
         return Estimate(value, None, None, len(pooled))
     low, high = percentile_interval(
         samples, lambda *drawn, axis: trim_mean(np.concatenate(drawn, axis=axis), 0.25, axis=axis)
@@ -185,7 +186,10 @@ def summarise(
                 "end": end,
                 "area": area,
                 "solved": end is not None and not num_failed and end.value >= matrix["bar"],
-                "surely_solved": end is not None and not num_failed and (end.low or -math.inf) >= matrix["bar"],
+                "surely_solved": end is not None
+                and not num_failed
+                and end.low is not None
+                and end.low >= matrix["bar"],
                 **{
                     name: _median(row[name] for row in chosen)
                     for name in (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from comparison.outcome import REACHES, settings_of, summarise
-from intervals import CONFIDENCE, NUM_RESAMPLES
+from intervals import CONFIDENCE, FEWEST_VALUES, NUM_RESAMPLES
 
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
 
@@ -73,7 +73,8 @@ def _statistics(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> li
     together = ["all of them"] if len(tasks) > 1 else []
     lines = [
         f"Interquartile mean over the n finished seeds, with its {100 * CONFIDENCE:g} % bootstrap interval (percentiles of "
-        f"{NUM_RESAMPLES:,} resamples; over all tasks stratified by task).",
+        f"{NUM_RESAMPLES:,} resamples; over all tasks stratified by task; none under {FEWEST_VALUES} seeds. Of normal values it covers "
+        "89 % at five seeds and 93 % at ten).",
     ]
     for name, title in (("end", "at the end"), ("area", "area under the curve")):
         with_length = name == "end" and bool(dial)

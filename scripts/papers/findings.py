@@ -1,10 +1,9 @@
 """What the finished runs of an entry left: settings, scores and curves of those that its command plans."""
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from papers.running import RECORD_FILE, read_json
 
 MAX_POINTS = 120  # of a curve, in the JSON
 # Settings in which two runs may differ and be of the same experiment.
-FREE_FIELDS = ("device", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "timeout_sec")
+FREE_FIELDS = ("device", "log_every_steps", "checkpoint_every_steps", "timeout_sec")
+# Where the result is that of the last step; elsewhere it is of the best evaluation, or of a curve.
+TESTED_AT_THE_END = ("images", "asynchronous")
 
 
 def planned(entry: Entry, preset: str) -> list[common.Member]:
@@ -31,6 +32,13 @@ def planned(entry: Entry, preset: str) -> list[common.Member]:
             return entry.module.plan(entry.arguments(preset, Path("nowhere"))).matrix
     except SystemExit:
         raise ValueError(f"{entry.name}: its program refuses the options: {entry.options}") from None
+
+
+def planned_runs(entry: Entry, preset: str) -> list[str]:
+    """Their names, of any program; ValueError as `planned`."""
+    if entry.is_matrix:
+        return [member.name for member in planned(entry, preset)]
+    return [str(run) for run in entry.module.runs(entry.module.make_config(preset))]
 
 
 def section(entry: Entry, preset: str, folder: Path) -> dict[str, Any] | None:
@@ -47,7 +55,7 @@ def section(entry: Entry, preset: str, folder: Path) -> dict[str, Any] | None:
     results: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     for member in matrix:
-        found = _finished(folder / member.name, asdict(member.config))
+        found = _finished(folder / member.name, asdict(member.config), _free(entry))
         if isinstance(found, str):
             left_out[member.name] = found
         elif found is not None:
@@ -77,28 +85,28 @@ def _head(entry: Entry, preset: str, folder: Path) -> dict[str, Any]:
     return {"program": entry.program, "command": entry.command(preset), "machines": machines}
 
 
-def _finished(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | str | None:
+def _free(entry: Entry) -> tuple[str, ...]:
+    return (*FREE_FIELDS, "eval_every_steps") if entry.program in TESTED_AT_THE_END else FREE_FIELDS
+
+
+def _finished(folder: Path, config: Mapping[str, Any], free: Collection[str]) -> dict[str, Any] | str | None:
     """The result of a run; None if it is not finished; or why it is no run of this config, in one line."""
     found = read_json(folder / "config.json", None)
     result = read_json(folder / common.RESULT_FILE, None)
     if found is None or result is None:
         return None
-    if differs := _difference(found, config):
+    if differs := _difference(found, config, free):
         return f"{differs}; remove its folder and run the entry again"
-    # The result may be of a shorter run that is about to be lengthened; the log says how far this one came.
-    last = 0
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        last = json.loads(lines[-1])["step"] if lines else 0
-    return common.finite(result) if last >= config["num_steps"] else None
+    # it may be of a shorter run that is being lengthened
+    return common.finite(result) if result["steps"] >= config["num_steps"] else None
 
 
-def _difference(found: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _difference(found: Mapping[str, Any], config: Mapping[str, Any], free: Collection[str]) -> str:
     """The first setting in which a run is not of a config, in words; "" if there is none."""
     wanted = json.loads(json.dumps(config))
     for name in wanted:
         # one that the run does not know was added to the program later
-        if name in found and name not in FREE_FIELDS and found[name] != wanted[name]:
+        if name in found and name not in free and found[name] != wanted[name]:
             return f"{name}: found a run with {found[name]!r}; allowed {wanted[name]!r}"
     return ""
 
@@ -106,10 +114,10 @@ def _difference(found: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 def fits(entry: Entry, preset: str, found: Mapping[str, Any]) -> bool:
     """Whether the runs of a section, as `section` returned it, are among those that the entry's command stands for now."""
     if not entry.is_matrix:
-        return not _difference(found["settings"], asdict(entry.module.make_config(preset)))
+        return not _difference(found["settings"], asdict(entry.module.make_config(preset)), _free(entry))
     configs = {member.name: asdict(member.config) for member in planned(entry, preset)}
     runs = {name: {**found["settings"], **found["settings_of_runs"].get(name, {})} for name in found["curves"]}
-    return all(name in configs and not _difference(run, configs[name]) for name, run in runs.items())
+    return all(name in configs and not _difference(run, configs[name], _free(entry)) for name, run in runs.items())
 
 
 def _asynchronous_section(entry: Entry, preset: str, folder: Path) -> dict[str, Any] | None:
@@ -118,10 +126,10 @@ def _asynchronous_section(entry: Entry, preset: str, folder: Path) -> dict[str, 
     if results is None or not results["runs"]:
         return None
     config = entry.module.make_config(preset)
-    if differs := _difference(results["config"], asdict(config)):
+    if differs := _difference(results["config"], asdict(config), _free(entry)):
         print(f"{entry.name}: left out: {differs}", file=sys.stderr)
         return None
-    names = [str(run) for run in entry.module.runs(config)]
+    names = planned_runs(entry, preset)
     by_label = entry.module.by_label(results).items()
     errors = [{"arm": label, "per_seed": [run["test_error"] for run in runs]} for label, runs in by_label]
     return {

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
+from dni_rl.experiments.common import write_text
 from papers.entries import ENTRIES, PRESETS, Entry
 from papers.figures import curves_figure, windows_figure
-from papers.findings import FREE_FIELDS, fits, section
-from papers.running import read_json
+from papers.findings import FREE_FIELDS, fits, planned_runs, section
 from papers.tables import comparisons_shown, tables, wrapped
 
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
@@ -71,13 +71,16 @@ TITLES = {
 Content = dict[str, dict[str, dict[str, Any]]]  # sections by preset and entry
 
 
-def page_text(page: str, content: Content, pictures: Mapping[str, Sequence[str]]) -> str:
+def page_text(
+    page: str, content: Content, pictures: Mapping[str, Sequence[str]], absent: Mapping[str, Mapping[str, int]]
+) -> str:
     """A page without what is written by hand.
 
     Args:
         page: its name.
         content: all that it shows.
         pictures: file names by preset.
+        absent: by preset and entry, how many runs there are to be of what has none yet.
     """
     title, intro = _words(page, content)
     lines = [
@@ -94,6 +97,9 @@ def page_text(page: str, content: Content, pictures: Mapping[str, Sequence[str]]
     ]
     for preset, sections in content.items():
         lines += ["", f"## Preset `{preset}`"]
+        if absent[preset]:
+            missing = ", ".join(f"{name} ({count} runs)" for name, count in absent[preset].items())
+            lines += ["", wrapped(f"**Not run:** {missing}.")]
         for entry, found in sections.items():
             lines += ["", f"### {entry}"] if len(sections) > 1 else []
             lines += ["", f"    {found['command']}", "", _about(found)]
@@ -127,7 +133,7 @@ def _about(found: Mapping[str, Any]) -> str:
     for name, why in found["left_out"].items():
         lines.append(f"Left out: {name} ({why}).")
     lines += _made_on(found["machines"])
-    hidden = (*FREE_FIELDS, "arm", "seed")
+    hidden = (*FREE_FIELDS, "eval_every_steps", "arm", "seed")
     settings = [f"{name} {_setting(value)}" for name, value in found["settings"].items() if name not in hidden]
     return "\n".join(lines) + "\n\n" + wrapped(f"Settings of all of them: {', '.join(settings)}.")
 
@@ -164,7 +170,7 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
         In one line what there is, for the list of pages; None if there is nothing, or the page was written by hand.
 
     Raises:
-        ValueError: if a program refuses an entry's options.
+        ValueError: if a program refuses an entry's options, or the page's JSON is damaged.
     """
     file, beside = output / f"{page}.md", output / f"{page}.json"
     earlier = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -173,7 +179,7 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
         of_preset = [entry for entry in entries if preset in entry.presets]
         found = {entry.name: section(entry, preset, runs / preset / entry.name) for entry in of_preset}
         new[preset] = {name: of_entry for name, of_entry in found.items() if of_entry is not None}
-    kept = read_json(beside, {}).get("presets", {})
+    kept = _of_earlier_page(beside)
     if not any(new.values()) and not kept:
         return None
     if earlier and MADE_BY not in earlier and READING not in earlier:
@@ -199,15 +205,36 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
         )
         for preset, sections in content.items()
     }
-    text = page_text(page, content, pictures)
+    absent = {
+        preset: {
+            e.name: len(planned_runs(e, preset)) for e in entries if preset in e.presets and e.name not in sections
+        }
+        for preset, sections in content.items()
+    }
+    text = page_text(page, content, pictures, absent)
     _, mark, reading = earlier.partition(READING)
-    file.write_text(text + (f"\n{mark}{reading}" if mark else ""), encoding="utf-8")
-    beside.write_text(json.dumps({"presets": content}, indent=None) + "\n", encoding="utf-8")
+    write_text(
+        beside, json.dumps({"presets": content}, indent=None) + "\n"
+    )  # first: without it nothing can be made again
+    write_text(file, text + (f"\n{mark}{reading}" if mark else ""))
     of_presets = []
     for preset, sections in content.items():
-        finished, all_of_them = (sum(found[key] for found in sections.values()) for key in ("finished", "planned"))
-        of_presets.append(f"`{preset}`, {finished} of {all_of_them} runs")
+        finished, planned = (sum(found[key] for found in sections.values()) for key in ("finished", "planned"))
+        of_presets.append(f"`{preset}`, {finished} of {planned + sum(absent[preset].values())} runs")
     return f"- [{page}]({page}.md): {_words(page, content)[0]}; {'; '.join(of_presets)}."
+
+
+def _of_earlier_page(file: Path) -> Content:
+    """What the JSON of a page has; ValueError if it is damaged, since it may be all that there is of another machine's runs."""
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["presets"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: found a damaged file, allowed the JSON of this page; bring back an earlier version, or remove it to start anew from "
+            "the runs at hand"
+        ) from error
 
 
 def _chosen(
@@ -264,7 +291,7 @@ def write_list(output: Path, lines: Mapping[str, str]) -> None:
     there = {line[3:].partition("]")[0]: line for line in block.strip().splitlines() if line.startswith("- [")}
     there |= lines
     block = "\n".join(there[page] for page in [*dict.fromkeys(_pages())] if page in there)
-    path.write_text(f"{before}{LIST_START}\n\n{block}\n\n{LIST_END}{after}", encoding="utf-8")
+    write_text(path, f"{before}{LIST_START}\n\n{block}\n\n{LIST_END}{after}")
 
 
 def _pages() -> list[str]:

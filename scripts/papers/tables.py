@@ -120,12 +120,6 @@ def window_of(row: Mapping[str, Any]) -> int:
     return row["window"] if "window" in row else row["num_layers"]
 
 
-def _is_as_published(found: Mapping[str, Any]) -> bool:
-    """Whether the published figures are of these settings: those of images are not of random or unlocked updates."""
-    configs = [found["settings"], *found["settings_of_runs"].values()]
-    return not any(c.get("unlocked") or c.get("update_probability", 1.0) != 1.0 for c in configs)
-
-
 def tables(found: Mapping[str, Any]) -> Iterator[str]:
     """The tables of an entry: every cell by seed, mean, spread and interval, beside the published; or else the program's own."""
     view, entry_module = view_of(found), importlib.import_module(f"dni_rl.experiments.{found['program']}")
@@ -135,7 +129,7 @@ def tables(found: Mapping[str, Any]) -> Iterator[str]:
         yield from _part_tables(found["summary"].get("parts", {}))
         return
     for score, rows in scored:
-        published = score.published if score.published and _is_as_published(found) else None
+        published = score.published if any(row.get(score.published) is not None for row, _ in rows) else None
         more = {title: key for title, key in score.more.items() if any(row.get(key) is not None for row, _ in rows)}
         header = ["arm", view.dial, f"{score.label}, by seed", "mean", "std", "95 % interval"]
         lines = []
@@ -317,11 +311,18 @@ def ptb_ratios(sections: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     """Tables of the shares of tokens and of seconds that cells took to the same bits, over all sections."""
     cells: dict[common.Cell, dict[int, dict[str, Any]]] = {}
     is_published = False
+    hardware = {
+        (call["gpu"], call["processor"], call["cores"], found["settings"].get("device"))
+        for found in sections.values()
+        for call in found["machines"]
+    }
     for found in sections.values():
         is_published |= (found["summary"]["dataset"], found["summary"]["level"]) == ("ptb", "characters")
         for run in found["curves"].values():
             nothing = [None] * len(run.get("step", ()))
             columns = {name: run.get(name, nothing) for name in ("tokens", "seconds", "bits")}
+            if len(hardware) > 1:  # seconds of two machines have no ratio
+                columns["seconds"] = nothing
             points = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             best = min((point["bits"] for point in points if point["bits"] is not None), default=None)
             cell = common.Cell(run["arm"], run["window"])

@@ -244,6 +244,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, contents):
         super().__init__(("127.0.0.1", 0), Handler)
         self.contents, self.break_after, self.breaks, self.ranges, self.requests = contents, 0, 0, True, []
+        self.busy = 0  # so many requests are told to come back later
 
     @property
     def url(self):
@@ -255,6 +256,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name, server = self.path.rpartition("/")[2], self.server
         wanted = self.headers.get("Range")
         server.requests.append((name, wanted))
+        if server.busy:
+            server.busy -= 1
+            self.send_error(503, "Service Unavailable")
+            return
         if name not in server.contents:
             self.send_error(404, "Not Found")
             return
@@ -368,6 +373,12 @@ def test_the_next_mirror_helps_out(server, tmp_path):
     file = blob(server, urls=(dead, f"{server.url}/missing", f"{server.url}/blob"))
     assert data.download(file, tmp_path).read_bytes() == BLOB
     assert [name for name, _ in server.requests] == ["missing", "blob"]  # a 404 is final
+
+
+def test_a_mirror_that_is_busy_is_asked_again(server, tmp_path):
+    server.busy = 1
+    assert data.download(blob(server), tmp_path).read_bytes() == BLOB
+    assert len(server.requests) == 2
 
 
 def unused_port():

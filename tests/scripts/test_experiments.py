@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from papers import estimates, tables
+from papers import estimates, findings, tables
 from papers.entries import ENTRIES, PRESETS, Entry
 from papers.estimates import Estimate
 from papers.findings import MAX_POINTS, planned
@@ -364,7 +364,8 @@ def test_runs_that_are_missing_too_short_or_of_other_settings_are_told_and_not_c
         tmp_path, "images", errors({"backprop": (0.02, 0.03, 0.04), "cdni": (0.01, 0.02, 0.03), "dni": (0.02, 0.02)})
     )
     folder = tmp_path / "laptop" / "images"
-    (folder / "cdni-seed2" / "metrics.jsonl").write_text('{"step": 3000}\n')  # its result is of an earlier, shorter run
+    longer = json.loads((folder / "cdni-seed2" / "result.json").read_text())  # it has come further, its result has not
+    (folder / "cdni-seed2" / "result.json").write_text(json.dumps(longer | {"steps": 3000}))
     config = json.loads((folder / "backprop-seed0" / "config.json").read_text())
     config |= {"learning_rate": 1.0, "device": "cuda", "eval_every_steps": 7}
     (folder / "backprop-seed0" / "config.json").write_text(json.dumps(config))
@@ -421,10 +422,63 @@ def test_what_was_written_by_hand_stays(tmp_path, capsys):
         assert (pages / "copy.md").read_text() == "# All of it is mine\n" and not (pages / "copy.json").exists()
         assert "copy.md: found a page written by hand; left alone" in capsys.readouterr().err
     listed = (pages / "README.md").read_text()
-    image_line = "- [images](images.md): Images with every layer decoupled; `laptop`, 1 of 12 runs."
+    image_line = "- [images](images.md): Images with every layer decoupled; `laptop`, 1 of 27 runs."
     assert (
         listed == f"# Results\n\n- [a](a.md)\n{start}\n\n{image_line}\n- [ptb](ptb.md): older.\n\n{end}\n- [z](z.md)\n"
     )
+
+
+def test_what_was_not_run_at_all_is_said_and_counted(tmp_path, capsys):
+    fabricate(tmp_path, "images", errors({"backprop": (0.02,)}))
+    assert report(tmp_path, tmp_path / "pages") == 0
+    assert "`laptop`, 1 of 27 runs" in capsys.readouterr().out
+    page = (tmp_path / "pages" / "images.md").read_text()
+    assert "**Not run:** images_p0.2 (6 runs), images_p0.05 (3 runs), images_unlocked (6 runs)." in page
+
+
+def test_a_damaged_json_is_refused_and_the_page_left_as_it_is(tmp_path, capsys):
+    pages = tmp_path / "pages"
+    fabricate(tmp_path / "here", "images", errors({"backprop": (0.02,) * 3}))
+    report(tmp_path / "here", pages)
+    whole, page = (pages / "images.json").read_text(), (pages / "images.md").read_text()
+    (pages / "images.json").write_text(whole[: len(whole) // 2])
+    fabricate(tmp_path / "there", "images", errors({"cdni": (0.04,)}))
+    report(tmp_path / "there", pages)
+    assert f"{pages / 'images.json'}: found a damaged file" in capsys.readouterr().err
+    assert (pages / "images.md").read_text() == page
+
+
+def test_settings_that_decide_the_result_are_compared():
+    config = {"eval_every_steps": 10, "log_every_steps": 5}
+    for entry, same in (("ptb", False), ("images", True)):
+        free = findings._free(OF_NAME[entry])
+        assert (findings._difference(config | {"eval_every_steps": 20}, config, free) == "") is same
+        assert not findings._difference(config | {"log_every_steps": 20}, config, free)
+
+
+def test_seconds_of_two_machines_have_no_ratio():
+    curve = {"step": [1, 2], "tokens": [1, 2], "seconds": [1.0, 2.0], "bits": [2.0, 1.5]}
+    section = {"settings": {}, "summary": {"dataset": "ptb", "level": "characters"}}
+    machine = {"gpu": None, "processor": "A", "cores": 2}
+
+    def shown(other):
+        of = {
+            arm: {
+                **section,
+                "machines": [made],
+                "curves": {f"{arm}-{w}-seed0": {**curve, "arm": arm, "window": w, "seed": 0}},
+            }
+            for arm, w, made in (("none", 20, machine), ("dni", 5, {**machine, **other}))
+        }
+        return "\n".join(tables.ptb_ratios(of))
+
+    def ratios(other):
+        (line,) = [line for line in shown(other).splitlines() if line.startswith("| dni")]
+        cells = [cell.strip() for cell in line.split("|")]
+        return float(cells[5]), cells[7]
+
+    assert ratios({}) == (1.0, ratios({})[1]) and float(ratios({})[1]) == 1.0  # as many tokens, and as many seconds
+    assert ratios({"processor": "B"}) == (1.0, "-")
 
 
 def test_runs_of_another_machine_stay_on_the_page(tmp_path):
@@ -455,7 +509,7 @@ def test_fewer_runs_do_not_replace_more_of_the_same_settings(tmp_path, capsys):
     assert "2.00 2.00 2.00" in page and "4.00" not in page and not list(pages.glob("*noise.png"))
     said = f"images: found 2 finished runs of preset laptop, and 3 in {pages / 'images.json'}, which are kept; finish"
     assert said in shown.err and shown.err.count("\n") == 1
-    assert "laptop`, 3 of 12 runs" in shown.out
+    assert "laptop`, 3 of 27 runs" in shown.out
     fabricate(tmp_path / "more", "images", errors({"cdni": (0.05,) * 3, "dni": (0.05,)}))
     report(tmp_path / "more", pages)
     page = (pages / "images.md").read_text()

@@ -72,7 +72,7 @@ def _signals_summary(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[
         cosines = [common.spread(of_layer)["mean"] for of_layer in zip(*(r["cosines"] for r in found), strict=True)]
         curve = [
             {"step": points[0]["step"], "error": common.spread([point["error"] for point in points])["mean"]}
-            for points in zip(*(result["curve"] for result in found), strict=True)
+            for points in common.by_step([result["curve"] for result in found])
         ]
         errors = [result["error"] for result in found]
         rows.append({"arm": arm, "per_seed": errors, **common.spread(errors), "cosines": cosines, "curve": curve})

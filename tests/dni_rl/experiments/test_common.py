@@ -425,3 +425,20 @@ def test_a_program_writes_its_summary_and_where_it_draws_a_table(tmp_path, capsy
         with pytest.raises(SystemExit) as stopped:
             main(tmp_path / "c", *arguments)
         assert stopped.value.code == code and capsys.readouterr().err == error
+
+
+def test_curves_are_joined_where_all_have_a_point():
+    """A run that was lengthened has one more, where it had ended."""
+    curves = [
+        [{"step": 1, "x": 1}, {"step": 3, "x": 3}],
+        [{"step": 1, "x": 2}, {"step": 2, "x": 9}, {"step": 3, "x": 4}],
+    ]
+    assert [[p["x"] for p in points] for points in common.by_step(curves)] == [[1, 2], [3, 4]]
+    assert common.by_step([]) == []
+
+
+def test_a_folder_that_is_a_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as error, common.one_line_errors("copy"):
+        (tmp_path / "file").mkdir()
+    assert error.value.code == 2 and capsys.readouterr().err.startswith("copy: [Errno 17]")
