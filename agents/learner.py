@@ -465,6 +465,7 @@ class Learner:
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "num_updates": self.num_updates,
+            "entropy_cost": self.entropy_cost,
         }
 
     def own_state_dict(self) -> dict[str, object]:
@@ -493,6 +494,7 @@ class Learner:
         self.averages = None if averages is None else averages.to(next(self.model.parameters()).device)
         self.generator.set_state(state["generator"].cpu())
         self.num_updates = state["num_updates"]
+        self.entropy_cost = state.get("entropy_cost", self.entropy_cost)  # older checkpoints have none
 
 
 def _initial_trace(critic: dni_rl.ErrorCritic | None, num_envs: int) -> Tensor:

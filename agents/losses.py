@@ -55,7 +55,7 @@ def normalized_advantages(advantages: Tensor, valid: Tensor, total: Callable[[Te
         [T, B]; what is not valid has no meaning.
     """
     weight = valid.to(advantages.dtype)
-    count = total(weight.sum()).clamp_min(2.0)
+    count = total(weight.sum()).clamp_min(1.0)
     mean = total((weight * advantages).sum()) / count
     std = (total((weight * (advantages - mean).square()).sum()) / count).sqrt()
     return (advantages - mean) / (std + 1e-8)

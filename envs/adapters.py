@@ -508,7 +508,7 @@ def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder 
         raise ValueError(f"the action space is {action_space}, but only Discrete is supported")
     if isinstance(observation_space, spaces.Discrete):
         n, start = int(observation_space.n), int(observation_space.start)
-        encoder = encoder or (lambda x: (np.asarray(x)[:, None] == np.arange(start, start + n)).astype(np.float32))
+        encoder = encoder or _one_hot_encoder(n, start)
         example = np.zeros((1,), np.int64)
     elif isinstance(observation_space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
         assert observation_space.shape is not None and observation_space.dtype is not None
@@ -519,7 +519,13 @@ def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder 
             f"the observation space is {observation_space}, but only Box, Discrete, MultiBinary and MultiDiscrete are "
             "supported; select or flatten its parts with a wrapper of gymnasium.wrappers first"
         )
-    return _spec_of(encoder(example), int(action_space.n)), encoder, int(action_space.start)
+    spec = _spec_of(encoder(example), int(action_space.n))
+    if isinstance(observation_space, spaces.Box) and observation_space.dtype == np.uint8 == example.dtype:
+        highest = float(
+            observation_space.high.max()
+        )  # of planes of 0 and 1, say, 255 would all but erase what they show
+        spec = dataclasses.replace(spec, observation_scale=highest or spec.observation_scale)
+    return spec, encoder, int(action_space.start)
 
 
 def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], int]:
@@ -537,6 +543,10 @@ def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], i
         raise ValueError(f"the reward spec is {env.reward_spec()}, but only a scalar reward is supported")
     observation_spec = env.observation_spec()
     leaves = _leaves(observation_spec)
+    if len(leaves) == 1 and type(leaves[0]).__name__ == "DiscreteArray":
+        one_hot = _one_hot_encoder(int(leaves[0].num_values), 0)
+        spec = _spec_of(one_hot(np.zeros(1, np.int64)), num_actions)
+        return spec, one_hot, lambda observation: np.asarray(_leaves(observation)[0]), start
     for leaf in leaves:
         if not np.issubdtype(leaf.dtype, np.number) and leaf.dtype != np.bool_:
             raise ValueError(f"the observation spec {leaf} is not numeric")
@@ -562,6 +572,11 @@ def _leaves(nest: Any) -> list[Any]:
 def _concatenated(nest: Any) -> np.ndarray:
     """All numbers of a nest as one float32 vector."""
     return np.concatenate([np.ravel(leaf) for leaf in _leaves(nest)], dtype=np.float32, casting="unsafe")
+
+
+def _one_hot_encoder(num_values: int, start: int) -> Encoder:
+    """[B] numbers from `start` on to float32 [B, num_values]."""
+    return lambda x: (np.asarray(x)[:, None] == np.arange(start, start + num_values)).astype(np.float32)
 
 
 def _array_encoder(example: np.ndarray) -> Encoder:

@@ -11,6 +11,8 @@ from envs.timestep import EnvSpec, TimeStep
 
 # One call of the generator serves this many steps. Part of the random stream: another value is another stream.
 _STEPS_PER_DRAW = 32
+# By so much the return of every success must exceed that of every failure: sums of rewards are rounded.
+SUCCESS_MARGIN = 1e-4
 
 
 class BatchedGridworld(ABC):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from envs.arguments import require_integer, require_number
-from envs.gridworlds.batched import BatchedGridworld
+from envs.gridworlds.batched import SUCCESS_MARGIN, BatchedGridworld
 from envs.gridworlds.rooms import SquareRoom
 from envs.timestep import EnvSpec, TimeStep
 
@@ -116,7 +116,7 @@ class KeyToDoor(BatchedGridworld):
             observation_dtype=torch.float32,
             num_actions=4,
             context_size=len(self.context_names),
-            success_reward=0.5 * (all_apples + door_reward) if all_apples < door_reward else None,
+            success_reward=0.5 * (all_apples + door_reward) if all_apples + SUCCESS_MARGIN <= door_reward else None,
         )
         self._build_tables((key_steps, distractor_length, door_steps))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from envs.arguments import refuse, require_integer, require_number
-from envs.gridworlds.batched import BatchedGridworld
+from envs.gridworlds.batched import SUCCESS_MARGIN, BatchedGridworld
 from envs.timestep import EnvSpec, TimeStep
 
 TURN_LEFT, TURN_RIGHT, FORWARD = range(3)  # MiniGrid's order
@@ -112,11 +112,11 @@ class MemoryCorridor(BatchedGridworld):
         cost = 1.0 / limit if penalty is None else penalty
         require_number("penalty", cost, 0.0, 1.0, "it is subtracted; 0 turns it off")
         worst_success = 1.0 - cost * (limit - 1)  # the last step is never fined
-        if worst_success <= 0.0:  # the return of the best failure
+        if worst_success < SUCCESS_MARGIN:  # the best failure returns 0
             refuse(
                 "penalty",
                 cost,
-                f"below {1 / (limit - 1):g}, so that a late success beats a failure",
+                f"up to {(1 - SUCCESS_MARGIN) / (limit - 1):g}, so that a late success beats a failure",
                 "lower it, or time_limit, or leave it None",
             )
         dials = {

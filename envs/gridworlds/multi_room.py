@@ -37,7 +37,7 @@ class MultiRoomKeyDoor(BatchedGridworld):
 
     Actions: 0 right, 1 up, 2 left, 3 down. A move into a wall stays.
 
-    Time limit: four times the steps that the longest way takes; it cuts, that is the last step keeps discount 1.
+    Time limit: four times (num_rooms + 1) (2 room_size - 1), a bound on the longest way; it cuts, that is the last step keeps discount 1.
 
     Context, in [-1, 1]: the kind of room, one-hot; share of rooms still to come; has key; its colour; row and column of
     the agent and of the key in this room (the last room's has none: 0); row of the way on, that is the exit or the door
@@ -89,7 +89,7 @@ class MultiRoomKeyDoor(BatchedGridworld):
         require_integer("num_distractors", num_distractors, 0)
         steps_needed = (num_rooms + 1) * (2 * room_size - 1)  # once through each room, and the first one twice
         limit = 4 * steps_needed if time_limit is None else time_limit
-        require_integer("time_limit", limit, steps_needed, None, "the longest way must fit; None is four times that")
+        require_integer("time_limit", limit, steps_needed, None, "it bounds the longest way; None is four times that")
         dials = {
             "num_rooms": num_rooms,
             "min_rooms": fewest,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from envs.arguments import refuse, require_integer, require_number
-from envs.gridworlds.batched import BatchedGridworld
+from envs.gridworlds.batched import SUCCESS_MARGIN, BatchedGridworld
 from envs.timestep import EnvSpec, TimeStep
 
 RIGHT, UP, LEFT, DOWN = range(4)  # Ni et al.'s order
@@ -63,11 +63,11 @@ class _TMaze(BatchedGridworld):
         require_number("penalty", cost, 0.0, 1.0, "it is subtracted; 0 turns it off")
         wasted = limit - 1 - shortest  # most steps that an episode which still succeeds can be fined for
         worst_success = 1.0 - cost * wasted
-        if worst_success <= 0.0:  # the return of the best failure
+        if worst_success < SUCCESS_MARGIN:  # the best failure returns 0
             refuse(
                 "penalty",
                 cost,
-                f"below {1 / wasted:g}, so that a late success beats a failure",
+                f"up to {(1 - SUCCESS_MARGIN) / wasted:g}, so that a late success beats a failure",
                 "lower it, or time_limit, or leave it None",
             )
         dials = {

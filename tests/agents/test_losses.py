@@ -25,6 +25,8 @@ def test_normalised_advantages_have_mean_0_and_deviation_1_where_they_count(gene
     chosen = advantages[valid]
     torch.testing.assert_close(found, (chosen - chosen.mean()) / chosen.std(correction=0))
     assert torch.equal(normalized_advantages(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)), torch.zeros(2, 2))
+    alone = torch.tensor([[True, False]])  # has nothing to be better than
+    assert normalized_advantages(torch.tensor([[-50.0, 0.0]]), alone)[alone].item() == 0.0
 
 
 def test_advantages_of_several_processes_are_normalised_together(generator):

@@ -416,6 +416,20 @@ def test_learns_to_remember_the_cue_of_a_short_maze(configure, algorithm, steps)
     assert success > 0.9
 
 
+def test_a_loaded_learner_has_the_entropy_cost_that_it_was_saved_with(configure):
+    """Which is annealed, and part of the losses whose credit `scripts/horizon.py` measures."""
+    config = configure(algorithm={**A2C, "anneal_entropy": True})
+    trainer, loaded = Trainer(config), Trainer(config)
+    for _ in range(5):
+        trainer.update()
+    loaded.load_state_dict(trainer.state_dict() | {"step": trainer.step})
+    assert (
+        loaded.learner.entropy_cost
+        == trainer.learner.entropy_cost
+        == pytest.approx(0.8 * config.algorithm.entropy_cost)
+    )
+
+
 def test_the_running_means_are_over_all_updates_since_the_last_row(configure):
     means = train_module._RunningMeans()
     for value in (1.0, 3.0):

@@ -189,8 +189,20 @@ def test_discrete_observations_become_one_hot():
     assert env.step(zeros(env)).observation.tolist() == [[0, 1, 0, 0]]
 
 
-def test_actions_are_counted_from_zero():
-    env = GymnasiumEnvs([Counter(action_space=spaces.Discrete(3, start=-1))], seed=0)
+def test_images_are_divided_by_the_highest_value_that_their_space_has():
+    def scale(high, dtype=np.uint8):
+        return GymnasiumEnvs([Counter(spaces.Box(0, high, (10, 10, 4), dtype))], seed=0).spec.observation_scale
+
+    assert scale(1) == 1.0 and scale(255) == 255.0 and scale(1, np.float32) == 255.0
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_actions_are_counted_from_zero(vector):
+    def make():
+        return Counter(action_space=spaces.Discrete(3, start=-1))
+
+    env = GymnasiumVector(SyncVectorEnv([make]), seed=0) if vector else GymnasiumEnvs([make()], seed=0)
+    assert env.spec.num_actions == 3
     env.reset()
     assert env.step(torch.tensor([0])).discount == 1 and env.step(torch.tensor([2])).discount == 0  # -1, and 1
 
@@ -488,6 +500,14 @@ def test_dm_images_stay_bytes():
     spec = {"board": specs.Array((4, 5, 3), np.uint8)}
     env = DmEnvs([Catch(observe=lambda ball, paddle: {"board": np.ones((4, 5, 3), np.uint8)}, spec=spec)])
     assert env.reset().observation.shape == (1, 3, 4, 5) and env.spec.observation_dtype == torch.uint8
+
+
+def test_discrete_dm_observations_become_one_hot():
+    spec = specs.DiscreteArray(5)
+    env = DmEnvs([Catch(observe=lambda ball, paddle: np.int64(3), spec=spec)])
+    assert env.spec.observation_shape == (5,) and env.spec.observation_dtype == torch.float32
+    assert env.reset().observation.tolist() == [[0, 0, 0, 1, 0]]
+    assert env.step(zeros(env)).observation.tolist() == [[0, 0, 0, 1, 0]]
 
 
 def test_unsupported_dm_specs_are_named():

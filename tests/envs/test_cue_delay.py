@@ -94,6 +94,6 @@ def test_without_a_delay_nothing_has_changed():
 @pytest.mark.parametrize("delay", [-1, 4, 1.5])
 def test_the_cue_comes_before_the_shortest_corridor_ends(delay):
     with pytest.raises(
-        ValueError, match=r"max_cue_delay must be an integer in \[0, 3\], got .*: the cue must come before"
+        ValueError, match=r"max_cue_delay: found .*; allowed an integer from 0 to 3; the cue must come before"
     ):
         PassiveTMaze(num_envs=1, seed=0, **{**DIALS, "max_cue_delay": delay})

@@ -93,6 +93,15 @@ def test_gymnasium_tells_a_time_limit_from_an_end():
         env.unwrapped.step(UP)
 
 
+def test_without_a_seed_every_environment_has_episodes_of_its_own():
+    makers = (make, lambda name: gymnasium.make_vec(f"dni_rl/{name}-v0", num_envs=1, **DIALS[name]))
+    for maker in makers:
+        # cue and two distractors of each first step: that two agree by chance has a probability of 2^-192
+        one, other = (np.stack([env.reset()[0] for _ in range(64)]) for env in (maker("PassiveTMaze") for _ in "ab"))
+        assert (one != other).any()
+        assert (one != one[0]).any()  # nor does an environment repeat itself
+
+
 def test_observations_stay_as_they_were_returned():
     env = make("PassiveTMaze")
     kept = [env.reset(seed=0)[0], *(env.step(RIGHT)[0] for _ in range(3))]
@@ -235,7 +244,10 @@ def test_dm_env_tells_a_time_limit_from_an_end():
     ("kwargs", "message"),
     [
         ({"name": "TMaze"}, r"^name must be one of \['ActiveTMaze', 'KeyToDoor', .*'PassiveTMaze', .*\], got 'TMaze'$"),
-        ({"name": "PassiveTMaze", "corridor_length": 0}, r"^corridor_length must be an integer of at least 1, got 0"),
+        (
+            {"name": "PassiveTMaze", "corridor_length": 0},
+            r"^corridor_length: found 0; allowed an integer of at least 1",
+        ),
         ({"name": "PassiveTMaze", "render_mode": "human"}, r"^render_mode must be None .*, got 'human'$"),
     ],
 )

@@ -247,6 +247,21 @@ def test_the_worst_success_beats_the_best_failure(cls, penalty):
     assert (worst > 0).all() and env.spec.success_reward > 0
 
 
+def test_the_highest_fine_leaves_more_between_success_and_failure_than_rounding():
+    """Statistics of episodes allow for 1e-6, which must not make a success of a failure that returns 0."""
+    assert PassiveTMaze(num_envs=1, seed=0, penalty=0.047614).spec.success_reward > 1e-5
+    assert MemoryCorridor(5, num_envs=1, seed=0, penalty=0.07691).spec.success_reward > 1e-5
+    for cls, dials in ((PassiveTMaze, {"penalty": 0.047619}), (MemoryCorridor, {"length": 5, "penalty": 0.076923})):
+        with pytest.raises(ValueError, match="penalty: found .*; allowed up to"):
+            cls(num_envs=1, seed=0, **dials)
+
+
+def test_apples_that_are_worth_as_much_as_the_door_leave_no_success_to_tell():
+    dials = {"num_envs": 1, "seed": 0, "num_apples": 8, "door_reward": 1.0}
+    assert KeyToDoor(distractor_length=5, apple_reward=0.1249999, **dials).spec.success_reward is None
+    assert KeyToDoor(distractor_length=5, apple_reward=0.12, **dials).spec.success_reward == pytest.approx(0.98)
+
+
 def test_lengths_are_uniform_and_the_corridor_is_featureless():
     env = PassiveTMaze(6, num_envs=2000, seed=0, min_corridor_length=3)
     steps = [env.reset(), *act(env, *[RIGHT] * 6)]
@@ -402,7 +417,7 @@ def test_a_return_that_cannot_tell_success_is_not_offered():
         ),
         (PassiveTMaze, {"penalty": -0.1}, r"^penalty: found -0\.1; allowed a number from 0 to 1; .* 0 turns it off"),
         (PassiveTMaze, {"penalty": "0"}, r"^penalty: found '0'; allowed a number from 0 to 1"),
-        (PassiveTMaze, {"penalty": 0.5}, r"^penalty: found 0\.5; allowed below 0\.047619, .*; lower it"),
+        (PassiveTMaze, {"penalty": 0.5}, r"^penalty: found 0\.5; allowed up to 0\.0476143, .*; lower it"),
         (PassiveTMaze, {"num_envs": 0}, r"^num_envs: found 0; allowed an integer of at least 1"),
         (PassiveTMaze, {"seed": -1}, r"^seed: found -1; allowed an integer from 0 to \d+"),
         (KeyToDoor, {"distractor_length": -1}, r"^distractor_length: found -1; allowed an integer of at least 0"),
@@ -439,7 +454,7 @@ def test_a_return_that_cannot_tell_success_is_not_offered():
         (
             MultiRoomKeyDoor,
             {"num_rooms": 2, "time_limit": 14},
-            r"^time_limit: found 14; allowed .* at least 15; the longest",
+            r"^time_limit: found 14; allowed .* at least 15; it bounds the longest",
         ),
         (MemoryCorridor, {"length": 2}, r"^length: found 2; allowed an integer of at least 3; a shorter corridor"),
         (
@@ -456,7 +471,7 @@ def test_a_return_that_cannot_tell_success_is_not_offered():
         (
             MemoryCorridor,
             {"length": 5, "penalty": 0.1},
-            r"^penalty: found 0\.1; allowed below 0\.0769231, .*; lower it",
+            r"^penalty: found 0\.1; allowed up to 0\.0769154, .*; lower it",
         ),
     ],
 )

@@ -127,15 +127,22 @@ def test_behind_the_third_cell_nothing_tells_the_cue_and_all_come_the_same_way()
 
 @pytest.mark.parametrize("penalty", [None, 0.0, 0.02])
 def test_the_worst_success_beats_the_best_failure(penalty):
-    env = MemoryCorridor(5, num_envs=64, seed=0, start_distance=3, penalty=penalty)
-    step, total, needed = env.reset(), torch.zeros(64), 5 + 3 + 2 + 2
-    while not step.last.any():
-        left = (column(env, step, "time_left") * env.time_limit).round()
-        spins = torch.full((64,), TURN_LEFT)
-        step = env.step(torch.where(left > needed, spins, env.reference_policy()))
+    """The worst starts nearest to the junction, runs against its wall and takes the right object in the last step."""
+    env = MemoryCorridor(5, num_envs=256, seed=0, min_length=3, start_distance=3, penalty=penalty)
+    step, total = env.reset(), torch.zeros(256)
+    distance = (column(env, step, "distance") * 5).round()
+    side = column(env, step, "side")
+    fines = (env.time_limit - 2 - distance) * (1 / env.time_limit if penalty is None else penalty)
+    assert distance.min() == 0
+    for left in range(env.time_limit, 0, -1):
+        assert not step.last.any()
+        turns = torch.where(side > 0, TURN_LEFT, TURN_RIGHT)
+        step = env.step(turns if left == 2 else torch.full((256,), FORWARD))
         total += step.reward
-        assert (total[step.last] >= env.spec.success_reward).all()
-    assert env.spec.success_reward > 0 and step.last.any()
+    assert (step.discount == 0).all()
+    torch.testing.assert_close(total, 1 - fines)
+    assert (total >= env.spec.success_reward).all()
+    assert env.spec.success_reward > 0  # the best failure takes the wrong object at once, for which nobody is fined
 
 
 def test_lengths_are_uniform():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from envs import make
 from envs.adapters import gymnasium_vector
 from envs.minigrid import MINIGRID_SIZES, FastView, image_view, minigrid_context, minigrid_view
 
@@ -88,6 +89,20 @@ def test_the_packages_view_can_be_asked_for():
     envs = [gymnasium_vector("MiniGrid-MemoryS7-v0", 2, seed=0, fast_view=fast) for fast in (True, False)]
     assert [isinstance(env.envs[0].unwrapped.gen_obs, FastView) for env in envs] == [True, False]
     assert torch.equal(*(env.reset().observation for env in envs))
+
+
+def test_a_success_at_the_last_step_counts_and_running_out_of_time_does_not():
+    left, right, forward, done = 0, 1, 2, 6
+    env = make("MiniGrid-Empty-5x5-v0", num_envs=1, seed=0, max_steps=10)
+    threshold = env.spec.success_reward
+    for way in ([done] * 5 + [forward, forward, right, forward, forward], [left] * 10):
+        env.reset()
+        steps = [env.step(torch.tensor([action])) for action in way]
+        assert [step.last.item() for step in steps] == [False] * 9 + [True]
+        total = sum(step.reward.item() for step in steps)
+        arrived = way[0] == done
+        assert total == pytest.approx(0.1 if arrived else 0.0)  # 1 - 0.9 * (share of the time used)
+        assert (total >= threshold) == arrived
 
 
 def test_planes_are_rows_and_columns():
