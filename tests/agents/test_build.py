@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import dni_rl
-from agents.build import build_core, build_critic, build_environment, build_model, build_torso, spread_seeds
+from agents.build import (
+    build_core,
+    build_critic,
+    build_environment,
+    build_interfaces,
+    build_model,
+    build_torso,
+    spread_seeds,
+)
 from agents.config import CriticConfig, EnvConfig, ModelConfig
 from agents.model import ScaledImages
 from agents.parallel import Workers
@@ -135,29 +143,77 @@ def test_chrono_initialisation_reaches_the_core():
     assert biases[0][forget].mean() < 1 < 4 < biases[1][forget].mean()
 
 
-def test_the_critic_is_the_one_of_the_configuration():
-    model = build_model(ModelConfig(), VECTOR)
-    assert build_critic(CriticConfig(), model, VECTOR) is None
-    settings = CriticConfig(
-        kind="dni",
-        hidden_sizes=(),
-        gradient_discount=0.5,
-        scale=0.1,
-        max_norm_ratio=2.0,
-        dense_targets=False,
-        normalize_targets=False,
-        warmup_updates=3,
-    )
-    for kind, context_size in (("dni", 0), ("cdni", 7)):
-        critic = build_critic(replace(settings, kind=kind), model, VECTOR)
-        assert critic.state_sizes == model.core.state_sizes
-        assert critic.context_size == context_size
-        ahead = build_critic(replace(settings, kind=kind, future_steps=3), model, VECTOR)
-        assert ahead.context_size == context_size + 3 * (model.core.input_size + 1)
-        for name in (
-            "gradient_discount", "scale", "max_norm_ratio", "dense_targets", "normalize_targets", "warmup_updates"
-        ):  # fmt: skip
-            assert getattr(critic, name) == getattr(settings, name)
+# Away from both the defaults of a configuration and those of the classes.
+OF_CRITICS = {
+    "gradient_discount": 0.5,
+    "scale": 0.1,
+    "max_norm_ratio": 2.0,
+    "normalize_targets": False,
+    "warmup_updates": 3,
+    "slow_copy_rate": 0.25,
+    "yardstick_interval": 5,
+}
+
+
+def _widths(critic):
+    return [layer.out_features for layer in critic.net.modules() if isinstance(layer, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "at_steps"),
+    [
+        ({"dense_targets": True, "targets_per_window": 4, "target_lambda": 1.0}, 4),
+        ({"dense_targets": True, "targets_per_window": 4, "target_lambda": 0.5}, None),
+        ({"dense_targets": False, "targets_per_window": 4, "target_lambda": 1.0}, None),
+    ],
+    ids=["thinned out", "mixed", "at the start"],
+)
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        *((kind, dni_rl.GradientCritic) for kind in ("dni", "cdni", "dni_aux", "bp_lambda")),
+        ("loss_critic", dni_rl.LossCritic),
+        ("sobolev", dni_rl.SobolevCritic),
+    ],
+)
+def test_the_critic_is_the_one_of_the_configuration(kind, expected, targets, at_steps):
+    model = build_model(ModelConfig(hidden_size=6), VECTOR)
+    settings = CriticConfig(kind=kind, hidden_sizes=(9, 8), **OF_CRITICS, **targets)
+    critic = build_critic(settings, model, VECTOR)
+    assert type(critic) is expected
+    assert critic.state_sizes == model.core.state_sizes
+    context_size = 7 if kind == "cdni" else 0
+    assert (critic.context_size, critic.normalize_context) == (context_size, False)
+    assert _widths(critic)[1:3] == [9, 8]  # behind the linear path
+    wanted = {**OF_CRITICS, **targets, "targets_per_window": at_steps}
+    assert {name: getattr(critic, name) for name in wanted} == wanted
+    assert 9 not in _widths(build_critic(replace(settings, hidden_sizes=()), model, VECTOR))
+    ahead = build_critic(replace(settings, future_steps=3), model, VECTOR)
+    added = 3 * (model.core.input_size + 1)
+    assert (ahead.context_size, ahead.normalize_context) == (context_size + added, False)
+    past = build_critic(replace(settings, past_steps=(10, 100)), model, VECTOR)
+    added = 2 * (model.observed_size + 1)
+    assert (past.context_size, past.normalize_context) == (context_size + added, True)
+
+
+@pytest.mark.parametrize("kind", ["none", "rtrl"])
+def test_without_a_critic_there_is_none(kind):
+    assert build_critic(CriticConfig(kind=kind), build_model(ModelConfig(), VECTOR), VECTOR) is None
+
+
+def test_critics_of_interfaces_are_those_of_the_configuration():
+    model = build_model(ModelConfig(core="multi_timescale", periods=(1, 2, 4), level_sizes=(3, 4, 5)), VECTOR)
+    settings = CriticConfig(kind="cdni", interfaces=True, hidden_sizes=(9, 8), **OF_CRITICS)
+    critics = build_interfaces(settings, model)
+    assert [critic.state_sizes for critic in critics] == [(3,), (4,)]  # of the messages upwards
+    # what belongs to cuts in time is left out
+    cuts = {"gradient_discount": 1.0, "max_norm_ratio": None, "target_lambda": 1.0, "context_size": 0}
+    shared = {name: OF_CRITICS[name] for name in ("normalize_targets", "scale", "warmup_updates", "slow_copy_rate")}
+    for critic in critics:
+        assert type(critic) is dni_rl.GradientCritic and _widths(critic)[1:3] == [9, 8]
+        assert {name: getattr(critic, name) for name in cuts | shared} == cuts | shared
+    assert build_interfaces(replace(settings, interfaces=False), model) == []
+    assert build_interfaces(settings, build_model(ModelConfig(), VECTOR)) == []
 
 
 def test_a_conditioned_critic_needs_a_context_and_no_other_kind_does():

@@ -14,6 +14,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from agents import credit as credit_module
 from agents import train as train_module
+from agents.build import spread_seeds
 from agents.checkpoint import load_checkpoint, rng_state
 from agents.config import CriticConfig, from_dict
 from agents.credit import (
@@ -179,15 +180,19 @@ def _sequences(trainer, seed):
     return _as_windows(rollout, trainer.learner, averages)
 
 
-def test_the_sequences_share_no_random_stream_with_the_run(tmp_path):
+def test_the_sequences_share_no_random_stream_with_the_run(tmp_path, monkeypatch):
     trainer = trained(tmp_path, updates=0, algorithm={"rollout_length": 32, "bptt_horizon": 4}, credit_num_envs=4)
     trainer.actor.collect()
     rollout = trainer.actor.collect()
     windows = _sequences(trainer, trainer.config.run.seed)
     assert windows.observation.shape == rollout.observation[:-1].shape
-    assert not torch.equal(windows.observation, rollout.observation[:-1])
+    of_run = rollout.observation[:-1, :, 3:]  # distractors, which do not depend on what was done
+    assert not torch.equal(windows.observation[..., 3:], of_run)
     assert not torch.equal(windows.action, rollout.action)
     assert not windows.first[0].all()  # they begin in the middle of episodes
+    monkeypatch.setattr(credit_module, "spread_seeds", lambda seed, _: spread_seeds(seed, 2))
+    from_seed_of_run = _sequences(trainer, trainer.config.run.seed)
+    assert torch.equal(from_seed_of_run.observation[..., 3:], of_run)  # so that the above says something
 
 
 # What is measured

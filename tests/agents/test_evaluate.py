@@ -167,6 +167,13 @@ def test_the_policy_of_a_run_plays_new_episodes(run):
     assert len(evaluate(policy.model, env, 5).returns) == 5
 
 
+def test_episodes_depend_on_the_seed_of_the_evaluation(run):
+    _, make_environment = load_policy(run_directory(run))
+    # the cues of first steps, before anything was done
+    one, same, other = (make_environment(64, seed).reset().observation for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
 # Video
 
 

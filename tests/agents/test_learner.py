@@ -415,6 +415,21 @@ def test_a_resumed_learner_goes_on_with_its_count_of_updates():
     assert "sg/loss" not in other.update(rollout)
 
 
+def test_the_clip_ratio_bounds_the_epochs_after_the_first():
+    (rollout,) = act(make_model())
+    clipped, parameters = [], []
+    for epochs in (1, 4):
+        for clip_ratio in (0.01, 0.5):
+            model = make_model()
+            settings = {"epochs": epochs, "minibatches": 1, "learning_rate": 0.02, "clip_ratio": clip_ratio}
+            metrics = make_learner(model, name="ppo", **settings).update(rollout)
+            clipped.append(metrics["losses/clip_fraction"].item())
+            parameters.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*parameters[:2])  # every ratio is 1
+    assert not torch.allclose(*parameters[2:])
+    assert clipped[:2] == [0, 0] and clipped[2] > clipped[3]
+
+
 def test_a_target_kl_ends_the_epochs():
     norms = []
     for target_kl in (None, 1e-9):
@@ -447,6 +462,22 @@ def test_normalised_advantages_count_real_steps_only(monkeypatch):
     assert not valid.all()
     assert advantage[valid].mean().item() == pytest.approx(0, abs=1e-6)
     assert advantage[valid].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("decays", [(0.1, 0.2), (0.0, 0.2), (0.1, 0.0)])
+def test_each_side_has_the_optimiser_of_its_own_settings(decays):
+    model_settings, critic_settings = (
+        {"learning_rate": rate, "adam_betas": betas, "adam_eps": eps, "weight_decay": decay}
+        for rate, betas, eps, decay in zip((0.3, 0.4), ((0.5, 0.6), (0.7, 0.8)), (1e-4, 1e-3), decays, strict=True)
+    )
+    model = make_model()
+    learner = make_learner(model, make_critic(model), critic_settings=critic_settings, **model_settings)
+    for optimizer, settings in ((learner.optimizer, model_settings), (learner.critic_optimizer, critic_settings)):
+        # not Adam, whose decay is an L2 penalty that enters the moments
+        assert type(optimizer) is (torch.optim.AdamW if settings["weight_decay"] else torch.optim.Adam)
+        (group,) = optimizer.param_groups
+        names = {"lr": "learning_rate", "betas": "adam_betas", "eps": "adam_eps", "weight_decay": "weight_decay"}
+        assert {name: group[name] for name in names} == {name: settings[ours] for name, ours in names.items()}
 
 
 @pytest.mark.parametrize(("anneals", "expected"), [(True, [0.25, 0.5]), (False, [1.0, 2.0])])

@@ -252,7 +252,7 @@ def test_the_highest_fine_leaves_more_between_success_and_failure_than_rounding(
     assert PassiveTMaze(num_envs=1, seed=0, penalty=0.047614).spec.success_reward > 1e-5
     assert MemoryCorridor(5, num_envs=1, seed=0, penalty=0.07691).spec.success_reward > 1e-5
     for cls, dials in ((PassiveTMaze, {"penalty": 0.047619}), (MemoryCorridor, {"length": 5, "penalty": 0.076923})):
-        with pytest.raises(ValueError, match="penalty: found .*; allowed up to"):
+        with pytest.raises(ValueError, match=r"penalty: found .*; allowed up to"):
             cls(num_envs=1, seed=0, **dials)
 
 

@@ -1,13 +1,17 @@
 """The asynchronous experiment: its runs, in one process and in several, started by itself and by torchrun."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dni_rl import data
+from dni_rl.distributed import StageReport
 from dni_rl.experiments import asynchronous, images
 
 pytestmark = pytest.mark.timeout(60)
@@ -106,6 +110,27 @@ def test_critics_have_a_learning_rate_of_their_own_in_every_run(tmp_path, monkey
     assert asynchronous.make_config("laptop", arm="dni") == asynchronous.make_config(
         "laptop", arm="dni", critic_learning_rate=images.make_config("laptop", arm="dni").critic_learning_rate
     )
+
+
+def test_runs_with_processes_learn_from_the_train_split_and_are_tested_on_the_other(tmp_path, monkeypatch):
+    pictures = images.load("synthetic", "train").images[:64]
+    splits = {split: data.Images(pictures, torch.full((64,), i)) for i, split in enumerate(("train", "test"))}
+    monkeypatch.setattr(images, "load", lambda _, split: splits[split])
+    alone = SimpleNamespace(rank=0, device=torch.device("cpu"), barrier=lambda: None)
+    monkeypatch.setattr(asynchronous, "connect", lambda *_, **__: contextlib.nullcontext(alone))
+    learned_from, found = [], []
+
+    def pipeline(net, _, batches, *__, **___):
+        learned_from.extend(label for *_, labels in batches for label in labels.tolist())
+        net.layers[-1].bias.data[1] = 1e3  # takes everything for the class that the test split is of
+        return [StageReport(2, 1.0, 0.0, 0.0, 1.0, {0: 2}, (0.5,), (1.0, 1.0))] * 3
+
+    monkeypatch.setattr(asynchronous, "train_pipeline", pipeline)
+    monkeypatch.setattr(asynchronous, "add_result", lambda folder, run, row: found.append(row["test_error"]))
+    config = asynchronous.make_config("smoke", num_steps=2)
+    todo = [asynchronous.Run(arm="cdni", processes=3, max_staleness=1)]
+    asynchronous.run_in_processes(config, todo, tmp_path, tensorboard=False)
+    assert learned_from == [0] * 64 and found == [0.0]
 
 
 def torchrun(processes, *arguments):

@@ -133,6 +133,30 @@ def test_a_batch_is_augmented_by_seed_and_step_alone():
     assert not torch.equal(first, images.Batches(train, 32, 1, "cpu", augment=True)[3][0])
 
 
+def test_a_run_is_tested_on_the_test_split_with_running_statistics(monkeypatch):
+    train = images.load("synthetic", "train")
+    splits = {"train": train, "test": data.Images(train.images.flip(0), (train.labels + 1) % 10)}
+    monkeypatch.setattr(images, "load", lambda _, split: splits[split])
+    training = images.Training(images.make_config("smoke", num_layers=3))
+    for _ in range(20):
+        training.update()
+    net = training.experiment.net
+
+    def error(split):
+        with torch.no_grad():
+            return (net(images.pixels(splits[split].images)).argmax(-1) != splits[split].labels).float().mean().item()
+
+    net.eval()
+    of_train, of_test = error("train"), error("test")
+    before = {name: p.clone() for name, p in net.layers.state_dict().items()}
+    net.train()
+    found = training.evaluation()["test/error"]
+    assert found == pytest.approx(of_test, abs=1e-6) and net.training
+    assert all(torch.equal(p, before[name]) for name, p in net.layers.state_dict().items())
+    # with either mistake it would be another
+    assert abs(of_train - of_test) > 0.01 < abs(error("test") - of_test)
+
+
 def convolutional(arm="dni", **settings):
     config = images.make_config("smoke", **{**GREEDY, **settings}, arm=arm)
     return images.Experiment(config, 3 * 32 * 32), config

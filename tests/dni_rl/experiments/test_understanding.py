@@ -260,6 +260,28 @@ def test_a_deep_net_learns_and_its_layers_are_described(arm, tmp_path):
         assert layer["within"] < layer["between"] and 0 < layer["probe_error"] < 0.8
 
 
+@pytest.mark.parametrize("part", ["rdm", "signals"])
+def test_a_deep_net_is_tested_on_the_test_split_with_running_statistics(part, tmp_path, monkeypatch):
+    pictures = images.load("synthetic", "train").images[:64]
+    splits = {split: data.Images(pictures, torch.full((64,), i)) for i, split in enumerate(("train", "test"))}
+    monkeypatch.setattr(images, "load", lambda _, split: splits[split])
+    run = Deep(small(part), tmp_path)
+    run.layers[-1].bias.data[-1 if part == "signals" else 1] = 1e3  # takes everything for the class of the test split
+    before = {name: p.clone() for name, p in run.net.state_dict().items()}
+    assert run.evaluate() == 0.0 and run.evaluation()["test/error"] == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in run.net.state_dict().items())
+
+
+def test_probes_are_fitted_to_the_train_split_and_tested_on_the_other(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 10
+    patterns = torch.randint(256, (10, 1, 8, 8), generator=generator).to(torch.uint8)
+    splits = {"train": data.Images(patterns[labels], labels), "test": data.Images(patterns[labels], (labels + 1) % 10)}
+    monkeypatch.setattr(images, "load", lambda _, split: splits[split])
+    layers = Deep(small("rdm", num_layers=2, hidden_size=40), tmp_path).result()["layers"]
+    assert [layer["probe_error"] for layer in layers] == [1.0, 1.0]  # what they learned is wrong there
+
+
 def test_evaluation_and_alignment_leave_the_net_as_it_is(tmp_path):
     run = Deep(small("signals"), tmp_path)
     run.update()
