@@ -266,7 +266,8 @@ def test_a_deep_net_is_tested_on_the_test_split_with_running_statistics(part, tm
     splits = {split: data.Images(pictures, torch.full((64,), i)) for i, split in enumerate(("train", "test"))}
     monkeypatch.setattr(images, "load", lambda _, split: splits[split])
     run = Deep(small(part), tmp_path)
-    run.layers[-1].bias.data[-1 if part == "signals" else 1] = 1e3  # takes everything for the class of the test split
+    # takes everything for the class of the test split
+    run.layers[-1].linear.bias.data[-1 if part == "signals" else 1] = 1e3
     before = {name: p.clone() for name, p in run.net.state_dict().items()}
     assert run.evaluate() == 0.0 and run.evaluation()["test/error"] == 0.0
     assert all(torch.equal(p, before[name]) for name, p in run.net.state_dict().items())
