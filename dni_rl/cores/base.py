@@ -241,6 +241,32 @@ def select_steps(values: Tensor, steps: Sequence[int]) -> Tensor:
     return torch.stack([values[step] for step in steps])
 
 
+def check_chrono_max(chrono_max: float) -> None:
+    """Raises ValueError unless it is above 2."""
+    if not chrono_max > 2:
+        raise ValueError(f"chrono_max: found {chrono_max}, allowed above 2; it is the longest expected memory in steps")
+
+
+@torch.no_grad()
+def chrono_bias_(bias: Tensor, num_gates: int, memory: float) -> None:
+    """Biases gates towards remembering for 1 to `memory` steps: b_f ~ log U(1, memory - 1), b_i = -b_f, all others 0.
+
+    Tallec & Ollivier, "Can recurrent neural networks warp time?" (2018), sec. 2.2.
+
+    Args:
+        bias: [num_gates * H], in PyTorch's order: input, forget, cell, output of an LSTM; reset, update, new of a GRU, whose update gate
+            is what remembers, and which has no input gate of its own.
+        num_gates: 4 or 3.
+        memory: above 2.
+    """
+    H = len(bias) // num_gates
+    keep = torch.empty(H).uniform_(1.0, memory - 1.0).log().to(bias)
+    bias.zero_()
+    bias[H : 2 * H] = keep
+    if num_gates == 4:
+        bias[:H] = -keep
+
+
 def clear_state(state: State, first: Tensor) -> State:
     """Zeroes the rows of `state` [B, ...] where `first` [B] says that an episode starts; no gradient flows through them."""
     rows = first.unsqueeze(-1)  # what most states need

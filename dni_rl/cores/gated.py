@@ -14,6 +14,8 @@ from dni_rl.cores.base import (
     State,
     StateHistory,
     UnrolledState,
+    check_chrono_max,
+    chrono_bias_,
     clear_state,
     evenly_spaced_steps,
 )
@@ -405,23 +407,15 @@ class _Gated(Core):
         Args:
             chrono_max: the longest dependency expected, in steps of the core; above 2.
         """
-        if not chrono_max > 2:
-            raise ValueError(
-                f"chrono_max: found {chrono_max}, allowed above 2; it is the longest expected memory in steps"
-            )
+        check_chrono_max(chrono_max)
         if not self.rnn.bias:
             raise ValueError("chrono_max: the module was built with bias=False; chrono initialisation sets biases")
-        H = self.rnn.hidden_size
         with torch.no_grad():
             for layer in range(self.num_layers):
                 bias_ih, bias_hh = self._parameters_of(layer)[2:]
                 assert bias_ih is not None and bias_hh is not None
-                keep = torch.log(torch.empty(H).uniform_(1.0, chrono_max - 1.0)).to(bias_ih)
-                bias_ih.zero_()
+                chrono_bias_(bias_ih, self._gates, chrono_max)
                 bias_hh.zero_()
-                bias_ih[H : 2 * H] = keep
-                if self._gates == 4:
-                    bias_ih[:H] = -keep
 
     def _parameters_of(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         rnn, (w_ih, w_hh, b_ih, b_hh) = self.rnn, self._names[layer]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dni_rl.cores.base import Core, State, UnrolledState, unroll_stepwise
+from dni_rl.cores.base import Core, State, UnrolledState, check_chrono_max, chrono_bias_, unroll_stepwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,8 @@ class ElementwiseLSTM(Core):
         super().__init__()
         if input_size < 1 or hidden_size < 1:
             raise ValueError(f"input_size, hidden_size: expected positive integers, got {input_size}, {hidden_size}")
-        if chrono_max is not None and not chrono_max > 2:
-            raise ValueError(
-                f"chrono_max: found {chrono_max}, allowed above 2; it is the longest expected memory in steps"
-            )
+        if chrono_max is not None:
+            check_chrono_max(chrono_max)
         self.input_size, self.output_size = input_size, hidden_size
         self.state_sizes = (hidden_size, hidden_size)
         H = hidden_size
@@ -83,9 +81,7 @@ class ElementwiseLSTM(Core):
         self.weight_hh = nn.Parameter(torch.empty(4 * H).uniform_(-1.0, 1.0))
         self.bias = nn.Parameter(torch.zeros(4 * H))
         if chrono_max is not None:
-            keep = torch.empty(H).uniform_(1.0, chrono_max - 1.0).log()
-            with torch.no_grad():
-                self.bias[:H], self.bias[H : 2 * H] = -keep, keep
+            chrono_bias_(self.bias, 4, chrono_max)
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""

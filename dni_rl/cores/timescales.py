@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, unroll_stepwise
+from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, chrono_bias_, unroll_stepwise
 from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
 from dni_rl.targets import check_weight, per_sequence, scaled_weight
 
@@ -109,7 +109,9 @@ class MultiTimescaleCore(Core):
                     f"chrono_max: found {chrono_max}, allowed above 2; the longest memory in steps, or one for each level"
                 )
             for cell, memory, period in zip(self.levels, memories, self.periods, strict=True):
-                _chrono_init_(cell, memory / period)
+                if memory / period > 2:  # shorter dependencies need no bias
+                    chrono_bias_(cell.get_parameter("bias_ih"), 4, memory / period)
+                    nn.init.zeros_(cell.get_parameter("bias_hh"))
         sizes: list[int] = []
         self._level_slices: list[slice] = []
         for i, size in enumerate(hidden_sizes):
@@ -339,19 +341,6 @@ def fit_interfaces(
         history.clear()
         fits.append(fit)
     return fits
-
-
-def _chrono_init_(cell: nn.Module, ticks: float) -> None:
-    """b_f ~ log U(1, ticks - 1) and b_i = -b_f, the other biases 0; nothing for dependencies of two ticks or less."""
-    assert isinstance(cell, nn.LSTMCell)
-    if ticks <= 2:
-        return
-    H = cell.hidden_size
-    keep = torch.empty(H).uniform_(1.0, ticks - 1.0).log()
-    with torch.no_grad():
-        cell.bias_ih.zero_()
-        cell.bias_hh.zero_()
-        cell.bias_ih[:H], cell.bias_ih[H : 2 * H] = -keep, keep
 
 
 def _history(messages: list[Tensor], heard: list[Tensor]) -> StateHistory:
