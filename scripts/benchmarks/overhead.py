@@ -29,7 +29,8 @@ class StoredRollout:
         if isinstance(core, dni_rl.LSTM) and not fused:
             core.targets_per_window = None
         self.rollout = self.trainer.actor.collect()
-        self._count_windows(2 * DUE_EVERY)  # as later in a run: the yardstick is looked at as often as it will be
+        # As later in a run, behind the first 16 windows, all of which are looked at: of the next DUE_EVERY as many are as of any others.
+        self._count_windows(16 + 2 * DUE_EVERY)
 
     def seconds_per_update(self) -> float:
         """Mean over as many updates as there are from one look at the yardstick to the next."""
@@ -44,7 +45,7 @@ class StoredRollout:
         learner.optimizer.zero_grad(set_to_none=True)
         if learner.critic_optimizer is not None:
             learner.critic_optimizer.zero_grad(set_to_none=True)
-        self._count_windows(3 * DUE_EVERY - 1)  # the next one is due
+        self._count_windows_until_one_is_due()
         held = tensor_bytes(learner.state_dict())
         return held + peak_bytes(lambda: learner.update(self.rollout), self.device)
 
@@ -54,6 +55,15 @@ class StoredRollout:
 
     def _count_windows(self, seen: int) -> None:
         for critic in self.learner.critics:
+            critic.set_extra_state({"windows_seen": seen})
+
+    def _count_windows_until_one_is_due(self) -> None:
+        for critic in self.learner.critics:
+            assert isinstance(critic, dni_rl.ErrorCritic)
+            seen = 16 + 3 * DUE_EVERY
+            critic.set_extra_state({"windows_seen": seen})
+            while critic.max_norm_ratio is not None and not critic.window_is_due():
+                seen += 1
             critic.set_extra_state({"windows_seen": seen})
 
 
