@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from envs.adapters import checked_actions, environment_seeds
-from envs.arguments import refuse, require_flag, require_integer, require_number
+from envs.arguments import DEFAULT, refuse, require_flag, require_integer, require_number
 from envs.timestep import EnvSpec, TimeStep
 
 
@@ -96,7 +96,7 @@ class Atari:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         require_integer("frame_stack", frame_stack, 1)
         require_integer("frame_skip", frame_skip, 1)
-        require_integer("max_frames", max_frames, frame_skip, way_out="an action takes frame_skip of them")
+        require_integer("max_frames", max_frames, frame_skip, way_out=f"an action takes frame_skip of them; {DEFAULT}")
         require_integer("noop_max", noop_max, 0)
         require_integer("num_threads", num_threads, 0)
         for name, probability in {"sticky_actions": sticky_actions, "flicker_probability": flicker_probability}.items():

@@ -265,7 +265,7 @@ def test_bad_settings_are_named(setting):
         ("frame_skip", "4x", "an integer of at least 1"),
         ("frame_skip", 2.5, "an integer of at least 1"),
         ("frame_stack", True, "an integer of at least 1"),
-        ("max_frames", None, "an integer of at least 4; an action takes frame_skip"),
+        ("max_frames", None, "an integer of at least 4; an action takes frame_skip of them"),
         ("num_threads", "many", "an integer of at least 0"),
         ("noop_max", [1], "an integer of at least 0"),
         ("sticky_actions", None, "a number from 0 to 1"),
