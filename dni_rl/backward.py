@@ -6,10 +6,11 @@ losses = my_losses(outputs, batch)                          # [T, B], one loss p
 report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, alive=alive)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
 from dni_rl.critics import ErrorCritic, Window
 from dni_rl.targets import HALF_PRECISION, check_alive, check_weight, per_sequence
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def cut(state: State) -> State:
@@ -70,6 +74,23 @@ class Report:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def in_own_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """A function of losses that runs outside of autocast, since gradients have a precision of their own, and between compiled graphs,
+    which would lose the hooks that targets come from."""
+
+    @wraps(function)
+    def plainly(losses: Tensor, *arguments: P.args, **settings: P.kwargs) -> R:
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and not torch.is_autocast_enabled(losses.device.type):
+            return function(losses, *arguments, **settings)
+        as_written = torch.compiler.disable(function) if is_compiling else function
+        with torch.autocast(losses.device.type, enabled=False):
+            return as_written(losses, *arguments, **settings)
+
+    return plainly
+
+
+@in_own_precision
 def backward(
     losses: Tensor,
     *,
@@ -125,21 +146,6 @@ def backward(
         RuntimeError: if `start` is not from `cut`, gradients are switched off, `end` does not depend on the graph, or the core did
             not record the steps at which the critic learns.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(losses.device.type):
-        # A compiled graph would lose the hooks that targets come from, and gradients have a precision of their own.
-        plainly = torch.compiler.disable(backward) if torch.compiler.is_compiling() else backward
-        with torch.autocast(losses.device.type, enabled=False):
-            return plainly(
-                losses,
-                start=start,
-                end=end,
-                critic=critic,
-                alive=alive,
-                context=context,
-                weight=weight,
-                fit=fit,
-                scaler=scaler,
-            )
     T, B = _check(losses, start, end, critic, alive, context, weight, fit)
     if weight is None:
         weight = 1.0 / (T * B)

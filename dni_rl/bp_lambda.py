@@ -9,7 +9,7 @@ costs state times critic parameters.
 import torch
 from torch import Tensor
 
-from dni_rl.backward import Report
+from dni_rl.backward import Report, in_own_precision
 from dni_rl.cores.base import Core, State
 from dni_rl.critics import GradientCritic
 from dni_rl.targets import check_alive, check_weight, per_sequence
@@ -41,6 +41,7 @@ def bp_lambda_trace(critic: GradientCritic, batch_size: int, *, max_bytes: int =
     return head.weight.new_zeros(batch_size, S, S, features)
 
 
+@in_own_precision
 def bp_lambda_backward(
     losses: Tensor,
     *,
@@ -98,23 +99,6 @@ def bp_lambda_backward(
         ValueError: if the critic is not as above, shapes disagree, lambda_ is out of range, or the weight is not one positive number.
         RuntimeError: if `start` is not from `cut`, or `losses` or `end` have no graph.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(losses.device.type):
-        # As `dni_rl.backward`: gradients and traces have a precision of their own.
-        plainly = torch.compiler.disable(bp_lambda_backward) if torch.compiler.is_compiling() else bp_lambda_backward
-        with torch.autocast(losses.device.type, enabled=False):
-            return plainly(
-                losses,
-                start=start,
-                end=end,
-                critic=critic,
-                trace=trace,
-                lambda_=lambda_,
-                first=first,
-                alive=alive,
-                context=context,
-                weight=weight,
-                jacobian=jacobian,
-            )
     head = _linear_head(critic)
     _check(losses, start, end, critic, trace, lambda_, first, alive, context, jacobian)
     check_weight(weight)

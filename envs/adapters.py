@@ -521,9 +521,8 @@ def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder 
         )
     spec = _spec_of(encoder(example), int(action_space.n))
     if isinstance(observation_space, spaces.Box) and observation_space.dtype == np.uint8 == example.dtype:
-        highest = float(
-            observation_space.high.max()
-        )  # of planes of 0 and 1, say, 255 would all but erase what they show
+        # of planes of 0 and 1, say, 255 would all but erase what they show
+        highest = float(observation_space.high.max())
         spec = dataclasses.replace(spec, observation_scale=highest or spec.observation_scale)
     return spec, encoder, int(action_space.start)
 
@@ -543,7 +542,7 @@ def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], i
         raise ValueError(f"the reward spec is {env.reward_spec()}, but only a scalar reward is supported")
     observation_spec = env.observation_spec()
     leaves = _leaves(observation_spec)
-    if len(leaves) == 1 and type(leaves[0]).__name__ == "DiscreteArray":
+    if len(leaves) == 1 and hasattr(leaves[0], "num_values"):
         one_hot = _one_hot_encoder(int(leaves[0].num_values), 0)
         spec = _spec_of(one_hot(np.zeros(1, np.int64)), num_actions)
         return spec, one_hot, lambda observation: np.asarray(_leaves(observation)[0]), start

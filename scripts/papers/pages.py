@@ -213,9 +213,8 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
     }
     text = page_text(page, content, pictures, absent)
     _, mark, reading = earlier.partition(READING)
-    write_text(
-        beside, json.dumps({"presets": content}, indent=None) + "\n"
-    )  # first: without it nothing can be made again
+    # first: without it nothing can be made again
+    write_text(beside, json.dumps({"presets": content}, indent=None) + "\n")
     write_text(file, text + (f"\n{mark}{reading}" if mark else ""))
     of_presets = []
     for preset, sections in content.items():

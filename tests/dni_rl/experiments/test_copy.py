@@ -221,19 +221,6 @@ def test_the_auxiliary_task_aims_at_the_synthetic_gradients_of_the_next_window()
                 torch.testing.assert_close(target[t - T], expected)
 
 
-def test_the_auxiliary_task_is_told_of_the_window_that_is_read_next():
-    experiment = copy.Experiment(small(arm="dni_aux"))
-    learner, read, told = experiment.learner, [], []
-    update, later = learner.update, learner._later_synthetic_gradients
-    learner.update = lambda inputs, *rest: read.append(inputs) or update(inputs, *rest)
-    learner._later_synthetic_gradients = lambda end, upcoming: told.append(upcoming) or later(end, upcoming)
-    for _ in range(4):
-        experiment.update()
-    for upcoming, present, following in zip(told, read, read[1:], strict=False):
-        assert torch.equal(upcoming, following) and not torch.equal(following, present)
-    assert len(told) == 4
-
-
 @pytest.mark.parametrize("arm", ["none", "dni", "timescales"])
 def test_the_state_is_carried_from_window_to_window(arm):
     experiment = copy.Experiment(small(arm=arm, learning_rate=1e-12))

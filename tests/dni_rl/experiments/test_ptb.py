@@ -111,19 +111,6 @@ def test_bits_per_character_match_a_second_computation_and_carry_the_state():
     assert experiment.evaluate("valid", 7) == pytest.approx(cleared, abs=1e-12)
 
 
-def test_the_auxiliary_task_is_told_of_the_window_that_is_read_next():
-    experiment = ptb.Experiment(small(arm="dni_aux"))
-    learner, read, told = experiment.learner, [], []
-    update, later = learner.update, learner._later_synthetic_gradients
-    learner.update = lambda inputs, *rest: read.append(inputs) or update(inputs, *rest)
-    learner._later_synthetic_gradients = lambda end, upcoming: told.append(upcoming) or later(end, upcoming)
-    for _ in range(4):
-        experiment.update()
-    for upcoming, present, following in zip(told, read, read[1:], strict=False):
-        assert torch.equal(upcoming, following) and not torch.equal(following, present)
-    assert len(told) == 4
-
-
 def test_evaluation_leaves_training_alone():
     experiment = ptb.Experiment(small())
     experiment.update()
