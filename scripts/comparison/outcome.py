@@ -180,9 +180,14 @@ def summarise(
             end, area = (
                 interquartile_mean([[row[name] for row in chosen]]) if chosen else None for name in ("end", "area")
             )
+            reached = [row for row in chosen if row["steps_to_bar"] is not None]
             cells[task] = {
                 "dial": matrix["dials"].get(task),
+                "num_finished": len(chosen),
                 "num_failed": num_failed,
+                "num_reached": len(reached),
+                "steps_to_bar": _median(row["steps_to_bar"] for row in reached),
+                "seconds_to_bar": _median(row["steps_to_bar"] / row["steps_per_second"] for row in reached),
                 "end": end,
                 "area": area,
                 "solved": end is not None and not num_failed and end.value >= matrix["bar"],

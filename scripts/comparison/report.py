@@ -44,9 +44,6 @@ def markdown(
         lines.append(f"| {method} | {' | '.join(cells)} | {np.median(speeds) if speeds else 0:,.0f} |")
     budgets = {row["task"]: row["total_steps"] for row in rows}
     lines += ["", "Steps: " + ", ".join(f"{task} {steps:,}" for task, steps in budgets.items()) + "."]
-    reached = [row["steps_to_bar"] for row in rows if row["steps_to_bar"] is not None]
-    if reached:
-        lines += ["", f"Steps at which {bar:g} was first reached: {min(reached):,} to {max(reached):,}."]
     fell = [
         f"{r['method']}, {r['task']}, seed {r['seed']} ({r['best']:.2f} to {r['end']:.2f})"
         for r in rows
@@ -61,7 +58,7 @@ def markdown(
     if failures:
         lines += ["", "Failed: " + "; ".join(f"{name}: {why}" for name, why in failures.items())]
     if any(row["finished"] for row in rows):
-        lines += ["", *_statistics(matrix, summary), "", *_costs(matrix, summary)]
+        lines += ["", *_statistics(matrix, summary), "", *_until_bar(matrix, summary), "", *_costs(matrix, summary)]
         if told := foretelling(matrix, rows):
             lines += ["", *_foretelling(matrix, told)]
     return "\n".join(lines) + "\n"
@@ -102,6 +99,33 @@ def _statistics(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> li
         ]
     else:
         lines += ["", f"Area under the curve: the mean of `{matrix['metric']}` over the run."]
+    return lines
+
+
+def _until_bar(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[str]:
+    """Steps and seconds of training until the bar was first reached, by task."""
+    tasks = list(matrix["tasks"])
+    lines = [
+        f"Until {matrix['bar']:g} was first reached, whether or not it was kept: agent steps, and seconds of training, those steps "
+        "at the run's mean speed, environments included; medians over the finished seeds that reached it, and how many did. Runs side "
+        "by side slow each other down.",
+        "",
+        f"| until {matrix['bar']:g} | {' | '.join(tasks)} |",
+        f"|{'---|' * (len(tasks) + 1)}",
+    ]
+    for row in summary:
+        texts = []
+        for task in tasks:
+            cell = row["tasks"].get(task)
+            if cell is None or not cell["num_finished"]:
+                texts.append("not run" if cell is None else "none finished")
+            elif not cell["num_reached"]:
+                texts.append(f"0 of {cell['num_finished']}")
+            else:
+                texts.append(
+                    f"{cell['steps_to_bar']:,.0f} steps, {cell['seconds_to_bar']:,.0f} s ({cell['num_reached']} of {cell['num_finished']})"
+                )
+        lines.append(f"| {row['method']} | {' | '.join(texts)} |")
     return lines
 
 
