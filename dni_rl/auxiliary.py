@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dni_rl.cores.base import State, UnrolledState
 from dni_rl.critics import ErrorCritic
+from dni_rl.statistics import update_running_mean
 from dni_rl.targets import check_alive
 
 
@@ -172,9 +173,7 @@ class AuxiliaryTask(nn.Module):
         if self._mean is not None:
             total, count = self._mean(torch.stack([square * count, count]))
             square = total / count.clamp_min(torch.finfo(count.dtype).tiny)
-        # Zeros, before the critic predicts anything, are no targets to take a scale from; nor are overflows.
-        step = (1.0 - self.statistics_decay) * (square.isfinite() & (square > 0) & (count > 0)).to(square.dtype)
-        self._square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._square))
-        self._weight.add_(step * (1.0 - self._weight))
-        rms = (self._square / self._weight.clamp_min(torch.finfo(square.dtype).tiny)).sqrt()
+        # Zeros, before the critic predicts anything, are no targets to take a scale from.
+        counts = (square > 0) & (count > 0)
+        rms = update_running_mean(self._square, self._weight, square, 1.0 - self.statistics_decay, counts).sqrt()
         self.target_rms.copy_(torch.where(rms > 0, rms, torch.ones_like(rms)))

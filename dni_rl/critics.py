@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import State, evenly_spaced_steps, select_steps
+from dni_rl.statistics import update_running_mean
 from dni_rl.targets import HALF_PRECISION, lambda_targets
 
 _GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples, modulo 1, are spread evenly, and never repeat
@@ -430,10 +431,8 @@ class ErrorCritic(nn.Module, ABC):
             if self._mean is not None:
                 total, count = self._mean(torch.stack([squares.sum(), square.new_full((), float(len(squares)))]))
                 square = total / count
-            # One overflow, which a gradient scaler expects and skips, must not stay in the statistics.
-            step = (1.0 - self.statistics_decay**stands_for) * square.isfinite().to(square.dtype)
-            self._window_square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._window_square))
-            self._window_weight.add_(step * (1.0 - self._window_weight))
+            step = 1.0 - self.statistics_decay**stands_for
+            update_running_mean(self._window_square, self._window_weight, square, step)
 
     @property
     def window_norm(self) -> Tensor:
@@ -553,10 +552,8 @@ class ErrorCritic(nn.Module, ABC):
         if self._mean is not None:
             square, total = self._mean(torch.cat([square, total.view(1)])).split([len(square), 1])
             total = total.squeeze(0)
-        step = (1.0 - self.statistics_decay) * (square.isfinite().all() & (total > 0))  # 0 without valid rows
-        self._context_square.add_(step * (square.nan_to_num(0.0, 0.0, 0.0) - self._context_square))
-        self._context_weight.add_(step * (1.0 - self._context_weight))
-        rms = (self._context_square / self._context_weight.clamp_min(torch.finfo(square.dtype).tiny)).sqrt()
+        step = 1.0 - self.statistics_decay
+        rms = update_running_mean(self._context_square, self._context_weight, square, step, total > 0).sqrt()
         self.context_rms.copy_(torch.where(rms > 0, rms, torch.ones_like(rms)))  # one that is always 0 stays 0
         return context
 
@@ -842,11 +839,8 @@ class _ValueCritic(ErrorCritic):
         if self._mean is not None:
             moments, total = self._mean(torch.cat([moments, total.view(1)])).split([2, 1])
             total = total.squeeze(0)
-        # One overflow, which a gradient scaler expects and skips, must not stay in the statistics; nor a window without valid rows.
-        step = (1.0 - self.statistics_decay) * (moments.isfinite().all() & (total > 0)).to(moments.dtype)
-        self._loss_moments.add_(step * (moments.nan_to_num(0.0, 0.0, 0.0) - self._loss_moments))
-        self._loss_weight.add_(step * (1.0 - self._loss_weight))
-        mean, square = self._loss_moments / self._loss_weight.clamp_min(torch.finfo(moments.dtype).tiny)
+        step = 1.0 - self.statistics_decay
+        mean, square = update_running_mean(self._loss_moments, self._loss_weight, moments, step, total > 0)
         std = (
             (square - mean.square()).clamp_min(1e-6 * square).sqrt()
         )  # constant losses: no division by next to nothing
