@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
-from dni_rl.critics import ErrorCritic, Window
+from dni_rl.critics import CriticFit, ErrorCritic, Window
 from dni_rl.targets import HALF_PRECISION, check_alive, check_weight, per_sequence
 
 P = ParamSpec("P")
@@ -233,15 +233,20 @@ def backward(
     if fitted.loss.requires_grad:  # not if the critic is frozen
         (fitted.loss if scale is None else fitted.loss * scale).backward()
     with torch.no_grad():
-        return Report(
-            critic_loss=fitted.loss.detach(),
-            explained_variance=fitted.explained_variance,
-            cosine=fitted.cosine,
-            predicted_norm=fitted.predicted_norm,
-            target_norm=fitted.target_norm,
-            synthetic_norm=synthetic_norm,
-            norm_ratio=fitted.predicted_norm / fitted.target_norm.clamp_min(torch.finfo(fitted.target_norm.dtype).tiny),
-        )
+        return report_of(fitted, synthetic_norm)
+
+
+def report_of(fit: CriticFit, synthetic_norm: Tensor) -> Report:
+    """The report of a backward pass after which the critic was fitted so."""
+    return Report(
+        critic_loss=fit.loss.detach(),
+        explained_variance=fit.explained_variance,
+        cosine=fit.cosine,
+        predicted_norm=fit.predicted_norm,
+        target_norm=fit.target_norm,
+        synthetic_norm=synthetic_norm,
+        norm_ratio=fit.predicted_norm / fit.target_norm.clamp_min(torch.finfo(fit.target_norm.dtype).tiny),
+    )
 
 
 def _mixed_gradients(

@@ -9,7 +9,7 @@ costs state times critic parameters.
 import torch
 from torch import Tensor
 
-from dni_rl.backward import Report, in_own_precision
+from dni_rl.backward import Report, in_own_precision, report_of
 from dni_rl.cores.base import Core, State
 from dni_rl.critics import GradientCritic
 from dni_rl.targets import check_alive, check_weight, per_sequence
@@ -150,7 +150,10 @@ def bp_lambda_backward(
         # What comes after the end of a sequence is no error of its predictions, also where steps are left before the next one starts.
         goes_on = jacobian if alive is None else jacobian * alive.to(jacobian.dtype).view(-1, 1, 1)
         trace = torch.bmm(decay * goes_on, trace.flatten(2)).view_as(trace)
-        report = _report(delta, predicted * row, target * row, row.squeeze(-1), torch.cat(synthetic, dim=-1))
+        share = row / rows
+        loss = (share * delta.square()).sum() / delta.shape[-1]
+        fit = critic.describe_fit(loss, loss, predicted * row, target * row, share)
+        report = report_of(fit, torch.cat(synthetic, dim=-1).norm(dim=-1).mean())
     return report, trace
 
 
@@ -205,25 +208,6 @@ def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.requires_grad:
         gradient = gradient.to(parameter.dtype)
         parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
-
-
-def _report(delta: Tensor, predicted: Tensor, target: Tensor, row: Tensor, synthetic: Tensor) -> Report:
-    tiny = torch.finfo(delta.dtype).tiny
-    rows = row.sum().clamp_min(1.0)
-    predicted_norm, target_norm = predicted.norm(dim=-1), target.norm(dim=-1)
-    loss = delta.square().mean(-1).sum() / rows
-    centred = (target - target.sum(0) / rows) * row.unsqueeze(-1)
-    cosine = (predicted * target).sum(-1) / (predicted_norm * target_norm).clamp_min(tiny)
-    counted = row * (target_norm > 0)
-    return Report(
-        critic_loss=loss,
-        explained_variance=1.0 - loss / (centred.square().mean(-1).sum() / rows).clamp_min(tiny),
-        cosine=(counted * cosine).sum() / counted.sum().clamp_min(tiny),
-        predicted_norm=predicted_norm.sum() / rows,
-        target_norm=target_norm.sum() / rows,
-        synthetic_norm=synthetic.norm(dim=-1).mean(),
-        norm_ratio=predicted_norm.sum() / target_norm.sum().clamp_min(tiny),
-    )
 
 
 def _linear_head(critic: GradientCritic) -> torch.nn.Linear:

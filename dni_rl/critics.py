@@ -504,8 +504,16 @@ class ErrorCritic(nn.Module, ABC):
         return self.target_rms if self.normalize_targets else torch.ones_like(self.target_rms)
 
     @torch.no_grad()
-    def _fit(self, loss: Tensor, error: Tensor, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
-        """The report of a fit with this loss; `error` is the mean squared error of gradients, in units of the targets."""
+    def describe_fit(self, loss: Tensor, error: Tensor, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
+        """How well predictions met their targets.
+
+        Args:
+            loss: what the critic minimises.
+            error: the mean squared error of gradients, in units of the targets.
+            predicted: [N, S] gradients.
+            goal: [N, S] their targets.
+            weight: [N, 1], 0 for rows that do not count; they sum to 1.
+        """
         if self._mean is not None:  # the report is that of this process's rows
             total = weight.sum().clamp_min(torch.finfo(goal.dtype).tiny)
             weight, error = weight / total, error / total
@@ -620,7 +628,7 @@ class GradientRegression(ErrorCritic):
     def _regress(self, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
         deviation = (predicted - goal) / self._target_unit
         loss = (weight * deviation.square().sum(-1, keepdim=True)).sum() / goal.shape[-1]
-        return self._fit(loss, loss, predicted, goal, weight)
+        return self.describe_fit(loss, loss, predicted, goal, weight)
 
 
 class GradientCritic(GradientRegression):
@@ -810,7 +818,7 @@ class _ValueCritic(ErrorCritic):
             error = (weight * ((predicted - goal) / self._target_unit).square()).sum() / goal.shape[-1]
         if self._gradient_cost > 0:
             loss = loss + self._gradient_cost * error
-        return self._fit(loss, error, predicted, goal, weight)
+        return self.describe_fit(loss, error, predicted, goal, weight)
 
     @torch.no_grad()
     def _loss_to_go(self, window: Window) -> Tensor:
