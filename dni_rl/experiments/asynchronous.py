@@ -133,7 +133,7 @@ def make_config(preset: str, **overrides: Any) -> AsynchronousConfig:
     """A preset with settings replaced; critics as those of `dni_rl.experiments.images` where neither says otherwise."""
     arm = overrides.get("arm", AsynchronousConfig.arm)
     of_arm = images.PRESETS[preset].get("of_arms", {}).get(arm, {})
-    return AsynchronousConfig(**{**of_arm, **PRESETS[preset], **overrides})
+    return AsynchronousConfig(**{**PRESETS[preset], **of_arm, **overrides})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,26 @@ def test_a_resumed_run_equals_one_that_never_stopped(name, tmp_path):
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in tensors)
 
 
+@pytest.mark.parametrize("context_size", [0, 10])
+def test_a_dense_critic_with_hidden_layers_starts_at_zero_and_does_not_mind_the_scale_of_what_it_reads(context_size):
+    critic = images.DenseLayerCritic(6, (8, 8), context_size)
+    state, target = torch.rand(32, 6), torch.randn(32, 6)
+    context = torch.eye(10)[torch.arange(32) % 10] if context_size else None
+    assert not critic.synthetic_gradient((state,), context)[0].any()
+    optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        critic.fit((state,), (target,), context).loss.backward()
+        optimizer.step()
+    (predicted,) = critic.synthetic_gradient((state,), context)
+    assert predicted.abs().mean() > 0.01
+    if context is None:  # batch normalisation follows the first layer
+        torch.testing.assert_close(critic.synthetic_gradient((50.0 * state,))[0], predicted, atol=1e-3, rtol=1e-3)
+    else:
+        other = critic.synthetic_gradient((state,), context.roll(1, dims=0))[0]
+        assert (other - predicted).abs().mean() > 0.01
+
+
 def test_the_smoke_preset_learns_and_writes_everything(tmp_path, capsys):
     images.main(["--preset", "smoke", "--arm", "cdni", "--run-folder", str(tmp_path / "run")])
     assert "cdni on synthetic, 4 layers, 400 steps: test error" in capsys.readouterr().out
@@ -375,6 +395,8 @@ def test_presets_state_the_papers_settings():
     assert (paper.learning_rate, paper.num_steps, paper.batch_size) == (3e-5, 500_000, 256)
     assert paper.learning_rate_drop_steps == (300_000, 400_000) and paper.critic_hidden_sizes == (1024, 1024)
     assert images.make_config("paper", arm="cdni").critic_hidden_sizes == ()
+    laptop = {arm: images.make_config("laptop", arm=arm) for arm in ("backprop", "dni")}
+    assert laptop["dni"].learning_rate < laptop["backprop"].learning_rate < laptop["dni"].critic_learning_rate
     for settings, filters in (({"dataset": "mnist"}, 64), ({"dataset": "cifar10"}, 128), ({"hidden_size": 8}, 8)):
         for arm in ("dni", "cdni"):
             cnn = images.make_config("paper", model="cnn", arm=arm, **settings)
