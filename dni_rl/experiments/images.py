@@ -167,6 +167,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Under half an hour on two cores. Critics have to keep up with layers that move. With the label ten times their rate is enough; plain
     # DNI needs critics that could do the layers' own task, and layers so slow that these can follow (docs/results/log.md).
     "laptop": {
+        "jobs": 2,
         "num_steps": 8_000,
         "learning_rate": 1e-3,
         "learning_rate_drop_steps": (5_500, 7_000),
