@@ -64,6 +64,7 @@ class AsynchronousConfig:
     batch_size: int = 256
     num_steps: int = 500_000
     learning_rate: float = 3e-5  # Adam, for layers
+    backprop_learning_rate: float | None = None  # Adam, for layers of the locked runs; None for the same
     critic_learning_rate: float | None = None  # Adam, for critics; None for the same
     learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # both are divided by 10 at each
     threads: tuple[int, ...] = (
@@ -88,12 +89,15 @@ class AsynchronousConfig:
             raise ValueError(f"timeout_sec: found {self.timeout_sec}, allowed above 0")
         if any(not 0.0 < probability <= 1.0 for probability in self.update_probabilities):
             raise ValueError(f"update_probabilities: found {self.update_probabilities}, allowed above 0 to 1")
-        self.net(self.arm)  # checks the rest
+        for arm in (self.arm, "backprop"):
+            self.net(arm)  # checks the rest
 
     def net(self, arm: str, **settings: Any) -> images.ImagesConfig:
         """The settings of a run in one process."""
         shared = {f.name for f in dataclasses.fields(images.ImagesConfig)} & {f.name for f in dataclasses.fields(self)}
         own = {name: getattr(self, name) for name in shared - {"arm", "unlocked"}}
+        if arm == "backprop" and self.backprop_learning_rate is not None:
+            own["learning_rate"] = self.backprop_learning_rate
         return images.ImagesConfig(**{**own, "arm": arm, **settings})
 
 
@@ -130,10 +134,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(preset: str, **overrides: Any) -> AsynchronousConfig:
-    """A preset with settings replaced; critics as those of `dni_rl.experiments.images` where neither says otherwise."""
+    """A preset with settings replaced; critics, and layers that they need, as in `dni_rl.experiments.images`.
+
+    Where an arm wants slower layers than backpropagation, the locked runs keep the preset's rate.
+    """
     arm = overrides.get("arm", AsynchronousConfig.arm)
     of_arm = images.PRESETS[preset].get("of_arms", {}).get(arm, {})
-    return AsynchronousConfig(**{**PRESETS[preset], **of_arm, **overrides})
+    settings = {**PRESETS[preset], **of_arm}
+    if "learning_rate" in of_arm and "learning_rate" not in overrides:
+        settings["backprop_learning_rate"] = PRESETS[preset]["learning_rate"]
+    return AsynchronousConfig(**{**settings, **overrides})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,6 +206,12 @@ def test_presets_state_the_papers_settings():
     assert paper.staleness_bounds == (0, 1, 2, 4, 8)
     assert all(len(asynchronous.make_config(preset).seeds) == 3 for preset in ("laptop", "paper"))
     assert paper.net("backprop") == images.make_config("paper", arm="backprop", critic_hidden_sizes=(1024, 1024))
+    for arm in ("dni", "cdni"):  # slower layers of one arm are no handicap of backpropagation
+        laptop = asynchronous.make_config("laptop", arm=arm)
+        assert laptop.net(arm).learning_rate == images.make_config("laptop", arm=arm).learning_rate
+        assert laptop.net("backprop").learning_rate == images.make_config("laptop", arm="backprop").learning_rate
+    given = asynchronous.make_config("laptop", arm="dni", learning_rate=1e-4)
+    assert given.net("dni").learning_rate == given.net("backprop").learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
