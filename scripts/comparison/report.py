@@ -1,7 +1,7 @@
 """The report: Markdown and figures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,36 +102,42 @@ def _statistics(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> li
     return lines
 
 
+def _by_task(
+    matrix: dict[str, Any], summary: Sequence[dict[str, Any]], title: str, describe: Callable[[dict[str, Any]], str]
+) -> list[str]:
+    """A table of methods by tasks; `describe` is what it says of a cell with finished runs."""
+
+    def text(cell: dict[str, Any] | None) -> str:
+        if cell is None:
+            return "not run"
+        return describe(cell) if cell["num_finished"] else "none finished"
+
+    lines = [f"| {title} | {' | '.join(matrix['tasks'])} |", f"|{'---|' * (len(matrix['tasks']) + 1)}"]
+    for row in summary:
+        lines.append(f"| {row['method']} | {' | '.join(text(row['tasks'].get(task)) for task in matrix['tasks'])} |")
+    return lines
+
+
 def _until_bar(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[str]:
     """Steps and seconds of training until the bar was first reached, by task."""
-    tasks = list(matrix["tasks"])
-    lines = [
+
+    def describe(cell: dict[str, Any]) -> str:
+        reached = f"{cell['num_reached']} of {cell['num_finished']}"
+        if not cell["num_reached"]:
+            return reached
+        return f"{cell['steps_to_bar']:,.0f} steps, {cell['seconds_to_bar']:,.0f} s ({reached})"
+
+    return [
         f"Until {matrix['bar']:g} was first reached, whether or not it was kept: agent steps, and seconds of training, those steps "
         "at the run's mean speed, environments included; medians over the finished seeds that reached it, and how many did. Runs side "
         "by side slow each other down.",
         "",
-        f"| until {matrix['bar']:g} | {' | '.join(tasks)} |",
-        f"|{'---|' * (len(tasks) + 1)}",
+        *_by_task(matrix, summary, f"until {matrix['bar']:g}", describe),
     ]
-    for row in summary:
-        texts = []
-        for task in tasks:
-            cell = row["tasks"].get(task)
-            if cell is None or not cell["num_finished"]:
-                texts.append("not run" if cell is None else "none finished")
-            elif not cell["num_reached"]:
-                texts.append(f"0 of {cell['num_finished']}")
-            else:
-                texts.append(
-                    f"{cell['steps_to_bar']:,.0f} steps, {cell['seconds_to_bar']:,.0f} s ({cell['num_reached']} of {cell['num_finished']})"
-                )
-        lines.append(f"| {row['method']} | {' | '.join(texts)} |")
-    return lines
 
 
 def _costs(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[str]:
     """Time and memory by task, and the credit horizons where they were measured."""
-    tasks = list(matrix["tasks"])
     cells = [cell for row in summary for cell in row["tasks"].values()]
     parts = ["microseconds for each agent step, environments included"]
     if any(cell["peak_memory_bytes"] is not None for cell in cells):
@@ -140,31 +146,20 @@ def _costs(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[st
         parts.append("effective credit horizon in steps, at the end (and its median before the bar was reached)")
     if any(cell["expected_horizon"] is not None for cell in cells):
         parts.append("the longest expected credit horizon measured before that")
-    lines = [
+
+    def describe(cell: dict[str, Any]) -> str:
+        memory = cell["peak_memory_bytes"]
+        text = f"{1e6 / cell['steps_per_second']:.1f} µs" + ("" if memory is None else f", {memory / 2**20:,.0f} MiB")
+        if cell["horizon"] is not None:
+            learning = "" if cell["horizon_learning"] is None else f" ({cell['horizon_learning']:g})"
+            text += f", horizon {cell['horizon']:g}{learning}"
+        return text + ("" if cell["expected_horizon"] is None else f", expected {cell['expected_horizon']:g}")
+
+    return [
         f"Cost: {'; '.join(parts)}. Medians over finished seeds; runs side by side slow each other down.",
         "",
-        f"| cost | {' | '.join(tasks)} |",
-        f"|{'---|' * (len(tasks) + 1)}",
+        *_by_task(matrix, summary, "cost", describe),
     ]
-    for row in summary:
-        texts = []
-        for task in tasks:
-            cell = row["tasks"].get(task)
-            if cell is None or cell["steps_per_second"] is None:
-                texts.append("not run" if cell is None else "none finished")
-                continue
-            memory = cell["peak_memory_bytes"]
-            text = f"{1e6 / cell['steps_per_second']:.1f} µs" + (
-                "" if memory is None else f", {memory / 2**20:,.0f} MiB"
-            )
-            if cell["horizon"] is not None:
-                learning = "" if cell["horizon_learning"] is None else f" ({cell['horizon_learning']:g})"
-                text += f", horizon {cell['horizon']:g}{learning}"
-            if cell["expected_horizon"] is not None:
-                text += f", expected {cell['expected_horizon']:g}"
-            texts.append(text)
-        lines.append(f"| {row['method']} | {' | '.join(texts)} |")
-    return lines
 
 
 def foretelling(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
