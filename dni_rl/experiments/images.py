@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rl import data
-from dni_rl.critics import ConvGradientCritic, CriticFit, GradientCritic
+from dni_rl.critics import ConvGradientCritic, CriticFit, GradientCritic, dense_net
 from dni_rl.experiments import common
 from dni_rl.feedforward import DecoupledSequential
 
@@ -408,9 +408,7 @@ class DenseLayerCritic(GradientCritic):
     def __init__(self, width: int, hidden_sizes: Sequence[int], context_size: int):
         super().__init__(state_sizes=(width,), context_size=context_size)
         widths = [width + context_size, *hidden_sizes]
-        last = nn.Linear(widths[-1], width)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = dense_net(widths[-1], (), width)
         self._set_net(nn.Sequential(*_hidden_layers(widths), last))
 
 
