@@ -89,8 +89,11 @@ class AsynchronousConfig:
             raise ValueError(f"timeout_sec: found {self.timeout_sec}, allowed above 0")
         if any(not 0.0 < probability <= 1.0 for probability in self.update_probabilities):
             raise ValueError(f"update_probabilities: found {self.update_probabilities}, allowed above 0 to 1")
-        for arm in (self.arm, "backprop"):
-            self.net(arm)  # checks the rest
+        if self.backprop_learning_rate is not None and not self.backprop_learning_rate > 0.0:
+            raise ValueError(
+                f"backprop_learning_rate: found {self.backprop_learning_rate}, allowed above 0, or none for learning_rate"
+            )
+        self.net(self.arm)  # checks the rest
 
     def net(self, arm: str, **settings: Any) -> images.ImagesConfig:
         """The settings of a run in one process."""

@@ -219,6 +219,7 @@ def test_presets_state_the_papers_settings():
     [
         (["--arm", "none"], "arm: found 'none', allowed dni, cdni"),
         (["--staleness-bounds", "-1"], "staleness_bounds: found (-1,)"),
+        (["--backprop-learning-rate", "0"], "backprop_learning_rate: found 0.0, allowed above 0"),
         (["--update-probabilities", "0"], "update_probabilities: found (0.0,)"),
         (["--num-layers", "1"], "num_layers: found 1"),
         (["--threads", "0"], "threads: found (0,)"),
