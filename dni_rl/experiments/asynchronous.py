@@ -66,7 +66,8 @@ class AsynchronousConfig:
     learning_rate: float = 3e-5  # Adam, for layers
     backprop_learning_rate: float | None = None  # Adam, for layers of the locked runs; None for the same
     critic_learning_rate: float | None = None  # Adam, for critics; None for the same
-    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # both are divided by 10 at each
+    input_learning_rate: float | None = None  # Adam, for the models of synthetic inputs; None for that of the layers
+    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # all are divided by 10 at each
     threads: tuple[int, ...] = (
         1,
     )  # of the locked run in one process, one run for each; all others have one thread a process

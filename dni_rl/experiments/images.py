@@ -96,9 +96,10 @@ class ImagesConfig:
     unlocked: bool = False  # whether layers compute on synthetic inputs
     batch_size: int = 256
     num_steps: int = 500_000
-    learning_rate: float = 3e-5  # Adam, for layers and input models
+    learning_rate: float = 3e-5  # Adam, for layers
     critic_learning_rate: float | None = None  # Adam, for critics; None for the same
-    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # both are divided by 10 at each
+    input_learning_rate: float | None = None  # Adam, for input models; None for that of the layers
+    learning_rate_drop_steps: tuple[int, ...] = (300_000, 400_000)  # all are divided by 10 at each
     log_every_steps: int = 100
     eval_every_steps: int = 5_000
     checkpoint_every_steps: int = 5_000
@@ -116,10 +117,10 @@ class ImagesConfig:
             raise ValueError(f"batch_size: found {self.batch_size}, allowed 2 or more, for batch normalisation")
         if not self.learning_rate > 0.0:
             raise ValueError(f"learning_rate: found {self.learning_rate}, allowed above 0")
-        if self.critic_learning_rate is not None and not self.critic_learning_rate > 0.0:
-            raise ValueError(
-                f"critic_learning_rate: found {self.critic_learning_rate}, allowed above 0, or none for that of the layers"
-            )
+        for name in ("critic_learning_rate", "input_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0.0:
+                raise ValueError(f"{name}: found {rate}, allowed above 0, or none for that of the layers")
         if self.arm == "backprop" and (self.unlocked or self.update_probability != 1.0):
             raise ValueError("arm: 'backprop' is locked; leave out --unlocked and --update-probability")
 
@@ -506,7 +507,8 @@ class Experiment:
         of_layers = [torch.optim.Adam(layer.parameters(), config.learning_rate) for layer in layers]
         critic_rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
         of_critics = [None if c is None else torch.optim.Adam(c.parameters(), critic_rate) for c in critics]
-        of_inputs = [torch.optim.Adam(model.parameters(), config.learning_rate) for model in input_models]
+        input_rate = config.learning_rate if config.input_learning_rate is None else config.input_learning_rate
+        of_inputs = [torch.optim.Adam(model.parameters(), input_rate) for model in input_models]
         self.config = config
         self.optimizers = [o for o in (*of_layers, *of_critics, *of_inputs) if o is not None]
         self.learning_rates = [o.param_groups[0]["lr"] for o in self.optimizers]

@@ -107,17 +107,18 @@ def test_learning_rates_drop_by_ten():
     assert found == [set()] * 5
 
 
-def test_critics_may_have_a_learning_rate_of_their_own():
-    config = images.make_config("smoke", learning_rate=1.0, critic_learning_rate=0.5, learning_rate_drop_steps=(1,))
+def test_critics_and_input_models_may_have_learning_rates_of_their_own():
+    rates = {"learning_rate": 1.0, "critic_learning_rate": 0.5, "input_learning_rate": 2.0}
+    config = images.make_config("smoke", unlocked=True, learning_rate_drop_steps=(1,), **rates)
     experiment = images.Experiment(config, 64)
-    of_critics = {id(p) for critic in experiment.net.critics for p in critic.parameters()}
+    own = {id(p): 0.5 for critic in experiment.net.critics for p in critic.parameters()}
+    own |= {id(p): 2.0 for model in experiment.net.input_models for p in model.parameters()}
     batch = images.Batches(images.load("synthetic", "train"), 32, 0, "cpu")[0]
     for step, factor in ((0, 1.0), (1, 0.1)):
         experiment.update(step, *batch)
-        for optimizer in experiment.optimizers:
-            (group,) = optimizer.param_groups
-            rate = 0.5 if id(group["params"][0]) in of_critics else 1.0
-            assert group["lr"] == pytest.approx(rate * factor)
+        found = [group for optimizer in experiment.optimizers for group in optimizer.param_groups]
+        assert [g["lr"] for g in found] == pytest.approx([own.get(id(g["params"][0]), 1.0) * factor for g in found])
+        assert len({g["lr"] for g in found}) == 3
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
@@ -414,6 +415,7 @@ def test_presets_state_the_papers_settings():
         (["--num-layers", "1"], "num_layers: found 1"),
         (["--update-probability", "0"], "update_probability: found 0.0"),
         (["--critic-learning-rate", "0"], "critic_learning_rate: found 0.0, allowed above 0, or none"),
+        (["--input-learning-rate", "0"], "input_learning_rate: found 0.0, allowed above 0, or none"),
         (["--model", "huge"], "model: found 'huge', allowed dense, cnn, greedy_cnn"),
         (["--model", "huge", "--arms"], "model: found 'huge', allowed dense, cnn, greedy_cnn"),
         (["--model", "cnn", "--num-layers", "5"], "num_layers: found 5, allowed 3 or 4 with model cnn"),
