@@ -269,8 +269,11 @@ class AlgorithmConfig(_Section):
     anneal_learning_rate: bool = True
     """Whether both learning rates fall linearly to 0 at the last step of the run."""
     anneal_entropy: bool = False
-    """Whether the entropy cost falls linearly to zero over the run. A solved task has little else to learn from, and a constant cost
-    goes on pulling the policy away from it."""
+    """Whether the entropy cost falls linearly over the run, to zero or to final_entropy_share. A solved task has little else to learn
+    from, and a constant cost goes on pulling the policy away from it."""
+    final_entropy_share: Fraction = 0.0
+    """anneal_entropy: the share of the entropy cost that is left at the last step. Where a memory is so long that it may be lost again, a
+    policy that has become deterministic by then does not find back (docs/results/log.md)."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of Adam's two moments per update; the usual 0.999 lets one late large gradient undo a solved task."""
     adam_eps: Positive = 1e-8
@@ -294,6 +297,12 @@ class AlgorithmConfig(_Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.final_entropy_share and not self.anneal_entropy:
+            self._refuse(
+                "final_entropy_share",
+                "0.0 with algorithm.anneal_entropy false, where all of the cost is left",
+                "set --algorithm.anneal_entropy true",
+            )
         if self.rollout_length % self.bptt_horizon:  # a horizon longer than the rollout included
             divisors = [k for k in range(1, self.rollout_length + 1) if self.rollout_length % k == 0]
             nearest = min(divisors, key=lambda k: abs(k - self.bptt_horizon))

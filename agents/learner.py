@@ -257,8 +257,9 @@ class Learner:
         workers.synchronize(self.learned, self.critics)
 
     def set_progress(self, fraction: float) -> None:
-        """Anneals what is to be annealed linearly to zero: learning rates of both sides, entropy cost; `fraction` of the run is done."""
-        self.entropy_cost = self.algorithm.entropy_cost * (1.0 - fraction if self.algorithm.anneal_entropy else 1.0)
+        """Anneals linearly what is to be annealed: learning rates of both sides, entropy cost; `fraction` of the run is done."""
+        fallen = fraction * (1.0 - self.algorithm.final_entropy_share) if self.algorithm.anneal_entropy else 0.0
+        self.entropy_cost = self.algorithm.entropy_cost * (1.0 - fallen)
         remaining = 1.0 - fraction if self.algorithm.anneal_learning_rate else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.algorithm.learning_rate * remaining

@@ -32,6 +32,10 @@ from dni_rl.targets import HALF_PRECISION, lambda_targets
 
 _GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples, modulo 1, are spread evenly, and never repeat
 
+_FIRST_WINDOWS = 16  # so many windows are all looked at, to make the yardstick of the bound
+_RECENT_LOOKS = 32  # with which the next one is compared,
+_LARGEST_RISE = 4.0  # and of whose largest mean square it counts at most so many times
+
 _CONTEXT_BOUND = 100.0  # in units of the running RMS: 1 / sqrt(p) of a component that is there a fraction p of the time
 
 
@@ -227,7 +231,8 @@ class ErrorCritic(nn.Module, ABC):
         scale: multiplies the synthetic gradient where it is applied (the paper: 0.1 in recurrent nets); targets bootstrap from the
             scaled one, since they are the gradients that really flow.
         max_norm_ratio: bounds the norm of each sequence's synthetic gradient to this multiple of the running RMS norm of the
-            gradient that losses inside a window send to its start; None for no bound. Scale-free: it follows the losses' units.
+            gradient that losses inside a window send to its start, see `observe_window`; None for no bound. Scale-free: it follows the
+            losses' units.
         warmup_updates: number of updates during which the critic learns but its predictions are not applied.
         statistics_decay: decay per update of the running statistics.
         slow_copy_rate: synthetic gradients and bootstraps come from a slow copy of the predictor, which moves by this fraction of the
@@ -252,6 +257,7 @@ class ErrorCritic(nn.Module, ABC):
     _target_square: Tensor
     _window_square: Tensor
     _window_weight: Tensor
+    _recent_squares: Tensor
     context_rms: Tensor
     _context_square: Tensor
     _context_weight: Tensor
@@ -336,6 +342,7 @@ class ErrorCritic(nn.Module, ABC):
         self.register_buffer("_target_square", torch.zeros(sum(self.state_sizes)))
         self.register_buffer("_window_square", torch.zeros(()))
         self.register_buffer("_window_weight", torch.zeros(()))
+        self.register_buffer("_recent_squares", torch.zeros(_RECENT_LOOKS))
         if normalize_context:
             self.register_buffer("context_rms", torch.ones(context_size))
             self.register_buffer("_context_square", torch.zeros(context_size))
@@ -409,9 +416,9 @@ class ErrorCritic(nn.Module, ABC):
         if self.max_norm_ratio is None:
             return 0
         self._windows_seen += 1
-        if self._windows_seen <= 16:
+        if self._windows_seen <= _FIRST_WINDOWS:
             return 1
-        group, place = divmod(self._windows_seen - 17, self.yardstick_interval)
+        group, place = divmod(self._windows_seen - _FIRST_WINDOWS - 1, self.yardstick_interval)
         return self.yardstick_interval if place == int(group * _GOLDEN_RATIO % 1.0 * self.yardstick_interval) else 0
 
     def target_steps(self, num_steps: int) -> tuple[int, ...]:
@@ -420,6 +427,11 @@ class ErrorCritic(nn.Module, ABC):
 
     def observe_window(self, gradient: State, stands_for: int = 1) -> None:
         """Updates the running norm that bounds predictions.
+
+        The mean square of a window counts at most four times the largest of the last 32. Where rewards are rare, one failure of an agent
+        that has learned its task sends back hundreds of times what is usual; the bound would be tenfold for the next hundred updates,
+        and synthetic gradients as large as that undo what was learned (docs/results/log.md). What comes once in 32 looks counts in
+        full, and so does what stays after a few of them.
 
         Args:
             gradient: tuple of [B, size]: d sum_t l_t / d s_0 of a window, without any synthetic gradient.
@@ -431,6 +443,11 @@ class ErrorCritic(nn.Module, ABC):
             if self._mean is not None:
                 total, count = self._mean(torch.stack([squares.sum(), square.new_full((), float(len(squares)))]))
                 square = total / count
+            recent = self._recent_squares
+            # no limit before there are as many looks, nor where zeros are usual
+            is_limited = square.isfinite() & (recent.min() > 0.0)
+            square = torch.where(is_limited, square.minimum(_LARGEST_RISE * recent.max()), square)
+            recent.copy_(torch.where(square.isfinite(), torch.cat([recent[1:], square.unsqueeze(0)]), recent))
             step = 1.0 - self.statistics_decay**stands_for
             update_running_mean(self._window_square, self._window_weight, square, step)
 

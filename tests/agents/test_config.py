@@ -222,6 +222,11 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
             "critic.max_norm_ratio: found -1; allowed a number above 0, or null; leave it out for the default, null",
         ),
         (
+            "--algorithm.final_entropy_share 0.5",
+            "algorithm.final_entropy_share: found 0.5; allowed 0.0 with algorithm.anneal_entropy false, where all of the cost is left; "
+            "set --algorithm.anneal_entropy true",
+        ),
+        (
             "--model.torso_sizes 64",
             "model.torso_sizes: found 64; allowed a list such as [8, 8], each an integer of at least 1; "
             "leave it out for the default, [64]",

@@ -495,14 +495,12 @@ def test_learning_rates_fall_linearly_on_both_sides(anneals, expected):
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == expected
 
 
-@pytest.mark.parametrize(("anneals", "expected"), [(True, 0.05), (False, 0.2)])
-def test_the_entropy_cost_falls_linearly(anneals, expected):
-    """At a quarter of the run left, a learner takes the step that one with a quarter of the cost takes at its start."""
+@pytest.mark.parametrize(("anneals", "left", "expected"), [(True, 0.0, 0.05), (True, 0.4, 0.11), (False, 0.0, 0.2)])
+def test_the_entropy_cost_falls_linearly(anneals, left, expected):
+    """With a quarter of the run left, a learner takes the step that one with what is left of the cost takes at its start."""
     rollout = act(make_model(), rollouts=1)[0]
-    learners = [
-        make_learner(make_model(), None, entropy_cost=cost, anneal_entropy=anneals, anneal_learning_rate=False)
-        for cost in (0.2, expected)
-    ]
+    settings = {"anneal_entropy": anneals, "final_entropy_share": left, "anneal_learning_rate": False}
+    learners = [make_learner(make_model(), None, entropy_cost=cost, **settings) for cost in (0.2, expected)]
     learners[0].set_progress(0.75)
     for learner in learners:
         learner.update(rollout)

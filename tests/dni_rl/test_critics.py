@@ -432,6 +432,33 @@ def test_the_window_norm_is_an_unbiased_running_rms():
         assert_same(critic.window_norm, ((weights * torch.stack(seen)).sum() / weights.sum()).sqrt())
 
 
+def observed(norms, decay=0.9):
+    """A critic that has looked at windows with gradients of these norms."""
+    critic = dni_rl.GradientCritic(state_sizes=(2,), statistics_decay=decay).double()
+    for norm in norms:
+        critic.observe_window((torch.tensor([[0.6 * norm, 0.8 * norm]], dtype=DOUBLE),))
+    return critic
+
+
+def test_one_window_does_not_raise_the_window_norm_far_beyond_the_largest_of_the_last_32():
+    usual = [1.0] * 31 + [3.0]
+    assert_same(observed([*usual, 1000.0]).window_norm, observed([*usual, 6.0]).window_norm)  # twice the largest norm
+    assert observed([*usual, 6.0]).window_norm > observed([*usual, 5.9]).window_norm
+    assert_same(observed([3.0, *[1.0] * 32, 9.0]).window_norm, observed([3.0, *[1.0] * 32, 2.0]).window_norm)
+    # what stays counts in full after a few looks, and what comes now and then always does
+    assert observed(usual + [1000.0] * 60).window_norm > 990.0
+    now_and_then = ([0.01] * 30 + [5.0]) * 20
+    squares = torch.tensor([norm**2 for norm in now_and_then], dtype=DOUBLE)
+    weights = 0.9 ** torch.arange(len(squares) - 1, -1, -1, dtype=DOUBLE)
+    assert_same(observed(now_and_then).window_norm, ((weights * squares).sum() / weights.sum()).sqrt())
+
+
+def test_the_window_norm_is_not_limited_while_nothing_usual_is_known():
+    assert observed([1.0] * 31 + [1000.0]).window_norm > 300.0
+    assert observed([0.0] * 40 + [1000.0]).window_norm > 300.0
+    assert_same(observed([1.0] * 40 + [math.inf]).window_norm, torch.tensor(1.0, dtype=DOUBLE))  # is left out, as ever
+
+
 @every_critic
 def test_the_bound_shortens_what_is_too_long_and_leaves_the_rest(name):
     critic = make_critic(name, max_norm_ratio=0.5)
@@ -664,7 +691,15 @@ def test_the_numbers_of_a_gradient_critic_stay():
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-STATISTICS = ["num_updates", "target_rms", "_target_square", "_window_square", "_window_weight", "_extra_state"]
+STATISTICS = [
+    "num_updates",
+    "target_rms",
+    "_target_square",
+    "_window_square",
+    "_window_weight",
+    "_recent_squares",
+    "_extra_state",
+]
 OF_CONTEXTS = ["context_rms", "_context_square", "_context_weight"]
 KEYS = {
     "linear": [*STATISTICS, "net.0.weight", "net.0.bias"],
