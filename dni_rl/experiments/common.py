@@ -12,9 +12,12 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import statistics
 import sys
+import threading
 import time
 import types
 import typing
@@ -580,6 +583,9 @@ def run_members(
 ) -> dict[str, dict[str, Any]]:
     """Carries out the runs, side by side in processes of one thread each where there is more than one job.
 
+    When one fails or the user stops, and also when this process is killed, those processes end at once; `resume` goes on from their
+    checkpoints.
+
     Args:
         run: (config, folder, resume=, tensorboard=, progress=) -> result; a function of a module.
         matrix: the runs.
@@ -593,6 +599,7 @@ def run_members(
 
     Raises:
         ValueError: if jobs is below 1, there is no such device, or a run is there already and resume is False.
+        ChildProcessError: if one of the processes was killed, for example where memory ran out.
     """
     if jobs < 1:
         raise ValueError(f"jobs: found {jobs}, allowed 1 or more")
@@ -614,20 +621,45 @@ def run_members(
             note(member, run(member.config, folder / member.name, **options, progress=True))
         return results
     # spawn: a fork of a process that has used torch's thread pools may hang
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = {
-            pool.submit(run, member.config, folder / member.name, **options, progress=False): member
-            for member in matrix
-        }
-        try:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(ours,))
+    try:
+        with pool, contextlib.ExitStack() as on_error:
+            # Workers would otherwise carry out what is in their queue, long after "stopped" is printed.
+            on_error.callback(theirs.close)
+            futures = {
+                pool.submit(run, member.config, folder / member.name, **options, progress=False): member
+                for member in matrix
+            }
             for future in concurrent.futures.as_completed(futures):
                 note(futures[future], future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            on_error.pop_all()
+    except concurrent.futures.BrokenExecutor as error:
+        left = [member.name for member in matrix if member.name not in results]
+        raise ChildProcessError(
+            f"a process was killed, perhaps for want of memory, during one of {', '.join(left[:jobs])}; "
+            "continue with --resume, with fewer --jobs if memory ran out"
+        ) from error
+    finally:
+        ours.close()
+        theirs.close()
     return results
+
+
+def _begin_worker(parent: multiprocessing.connection.Connection) -> None:
+    """Of a process of a pool: one thread for PyTorch, and its end as soon as the parent closes the other end of the pipe, or dies.
+
+    Nothing is lost with it but steps since the last checkpoint, which is written atomically.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what to do
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent])
+        os._exit(130)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:

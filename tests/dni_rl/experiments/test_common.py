@@ -1,12 +1,17 @@
 """What experiments share: options from config fields, plans and runs of programs, cells, spread, progress, due steps."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import json
 import math
+import os
 import pickle
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -442,3 +447,77 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as error, common.one_line_errors("copy"):
         (tmp_path / "file").mkdir()
     assert error.value.code == 2 and capsys.readouterr().err.startswith("copy: [Errno 17]")
+
+
+@dataclass(frozen=True)
+class LongConfig:
+    device: str = "cpu"
+    ending: str = ""
+
+
+def long_run(config, folder, **options):
+    """Ends as `config` says, once another has begun; goes on for a minute if that says nothing."""
+    folder.mkdir()
+    (folder / "begun").write_text(f"{os.getpid()}\n")
+    if config.ending:
+        while not (folder.parent / "none-1-seed1" / "begun").exists():
+            time.sleep(0.01)
+    if config.ending == "fails":
+        raise ValueError("rate: found 3")
+    if config.ending == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    (folder / "carried out").touch()
+
+
+def long_matrix(ending):
+    configs = [LongConfig(ending=ending), LongConfig(), LongConfig()]
+    return [common.Member(f"none-1-seed{seed}", common.Cell("none", 1), config) for seed, config in enumerate(configs)]
+
+
+def begun(folder):
+    """Process ids of the runs that have begun."""
+    lines = [file.read_text() for file in folder.glob("*/begun")]
+    return [int(line) for line in lines if line.endswith("\n")]
+
+
+def check_that_all_end(folder):
+    """Waits for the end of processes that need not be children of this one."""
+    deadline = time.monotonic() + 30
+    for process in begun(folder):
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.kill(process, 0)
+                time.sleep(0.05)
+            pytest.fail(f"{process} goes on")
+    assert not list(folder.glob("*/carried out"))
+
+
+@pytest.mark.parametrize(
+    ("ending", "error", "line"),
+    [
+        ("fails", ValueError, "rate: found 3"),
+        ("is killed", ChildProcessError, "was killed, .* one of none-1-seed0, none-1-seed1; continue with --resume"),
+    ],
+)
+def test_where_one_run_ends_in_an_error_no_other_goes_on(ending, error, line, tmp_path):
+    with pytest.raises(error, match=line):
+        common.run_members(long_run, long_matrix(ending), tmp_path, jobs=2)
+    assert len(begun(tmp_path)) >= 2
+    check_that_all_end(tmp_path)
+
+
+def test_no_run_outlives_the_command(tmp_path):
+    program = (
+        "import pathlib, sys; import test_common as t; "
+        "t.common.run_members(t.long_run, t.long_matrix(''), pathlib.Path(sys.argv[1]), jobs=2)"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
+    ) as process:
+        while len(begun(tmp_path)) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    check_that_all_end(tmp_path)
