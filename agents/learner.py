@@ -377,7 +377,6 @@ class Learner:
                 critic=critic,
                 trace=self.trace,
                 lambda_=self.critic_config.trace_lambda,
-                first=batch.first,
                 alive=alive,
                 weight=weight,
                 jacobian=dni_rl.state_jacobian(model.core, inputs, state, batch.first),

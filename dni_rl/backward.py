@@ -49,7 +49,8 @@ def cut(state: State) -> State:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one call of `backward` saw. Scalars without gradient; NaN where there was no critic.
+    """What one call of `backward` saw. Scalars without gradient; NaN where there was no critic, and, but for the loss and norms, no
+    target that is not zero.
 
     Attributes:
         critic_loss: what the critic minimises, in normalised units.
@@ -118,7 +119,7 @@ def backward(
 
     Args:
         losses: [T, B], one loss per step and sequence, not reduced; multiply by 0 what must not count.
-        start: the window's first state, from `cut`.
+        start: the window's first state, from `cut`; what `end` was unrolled from, or targets there are zero.
         end: the state after the window, from `core.unroll`. If the core recorded the window's history, and the critic wants dense
             targets, it learns at every step, otherwise at the start alone.
         critic: the error critic, or None.
@@ -133,6 +134,10 @@ def backward(
             window. For windows that are seen again, as in the later epochs of PPO.
         scaler: of mixed precision with float16. Both sides' `.grad` are then multiplied by its scale, and both optimisers are
             stepped through it; targets and predictions are not, whatever the scale was before.
+
+    Several calls before one step of the optimisers, as in gradient accumulation: give each the weight of its share of all losses. The
+    critic's `.grad` is then the sum of the calls' mean losses, to be divided by their number, and each call counts as an update of its
+    statistics, which the next call's predictions are read with.
 
     Under `torch.autocast`, or behind it, the critic works in its own precision all the same, float32 as a rule, and results do not
     depend on whether this call is inside the block. Under `torch.compile` it runs as written, between compiled parts.
@@ -153,17 +158,33 @@ def backward(
     if scaler is not None and scaler.is_enabled():
         scale = scaler.scale(losses.new_ones(()))
         weight = weight * scale
+    if critic is None:
+        with end.history.unwatched() if isinstance(end, UnrolledState) else nullcontext():
+            torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
+        nan = losses.new_full((), torch.nan)
+        return Report(nan, nan, nan, nan, nan, nan, nan)
+    with critic.yardstick_kept_on_error():
+        return _bootstrap_and_fit(losses, start, end, critic, alive, context, weight, fit, scale)
+
+
+def _bootstrap_and_fit(
+    losses: Tensor,
+    start: State,
+    end: State,
+    critic: ErrorCritic,
+    alive: Tensor | None,
+    context: Tensor | None,
+    weight: float | Tensor,
+    fit: bool,
+    scale: Tensor | None,
+) -> Report:
+    """What `backward` does where there is a critic; `scale`, that of mixed precision, is in `weight` already."""
+    T = len(losses)
     history = end.history if isinstance(end, UnrolledState) else None
     # [T, B] or None, whether there is anything to learn from at the state before each step
     has_future, alive = (None, alive) if alive is None or alive.dim() == 1 else (alive[:-1].bool(), alive[-1])
     if history is not None:
         has_future = history.valid if has_future is None else history.valid & has_future
-    if critic is None:
-        with nullcontext() if history is None else history.unwatched():
-            torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
-        nan = losses.new_full((), torch.nan)
-        return Report(nan, nan, nan, nan, nan, nan, nan)
-
     stands_for = critic.window_is_due() if fit else 0
     if stands_for:
         # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
@@ -245,7 +266,7 @@ def report_of(fit: CriticFit, synthetic_norm: Tensor) -> Report:
         predicted_norm=fit.predicted_norm,
         target_norm=fit.target_norm,
         synthetic_norm=synthetic_norm,
-        norm_ratio=fit.predicted_norm / fit.target_norm.clamp_min(torch.finfo(fit.target_norm.dtype).tiny),
+        norm_ratio=torch.where(fit.target_norm > 0, fit.predicted_norm / fit.target_norm, torch.nan),
     )
 
 
@@ -317,6 +338,8 @@ def _check(
             f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}; do not reduce them"
         )
     T, B = losses.shape
+    if not (T and B):
+        raise ValueError(f"losses: found [T, B] = ({T}, {B}), allowed one step and one sequence or more")
     if not torch.is_grad_enabled():
         raise RuntimeError("backward: gradients are switched off here; call it outside of torch.no_grad()")
     check_weight(weight)

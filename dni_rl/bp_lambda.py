@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dni_rl.backward import Report, in_own_precision, report_of
-from dni_rl.cores.base import Core, State
+from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.critics import GradientCritic
 from dni_rl.targets import check_alive, check_weight, per_sequence
 
@@ -85,7 +85,7 @@ def bp_lambda_backward(
         critic: linear (hidden_sizes=()), without normalised targets or context, bound or warm-up. g is gradient_discount * scale.
         trace: from `bp_lambda_trace` at first, then from the last call.
         lambda_: in [0, 1]. 0 learns from the next prediction alone, 1 from true gradients alone.
-        first: [T, B] bool as in `unroll`: traces end where an episode starts. None where none does.
+        first: [T, B] bool as in `unroll`: traces end where an episode starts. None for what `end` says, if the core recorded it.
         alive: [B], 0 where the sequence ended exactly at `end`: nothing is predicted there, and its trace ends. Or [T + 1, B] as in
             `dni_rl.backward`; the first row is that of `start`.
         context: [T + 1, B, Z] as in `dni_rl.backward`.
@@ -103,6 +103,8 @@ def bp_lambda_backward(
     _check(losses, start, end, critic, trace, lambda_, first, alive, context, jacobian)
     check_weight(weight)
     T, B = losses.shape
+    if first is None and isinstance(end, UnrolledState):
+        first = ~end.history.valid
     had_future = None if alive is None or alive.dim() == 1 else alive[0].bool()
     alive = alive if had_future is None or alive is None else alive[-1]
     if weight is None:

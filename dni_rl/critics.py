@@ -19,7 +19,8 @@ Context is whatever tells a critic more than the state does: a label, privileged
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -47,8 +48,8 @@ class CriticFit:
         loss: what the critic minimises. For those that regress on gradients alone the mean squared error over rows and components,
             each component divided by the running RMS of its target.
         explained_variance: of the target gradients, 1 - (squared error) / (variance of the targets), in the same units; 1 is
-            perfect, 0 is a constant.
-        cosine: mean over rows of the cosine between predicted and target gradient, rows with a zero target left out.
+            perfect, 0 is a constant, NaN where targets have no variance.
+        cosine: mean over rows of the cosine between predicted and target gradient, rows with a zero target left out; NaN if all are.
         predicted_norm: mean over rows of the norm of the prediction.
         target_norm: mean over rows of the norm of the target.
     """
@@ -421,6 +422,20 @@ class ErrorCritic(nn.Module, ABC):
         group, place = divmod(self._windows_seen - _FIRST_WINDOWS - 1, self.yardstick_interval)
         return self.yardstick_interval if place == int(group * _GOLDEN_RATIO % 1.0 * self.yardstick_interval) else 0
 
+    @contextmanager
+    def yardstick_kept_on_error(self) -> Iterator[None]:
+        """Takes back what is observed while it lasts if it ends in an error: a window that failed was none."""
+        buffers = (self._window_square, self._window_weight, self._recent_squares)
+        before, seen = [] if self.max_norm_ratio is None else [b.clone() for b in buffers], self._windows_seen
+        try:
+            yield
+        except BaseException:
+            self._windows_seen = seen
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=False):
+                    buffer.copy_(value)
+            raise
+
     def target_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps of a window of so many at which a critic with dense targets learns; see `evenly_spaced_steps`."""
         return evenly_spaced_steps(num_steps, self.targets_per_window)
@@ -518,7 +533,11 @@ class ErrorCritic(nn.Module, ABC):
 
     @property
     def _target_unit(self) -> Tensor:
-        return self.target_rms if self.normalize_targets else torch.ones_like(self.target_rms)
+        # a copy: graphs keep it, and the next fit writes into the buffer
+        return self.target_rms.clone() if self.normalize_targets else torch.ones_like(self.target_rms)
+
+    def _in_target_units(self, prediction: Tensor) -> Tensor:
+        return prediction * self._target_unit if self.normalize_targets else prediction
 
     @torch.no_grad()
     def describe_fit(self, loss: Tensor, error: Tensor, predicted: Tensor, goal: Tensor, weight: Tensor) -> CriticFit:
@@ -543,8 +562,8 @@ class ErrorCritic(nn.Module, ABC):
         counted = weight.squeeze(-1) * (target_norm > 0)
         return CriticFit(
             loss=loss,
-            explained_variance=1.0 - error.detach() / variance.clamp_min(tiny),
-            cosine=(counted * cosine).sum() / counted.sum().clamp_min(tiny),
+            explained_variance=torch.where(variance > 0, 1.0 - error.detach() / variance, torch.nan),
+            cosine=(counted * cosine).sum() / counted.sum(),  # 0 / 0 where there is no target
             predicted_norm=(weight.squeeze(-1) * predicted_norm).sum(),
             target_norm=(weight.squeeze(-1) * target_norm).sum(),
         )
@@ -639,6 +658,7 @@ class GradientRegression(ErrorCritic):
             The fit; call `.loss.backward()` to fill the critic's gradients. No gradient reaches state or target.
         """
         joined, goal, weight = self._rows(state, target, valid)
+        joined = joined if valid is None else torch.where(weight > 0, joined, 0.0)
         predicted = self._gradient(self.net, joined, self._rows_of_context(context, weight))
         return self._regress(predicted, goal, weight)
 
@@ -682,8 +702,7 @@ class GradientCritic(GradientRegression):
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
         z = self._join_context(joined, context)
-        prediction = net(joined if z is None else torch.cat([joined, z], dim=-1))
-        return prediction * self.target_rms if self.normalize_targets else prediction
+        return self._in_target_units(net(joined if z is None else torch.cat([joined, z], dim=-1)))
 
 
 class ConvGradientCritic(GradientRegression):
@@ -740,8 +759,7 @@ class ConvGradientCritic(GradientRegression):
         if context is not None:
             z = context.reshape(len(maps), -1, 1, 1)
             maps = torch.cat([maps, z.expand(-1, -1, *area)], dim=1)
-        prediction = net(maps).flatten(1).unflatten(0, leading)
-        return prediction * self.target_rms if self.normalize_targets else prediction
+        return self._in_target_units(net(maps).flatten(1).unflatten(0, leading))
 
     def _update_target_statistics(self, square: Tensor) -> None:
         area = math.prod(self.state_shapes[0][1:])
@@ -823,12 +841,13 @@ class _ValueCritic(ErrorCritic):
         loss_to_go = self._loss_to_go(window)  # before the statistics that it is read with move
         joined, goal, weight = self._rows(states, gradients, valid)
         with torch.no_grad():
+            joined = joined if valid is None else torch.where(weight > 0, joined, 0.0)
             share = weight.squeeze(-1)
             loss_to_go = torch.where(share > 0, loss_to_go, 0.0)
             self._update_loss_statistics((share * loss_to_go).sum(), (share * loss_to_go.square()).sum(), share.sum())
         context = self._rows_of_context(context, weight)
         value = self._value(self.net, joined, context)
-        deviation = (value - loss_to_go) / (self.loss_std if self.normalize_targets else 1.0)
+        deviation = (value - loss_to_go) / (self.loss_std.clone() if self.normalize_targets else 1.0)
         loss = self._value_cost * (share * deviation.square()).sum()
         with torch.set_grad_enabled(self._gradient_cost > 0):
             predicted = self._gradient(self.net, joined, context)
@@ -910,7 +929,7 @@ class LossCritic(_ValueCritic):
 
     @property
     def _unit(self) -> Tensor:
-        return self.loss_std
+        return self.loss_std.clone()  # graphs keep it, and the next fit writes into the buffer
 
 
 class SobolevCritic(_ValueCritic):

@@ -321,6 +321,12 @@ def _check_critic(critic: InterfaceCritic | nn.Module | None) -> None:
             f"critic: found state_sizes {tuple(sizes)}, allowed one tensor; between layers an activation crosses, without a memory"
         )
     check_unbounded(critic)
+    for name, wanted in (("target_lambda", 1.0), ("targets_per_window", None)):
+        found = getattr(critic, name, wanted)
+        if found != wanted:
+            raise ValueError(
+                f"critic: found {name}={found}, allowed {wanted}; between layers there is no window of steps"
+            )
 
 
 @dataclass(frozen=True, slots=True)

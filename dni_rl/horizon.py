@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.cores.timescales import Bootstrap, LevelledState
+from dni_rl.targets import before_each_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +165,8 @@ def credit_horizon(
         unroll: instead of window and critic, how the method unrolls the whole batch: (inputs, state, first) to
             (outputs, next state, bootstraps), for example `partial(core.unroll_in_ticks, ticks=8, critic=critic)`.
         context: [T + 1, B, Z], as in `dni_rl.backward`.
-        alive: [T, B] bool, False where the state before a step has no future although no episode starts there, as in
-            `dni_rl.backward`: nothing is bootstrapped from it. None where there is no such step; with `unroll`, give it to that.
+        alive: [T, B], 0 where the state before a step has no future although no episode starts there: nothing is bootstrapped from
+            it. Or [T + 1, B] as in `dni_rl.backward`. None where there is no such step; with `unroll`, give it to that.
         probe: [T, B, Z], known before step j or not, what s_j is to tell apart; of any scale; two sequences or more. None for no
             expected cosine. Components that do not vary are left out of account.
         loss_times: which t to measure, each in [0, T); None for at most 64, evenly spread over the batch and over
@@ -182,9 +183,10 @@ def credit_horizon(
         ValueError: if a shape, time or count is out of range, or window, critic and unroll do not go together.
         RuntimeError: if the core records no history.
     """
-    T = _check(inputs, window, critic, context, alive, probe, loss_times, num_lags, margin)
-    if unroll is not None and window is not None:
-        raise ValueError("unroll: it replaces window= and critic=; leave those out")
+    T = _check(inputs, window, critic, context, probe, loss_times, num_lags, margin)
+    alive = before_each_step(alive, T, inputs.shape[1])
+    if unroll is not None and not (window is None and context is None and alive is None):
+        raise ValueError("unroll: it replaces window=, critic=, context= and alive=; give it those that it needs")
     start = tuple(
         s.detach().requires_grad_() for s in (core.initial_state(inputs.shape[1]) if state is None else state)
     )
@@ -464,7 +466,6 @@ def _check(
     window: int | None,
     critic: Bootstrap | None,
     context: Tensor | None,
-    alive: Tensor | None,
     probe: Tensor | None,
     loss_times: Sequence[int] | None,
     num_lags: int | None,
@@ -478,10 +479,6 @@ def _check(
     if context is not None and context.shape[:2] != (T + 1, inputs.shape[1]):
         raise ValueError(
             f"context: expected [T + 1, B, Z] = ({T + 1}, {inputs.shape[1]}, Z), got {tuple(context.shape)}"
-        )
-    if alive is not None and (alive.shape != inputs.shape[:2] or alive.dtype != torch.bool):
-        raise ValueError(
-            f"alive: expected [T, B] = ({T}, {inputs.shape[1]}) of torch.bool, got {tuple(alive.shape)} of {alive.dtype}"
         )
     if probe is not None and (probe.dim() != 3 or probe.shape[:2] != inputs.shape[:2]):
         raise ValueError(f"probe: expected [T, B, Z] = ({T}, {inputs.shape[1]}, Z), got {tuple(probe.shape)}")

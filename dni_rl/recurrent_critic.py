@@ -126,7 +126,7 @@ class RecurrentGradientCritic(GradientRegression):
         if window.first is not None:  # the memory stored for step 0 is the one to read with, cleared or not
             first = torch.cat([torch.zeros_like(window.first[:1]), window.first[1 : len(memory)]])
         memories = net.read(features.unflatten(0, memory.shape[:2]), memory[0].detach(), first)
-        predicted = self._scaled(net(features, z, memories.flatten(0, 1)))
+        predicted = self._in_target_units(net(features, z, memories.flatten(0, 1)))
         return self._regress(predicted, goal, weight)
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
@@ -135,10 +135,7 @@ class RecurrentGradientCritic(GradientRegression):
         features, memory = joined.split([sum(self._widths), self.memory_size], dim=-1)
         rows = (x.reshape(1, -1, x.shape[-1]) for x in (features, memory))
         memories = net.read(next(rows), next(rows)[0])
-        return self._scaled(net(features, z, memories.reshape(memory.shape)))
-
-    def _scaled(self, prediction: Tensor) -> Tensor:
-        return prediction * self.target_rms if self.normalize_targets else prediction
+        return self._in_target_units(net(features, z, memories.reshape(memory.shape)))
 
     def _join_gradient(self, gradient: State) -> Tensor:
         return self._join(gradient)[..., : -self.memory_size]

@@ -87,6 +87,22 @@ def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
         raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {tuple(alive.shape)}")
 
 
+def before_each_step(alive: Tensor | None, num_steps: int, batch_size: int) -> Tensor | None:
+    """[T, B] bool, whether the state before each step has a future: of `alive` as `dni_rl.backward` takes it, [T + 1, B], or without the
+    row of the window's end, [T, B].
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    if alive is None:
+        return None
+    if alive.shape not in ((num_steps, batch_size), (num_steps + 1, batch_size)):
+        raise ValueError(
+            f"alive: expected [T, B] = ({num_steps}, {batch_size}), or [T + 1, B] as in dni_rl.backward, got {tuple(alive.shape)}"
+        )
+    return alive[:num_steps].bool()
+
+
 def scaled_weight(weight: float | Tensor, like: Tensor, scaler: torch.amp.GradScaler | None) -> float | Tensor:
     """The weight times the scaler's scale, on the device of `like`, in its precision or in float32 where that is half."""
     if scaler is None or not scaler.is_enabled():

@@ -1,17 +1,20 @@
 """What the README says to run, runs, and what its snippets train moves."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
+import dni_rl
 from agents.config import parse_train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_snippet_trains_both_sides():
+def test_the_snippet_trains_both_sides(monkeypatch):
+    backward = dni_rl.backward
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
     start, loop = snippet.split("for window in range(10):")
     torch.manual_seed(0)
@@ -19,12 +22,18 @@ def test_the_snippet_trains_both_sides():
     exec(start, names)
     modules = {name: names[name] for name in ("core", "head", "critic")}
     before = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
+    calls = []
+    monkeypatch.setattr(dni_rl, "backward", lambda *given, **named: calls.append(named) or backward(*given, **named))
     exec("for window in range(10):" + loop, names)
     for name, module in modules.items():
         moved = [not torch.equal(p, q) for p, q in zip(module.parameters(), before[name], strict=True)]
         # the first layer of the critic's MLP moves once its last layer has left zero
         assert all(moved), f"{name}: {moved}"
     assert names["report"].critic_loss.isfinite()
+    # nothing lies beyond the cut for a sequence that the next window begins anew
+    for call, following in pairwise(calls):
+        assert torch.equal(call["alive"], following["end"].history.valid[0])
+    assert len(calls) == 10 and not all(call["alive"].all() for call in calls)
 
 
 def test_its_training_commands_parse():

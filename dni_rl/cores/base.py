@@ -194,8 +194,8 @@ class Core(nn.Module, ABC):
         """
 
     def initial_state(self, batch_size: int) -> State:
-        """Zeros, on the device and in the precision of the parameters."""
-        like = next(self.parameters())
+        """Zeros, on the device and in the precision of the parameters, if there are any."""
+        like = next(self.parameters(), torch.empty(()))
         return tuple(like.new_zeros(batch_size, size) for size in self.state_sizes)
 
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
@@ -207,7 +207,8 @@ class Core(nn.Module, ABC):
             first: [T, B] bool, True where `inputs` starts an episode; None where no episode starts.
 
         Returns:
-            [T, B, H] outputs, and the state after step T - 1, which carries the window's `history`.
+            [T, B, H] outputs, and the state after step T - 1, which carries the window's `history`. What belongs into a checkpoint is
+            `dni_rl.cut` of it, plain tensors without that history.
 
         Raises:
             ValueError: if shapes disagree.

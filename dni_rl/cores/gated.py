@@ -1,7 +1,7 @@
 """LSTM and GRU cores, and wrappers that make cores of other people's recurrent modules."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from dni_rl.cores.base import (
     clear_state,
     evenly_spaced_steps,
 )
+
+_GATE = 60.0  # what a `_Timetable` sends to gates
 
 _FIRST_DERIVATIVES_ONLY = (
     "LSTM.unroll: create_graph=True found, but it has first derivatives only; use "
@@ -202,7 +204,7 @@ class _Timetable:
     A kernel that knows no resets still forgets where its gates are told to. Each reset at a step t > 0 has a *blank* step inserted in
     front, i = f = o = 0, after which h = c = 0; and sequences with fewer resets are filled up at the end with *hold* steps,
     i = o = 0, f = 1, which keep c. Two columns of input weights, of +-60, set the gates: sigmoid(-60) is 1e-26, which vanishes beside
-    anything in float32, forward and backward, and is not yet one of the denormal numbers that processors are slow with.
+    anything in float32, forward and backward, and is not yet one of the denormal numbers that processors are slow with. See `is_obeyed`.
 
     Args:
         first: [T, B] bool; step 0 is not looked at.
@@ -236,10 +238,23 @@ class _Timetable:
     def widen(weight_ih: Tensor) -> Tensor:
         """[4 H, D] -> [4 H, D + 2]: input weights that obey the flags."""
         H = len(weight_ih) // 4
-        off = torch.full((H, 1), -60.0)
-        blank = torch.cat([off, off, torch.zeros(H, 1), off])
-        hold = torch.cat([off, -off, torch.zeros(H, 1), off])
+        off, zero = weight_ih.new_full((H, 1), -_GATE), weight_ih.new_zeros(H, 1)
+        blank = torch.cat([off, off, zero, off])
+        hold = torch.cat([off, -off, zero, off])
         return torch.cat([weight_ih, blank, hold], dim=1)
+
+    @staticmethod
+    @torch.no_grad()
+    def is_obeyed(inputs: Tensor, state: State, recurrent: Iterable[Tensor]) -> bool:
+        """Whether the flags settle the gates, whatever else arrives there, and f = 0 forgets: 0 times NaN is NaN.
+
+        Args:
+            inputs: [T, B, D].
+            state: tuple of [B, H], before step 0.
+            recurrent: what is added to the flags' part: weights [4 H, H], of an h in -1 .. 1, and biases [4 H].
+        """
+        rest = sum(float(w.abs().sum(1).max() if w.dim() == 2 else w.abs().max()) for w in recurrent)
+        return rest <= _GATE / 2 and all(bool(a.isfinite().all()) for a in (inputs, *state))
 
 
 def _fused_lstm(
@@ -508,8 +523,9 @@ class LSTM(_Gated):
         x, next_state = inputs, []
         recorders = [_LayerRecorder() for _ in range(self.num_layers)]
         timetable = _Timetable(first) if fused and first is not None and bool(first[1:].any()) else None
-        if timetable is not None and timetable.length > len(inputs) * 9 // 8:
-            fused = False
+        if timetable is not None:
+            recurrent = (p for name, p in self.rnn.named_parameters() if not name.startswith("weight_ih"))
+            fused = timetable.length <= len(inputs) * 9 // 8 and timetable.is_obeyed(inputs, state, recurrent)
         for layer, recorder in enumerate(recorders):
             w_ih, w_hh, b_ih, b_hh = self._parameters_of(layer)
             h, c = state[2 * layer : 2 * layer + 2]
@@ -581,6 +597,10 @@ class CellCore(Core):
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
         output, next_state = self._step(self.cell, x, state)
+        if not isinstance(next_state, (tuple, list)):  # a tensor would be taken apart along the batch
+            raise ValueError(
+                f"cell: found a next state of type {type(next_state).__name__}, allowed a tuple of tensors; return (output, (state,))"
+            )
         return output, tuple(next_state)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, chrono_bias_, unroll_stepwise
 from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
-from dni_rl.targets import check_weight, per_sequence, scaled_weight
+from dni_rl.targets import before_each_step, check_weight, per_sequence, scaled_weight
 
 
 class Bootstrap(Protocol):
@@ -90,8 +90,10 @@ class MultiTimescaleCore(Core):
             raise ValueError(
                 f"input_size, hidden_sizes: expected positive integers, got {input_size}, {tuple(hidden_sizes)}"
             )
-        rising = all(above > below and above % below == 0 for below, above in pairwise(periods))
-        if len(periods) != len(hidden_sizes) or periods[0] != 1 or not rising:
+        is_ladder = periods[:1] in ((1,), [1]) and all(
+            above > below and above % below == 0 for below, above in pairwise(periods)
+        )
+        if len(periods) != len(hidden_sizes) or not is_ladder:
             raise ValueError(
                 f"periods: expected one for each of {len(hidden_sizes)} levels: 1, then rising multiples of the one "
                 f"below, such as (1, 8); got {tuple(periods)}"
@@ -209,8 +211,8 @@ class MultiTimescaleCore(Core):
             ticks: K, at least 1.
             critic: predicts the gradient for every tensor of the state, or None for plain truncation.
             context: [T + 1, B, Z] as in `dni_rl.backward`; None without context.
-            alive: [T, B] bool, False where no loss follows the state before a step, for example at the last observation of
-                an episode; None where that is so at the starts of episodes alone, which need not be marked.
+            alive: [T, B], 0 where no loss follows the state before a step, for example at the last observation of an episode; None
+                where that is so at the starts of episodes alone, which need not be marked. Or [T + 1, B] as in `dni_rl.backward`.
             interface_critics: one for each level but the lowest, of state_sizes (width of the level below,), without
                 context; None to leave messages in the graph.
 
@@ -226,10 +228,7 @@ class MultiTimescaleCore(Core):
         T, B = inputs.shape[:2]
         if context is not None and context.shape[:2] != (T + 1, B):
             raise ValueError(f"context: expected [T + 1, B, Z] = ({T + 1}, {B}, Z), got {tuple(context.shape)}")
-        if alive is not None and (alive.shape != (T, B) or alive.dtype != torch.bool):
-            raise ValueError(
-                f"alive: expected [T, B] = ({T}, {B}) of torch.bool, got {tuple(alive.shape)} of {alive.dtype}"
-            )
+        alive = before_each_step(alive, T, B)
         if interface_critics is not None and len(interface_critics) != len(self.levels) - 1:
             raise ValueError(
                 f"interface_critics: expected one for each of {len(self.levels) - 1} interfaces, got {len(interface_critics)}"

@@ -246,6 +246,6 @@ def test_marks_of_what_is_alive_must_fit_the_window():
     core = make_levels().core
     inputs, state = torch.zeros(8, B, core.input_size), core.initial_state(B)
     with pytest.raises(
-        ValueError, match=r"^alive: expected \[T, B\] = \(8, 4\) of torch.bool, got \(4,\) of torch.bool"
+        ValueError, match=r"^alive: expected \[T, B\] = \(8, 4\), or \[T \+ 1, B\] as in dni_rl.backward, got \(4,\)"
     ):
         core.unroll_in_ticks(inputs, state, ticks=2, alive=torch.ones(B, dtype=torch.bool))

@@ -964,6 +964,26 @@ def test_parts_of_a_batch_accumulate_to_the_whole(name):
             weight=1.0 / 15,
         )
     assert_same(gradients(model), expected)
+    assert critic.num_updates == 2  # each part is an update of the statistics, see `backward`
+
+
+def test_a_refused_call_does_not_count_as_a_window():
+    model, x, y, state = problem()
+    critic = dni_rl.GradientCritic(state_sizes=(7,), max_norm_ratio=1.0).double()
+    before = copy.deepcopy(critic.state_dict())
+    with pytest.raises(ValueError, match="state: expected widths"):
+        run_window(model, x, y, state, critic)
+    exactly(critic.state_dict(), before)
+
+
+def test_without_a_target_ratios_are_not_numbers():
+    model, x, y, state = problem()
+    start = dni_rl.cut(state)
+    outputs, end = model.core.unroll(torch.tanh(model.torso(x[:5])), start)
+    losses = 0.0 * model.losses_of(outputs, y[:5])
+    report = dni_rl.backward(losses, start=start, end=end, critic=make_critic(model), alive=torch.zeros(3))
+    ratios = ("explained_variance", "cosine", "norm_ratio")
+    assert all(value.isnan() == (name in ratios) for name, value in report.as_dict().items())
 
 
 @every_core
@@ -1077,15 +1097,16 @@ def stop(*_):
 
 
 @every_core
+@pytest.mark.parametrize("bound", [None, 1.0])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_an_exception_inside_a_window_leaves_nothing_behind(name, where):
+def test_an_exception_inside_a_window_leaves_nothing_behind(name, where, bound):
     model, x, y, state = problem(name)
-    critic = make_critic(model)
+    critic = make_critic(model, max_norm_ratio=bound)
     run_window(model, x, y, state, critic)
     expected = gradients(model), gradients(critic), dict(critic.named_buffers())
 
     model, x, y, state = problem(name)
-    critic = make_critic(model)
+    critic = make_critic(model, max_norm_ratio=bound)
     before = copy.deepcopy(critic.state_dict())
     start = dni_rl.cut(state)
     # In the forward pass behind the core; in the backward pass below it, when all its gradients have been on their way.

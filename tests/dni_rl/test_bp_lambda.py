@@ -184,6 +184,21 @@ def test_episodes_do_not_mix(inputs):
     torch.testing.assert_close(joined_model, [a + b for a, b in zip(head_model, tail_model, strict=True)])
 
 
+def test_where_episodes_start_is_read_off_the_window_unless_it_is_given(inputs):
+    core = LSTM(D, 2).double()
+    critic = random_critic(core)
+    first = torch.zeros(1, B, dtype=torch.bool)
+    first[0, 0] = True
+    found = []
+    for given in ({"first": first}, {}):
+        state = dni_rl.cut(start_state(core))
+        outputs, end = core.unroll(inputs[:1], state, first)
+        settings = {"start": state, "end": end, "critic": critic, "trace": bp_lambda_trace(critic, B), "lambda_": 0.5}
+        report, trace = bp_lambda_backward(losses_of(outputs), **settings, **given)
+        found.append((report.as_dict(), trace, take(critic)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_a_step_between_two_episodes_is_no_error_of_the_first(inputs):
     """As environments have it that end an episode with a step of its own, whose loss does not count."""
     torch.manual_seed(0)

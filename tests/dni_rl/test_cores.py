@@ -473,6 +473,18 @@ def test_unroll_errors(name):
     refuses(f"state: expected shapes {expected}, got []", core.unroll, inputs, ())
 
 
+def test_a_cell_whose_next_state_is_a_tensor_is_refused():
+    class Cell(nn.Module):
+        def forward(self, x, state):
+            return x, x
+
+    core = dni_rl.wrap(Cell(), state_sizes=(D,), input_size=D, output_size=D)
+    state = core.initial_state(B)  # a module without parameters has one, too
+    refuses(
+        "cell: found a next state of type Tensor, allowed a tuple of tensors", core.unroll, torch.ones(2, B, D), state
+    )
+
+
 def test_a_linear_core_needs_no_training_to_be_exact():
     core = linear_core().double()
     inputs, (s,) = torch.randn(4, B, D, dtype=DOUBLE), random_state(core, B)

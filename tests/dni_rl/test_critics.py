@@ -294,6 +294,29 @@ def test_a_fit_without_valid_rows_is_no_update_of_the_statistics(name, shared):
     assert not torch.equal(critic.context_rms, before["context_rms"])
 
 
+@pytest.mark.parametrize("name", [name for name in CRITICS if name != "recurrent"])  # which reads on through such steps
+def test_an_invalid_row_may_have_any_state(name):
+    state, target, _ = rows_of(name)
+    valid, found = torch.arange(N) != 2, []
+    for value in (0.0, math.nan):
+        critic = make_critic(name)
+        result = fit(critic, tuple(s.index_fill(0, torch.tensor(2), value) for s in state), target, valid=valid)
+        result.loss.backward()
+        found.append((result.loss.detach(), gradients(critic), dict(critic.named_buffers())))
+    assert_same(found[0], found[1])
+    assert found[1][0].isfinite()
+
+
+@every_critic
+def test_two_fits_may_go_before_one_backward_pass(name):
+    state, target, _ = rows_of(name)
+    together, apart = make_critic(name), make_critic(name)
+    sum(fit(together, state, tuple(n * g for g in target)).loss for n in (1.0, 2.0)).backward()
+    for n in (1.0, 2.0):
+        fit(apart, state, tuple(n * g for g in target)).loss.backward()
+    assert_same(gradients(together), gradients(apart))
+
+
 @every_critic
 @pytest.mark.parametrize("normalize", [False, True])
 def test_an_invalid_row_may_have_any_context(name, normalize):

@@ -522,6 +522,9 @@ def test_wrong_settings_and_inputs_are_refused():
         dni_rl.Interface(linear(H, H, 1))
     with pytest.raises(ValueError, match=r"max_norm_ratio=0\.5"):
         dni_rl.Interface(make_critic(max_norm_ratio=0.5))
+    for setting in ({"target_lambda": 0.5}, {"targets_per_window": 3}):
+        with pytest.raises(ValueError, match=f"critic: found {next(iter(setting))}=.* there is no window of steps"):
+            dni_rl.Interface(make_critic(**setting))
     for weight, message in [(0.0, "allowed above 0"), (torch.ones(2), "expected one number")]:
         with pytest.raises(ValueError, match=message):
             dni_rl.DecoupledPass(weight=weight)

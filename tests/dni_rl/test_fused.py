@@ -147,6 +147,35 @@ def test_a_state_that_is_not_finite_is_forgotten_at_a_reset(calls):
         assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("what", ["state", "inputs", "weights too large for blank steps"])
+def test_what_a_blank_step_cannot_forget_takes_the_written_out_layer(calls, what):
+    core, inputs, state, first = case([(7, b) for b in range(B)])
+    if what == "state":
+        state = tuple(torch.full_like(s, torch.nan) for s in state)
+    elif what == "inputs":
+        inputs = inputs.clone()
+        inputs[3] = torch.inf
+    else:
+        with torch.no_grad():
+            core.rnn.weight_hh_l0.mul_(1000.0)
+    outputs, _ = core.unroll(inputs, state, first)
+    assert not calls
+    expected, _ = core.unroll(inputs[7:], core.initial_state(B))
+    torch.testing.assert_close(outputs[7:], expected)
+
+
+def test_the_default_type_of_tensors_does_not_matter(calls):
+    core, inputs, state, first = case([(7, 0)])
+    expected, _ = core.unroll(inputs, state, first)
+    torch.set_default_dtype(torch.float64)
+    try:
+        outputs, _ = core.unroll(inputs, state, first)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(calls) == 2
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+
+
 def test_writing_into_the_next_state_changes_nothing_else(calls):
     core, inputs, state, first = case([(7, 0)])
     with torch.no_grad():

@@ -195,6 +195,10 @@ def test_a_critic_is_told_where_episodes_ended(inputs, first):
     has_future[K, 0] = has_future[1, 1] = False  # at a cut, and at none
     settings = {"first": first, "window": K, "critic": critic, "context": context}
     credit_horizon(core, squared, inputs, alive=has_future, **settings)
+    credit_horizon(
+        core, squared, inputs, alive=torch.cat([has_future, torch.zeros(1, B, dtype=torch.bool)]).float(), **settings
+    )
+    torch.testing.assert_close(asked[-1], asked[-2], rtol=0, atol=0)
     assert asked[1][1].view(-1, B).equal((~first & has_future)[::K])
 
 
@@ -518,7 +522,9 @@ def test_unroll_replaces_window(levels, inputs):
         ({"margin": T}, "margin: found"),
         ({"context": torch.zeros(T, B, 2)}, "context: expected"),
         ({"alive": torch.ones(B, dtype=torch.bool)}, "alive: expected"),
-        ({"alive": torch.ones(T, B)}, "alive: expected"),
+        ({"alive": torch.ones(T + 2, B)}, "alive: expected"),
+        ({"unroll": print, "alive": torch.ones(T, B)}, "unroll: it replaces"),
+        ({"unroll": print, "context": torch.zeros(T + 1, B, 2)}, "unroll: it replaces"),
         ({"probe": torch.zeros(T + 1, B, 2)}, "probe: expected"),
         ({"probe": torch.zeros(T, B)}, "probe: expected"),
     ],

@@ -315,6 +315,8 @@ def test_chrono_initialisation_counts_in_ticks():
     [
         (((3, 3), (1,)), "periods: expected"),
         (((3, 3), (2, 4)), "periods: expected"),
+        (((3, 3), (0, 8)), "periods: expected"),
+        (((3, 3), ()), "periods: expected"),
         (((3, 3, 3), (1, 4, 6)), "periods: expected"),
         (((3, 0), (1, 2)), "hidden_sizes: expected"),
         (((3, 3), (1, 2), "sum"), "message: found 'sum'"),
