@@ -7,6 +7,7 @@ an error critic, which predicts the gradient from beyond the window, and the oth
     python scripts/demo.py --run.total_steps 2000000
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,17 @@ BAR = 0.95
 
 def main() -> int:
     """Trains both arms in parallel processes. Returns 0 if the decoupled agent reached the bar, otherwise 1."""
-    options = ["--run.total_steps", "1500000", "--run.output_dir", "runs/demo", *sys.argv[1:]]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="further options: those of train.py, for both agents, but for critic.kind, run.output_dir and run.name",
+        allow_abbrev=False,
+    )
+    _, given = parser.parse_known_args()
+    for option in given:
+        if option.split("=")[0] in ("--critic.kind", "--run.output_dir", "--run.name", "--resume"):
+            parser.error(f"{option.split('=')[0]}: set by this script; use scripts/train.py")
+    options = ["--run.total_steps", "1500000", "--run.output_dir", "runs/demo", *given]
     command = [
         sys.executable,
         str(ROOT / "scripts" / "train.py"),

@@ -522,7 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if together:
                 process = functools.partial(run_in_processes, **how)
                 launch(process, config.num_layers, config, together, folder, timeout_sec=7 * 24 * 3600.0)
-    except (ValueError, data.DataError, ProcessError) as problem:
+    except (ValueError, OSError, data.DataError, ProcessError) as problem:
         if is_a_process:
             fail(f"asynchronous: {problem}")
         parser.exit(2, f"asynchronous: {problem}\n")

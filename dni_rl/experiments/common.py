@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import statistics
 import sys
@@ -265,14 +266,18 @@ def load_checkpoint(path: Path, config: Any, *, resume: bool, free: Iterable[str
         free: fields of the config that may have changed.
 
     Raises:
-        ValueError: if there is a checkpoint and none is wanted, or it is of a run with other settings.
+        ValueError: if there is a checkpoint and none is wanted, it is damaged, or it is of a run with other settings.
     """
     if not path.exists():
         return None
     if not resume:
         raise ValueError(f"{path}: a run is there already; continue it with --resume, or choose another --run-folder")
-    state = torch.load(path, map_location=config.device, weights_only=True)
-    found, wanted = state["config"], dataclasses.asdict(config)
+    try:
+        state = torch.load(path, map_location=config.device, weights_only=True)
+        found = state["config"]
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: found no checkpoint that can be read; remove it to begin that run anew") from error
+    wanted = dataclasses.asdict(config)
     different = sorted(name for name in wanted if name not in free and found.get(name) != wanted[name])
     if different:
         changes = ", ".join(f"{name} {found.get(name)} -> {wanted[name]}" for name in different)

@@ -46,6 +46,12 @@ def probe_error(
     return (predicted != test[1]).double().mean().item()
 
 
+def _mean_cosine(found: Tensor, true: Tensor) -> float:
+    """Of rows [N, H], those whose `true` is zero left out; NaN where all are."""
+    counts = true.norm(dim=1) > 0
+    return F.cosine_similarity(found[counts], true[counts], dim=1, eps=1e-30).mean().item()
+
+
 class Deep(common.Experiment):
     """A net of dense layers that learns from one signal: parts rdm and signals.
 
@@ -136,7 +142,8 @@ class Deep(common.Experiment):
         return wrong / len(self.test.labels)
 
     def alignment(self) -> list[float]:
-        """For each hidden layer, the mean over test images of the cosine between the signal and the true gradient there."""
+        """For each hidden layer, the mean cosine between the signal and the true gradient there, over as many test images as a batch has;
+        those whose true gradient is zero, where the outputs are saturated, have none and are left out."""
         count = self.config.batch_size
         x = images.pixels(self.test.images[:count].to(self.config.device))
         losses, context = self._targets(self.test.labels[:count].to(self.config.device))
@@ -144,7 +151,7 @@ class Deep(common.Experiment):
             signals.signal_pass(self.layers, signal, x, losses, context).deltas
             for signal in (self.signal, signals.Backprop())
         )
-        return [F.cosine_similarity(a, b, dim=1, eps=1e-30).mean().item() for a, b in zip(found, true, strict=True)]
+        return [_mean_cosine(a, b) for a, b in zip(found, true, strict=True)]
 
     def evaluation(self) -> dict[str, float]:
         """Evaluates, and appends to the curve."""

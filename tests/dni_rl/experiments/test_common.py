@@ -273,6 +273,20 @@ def test_a_run_is_resumed_with_more_steps_but_not_with_other_settings(tmp_path):
     assert carry_out(free, num_steps=8, eval_every_steps=2) == {"steps": 8}
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut short", "of something else"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
+    config = CountConfig(size=3, num_steps=6, checkpoint_every_steps=3)
+    common.carry_out(Count, config, tmp_path, tensorboard=False)
+    file = tmp_path / common.CHECKPOINT_FILE
+    if damage == "of something else":
+        torch.save([1, 2], file)
+    else:
+        file.write_bytes(file.read_bytes()[: 0 if damage == "empty" else 100])
+    (tmp_path / common.RESULT_FILE).unlink()
+    with pytest.raises(ValueError, match="found no checkpoint that can be read; remove it to begin that run anew"):
+        common.carry_out(Count, config, tmp_path, resume=True, tensorboard=False)
+
+
 def test_a_run_is_not_resumed_as_a_shorter_one(tmp_path):
     def carry_out(num_steps, folder, resume=True):
         config = CountConfig(size=3, num_steps=num_steps, checkpoint_every_steps=6)

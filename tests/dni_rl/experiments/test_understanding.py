@@ -298,6 +298,13 @@ def test_the_true_gradient_is_aligned_with_itself_and_random_feedback_is_not(tmp
     assert max(map(abs, Deep(small("signals", arm="fa"), tmp_path).alignment())) < 0.8
 
 
+def test_images_without_a_true_gradient_do_not_dilute_the_cosine(tmp_path):
+    run = Deep(small("signals", arm="backprop"), tmp_path)
+    with torch.no_grad():
+        run.layers[-1].linear.weight.mul_(1e6)  # saturated: those that are right have no gradient
+    assert run.alignment() == pytest.approx([1.0] * 3)
+
+
 def test_identities_hold():
     found = identities()
     assert len(found) == 5 and all(0 <= value < 1e-12 for value in found.values())
