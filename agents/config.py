@@ -39,6 +39,7 @@ class _Rule(NamedTuple):
 Positive: TypeAlias = Annotated[float, _Rule("above 0", lambda x: x > 0)]
 NonNegative: TypeAlias = Annotated[float, _Rule("of at least 0", lambda x: x >= 0)]
 Fraction: TypeAlias = Annotated[float, _Rule("from 0 to 1", lambda x: 0 <= x <= 1)]
+ClipRatio: TypeAlias = Annotated[float, _Rule("above 0, below 1", lambda x: 0 < x < 1)]
 PositiveFraction: TypeAlias = Annotated[float, _Rule("above 0, up to 1", lambda x: 0 < x <= 1)]
 Decay: TypeAlias = Annotated[float, _Rule("from 0 up to, not including, 1", lambda x: 0 <= x < 1)]
 MemorySteps: TypeAlias = Annotated[float, _Rule("above 2", lambda x: x > 2)]
@@ -77,6 +78,18 @@ class _Section:
     def _refuse(self, name: str, allowed: str, way_out: str) -> NoReturn:
         found = _show(getattr(self, name))
         raise ValueError(f"{self.section}.{name}: found {found}; allowed {allowed}; {way_out}")
+
+    def _refuse_unread(self, names: Sequence[str], where: str, way_out: str) -> None:
+        """Refuses settings that nothing reads `where`; as the defaults, which every configuration has, they may stand."""
+        for name in names:
+            default = _default(self, name)
+            if getattr(self, name) != default:
+                shown = _show(default)
+                self._refuse(
+                    name,
+                    f"{shown} {where}, which does not read it",
+                    f"set --{self.section}.{name} {shown}, or {way_out}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +135,7 @@ class ModelConfig(_Section):
     """Stacked layers of an lstm or gru core."""
     periods: tuple[PositiveCount, ...] = (1, 8)
     """multi_timescale: ticks of each level, the lowest first, in agent steps of each environment's own episode: 1, then rising
-    multiples of the period below."""
+    multiples of the period below. Other cores do not read it; it may stand, so that the name of the core alone switches."""
     level_sizes: tuple[PositiveCount, ...] | None = None
     """multi_timescale: width of each level, the lowest first, in units; null: hidden_size for all of them."""
     message: Literal["last", "mean"] = "last"
@@ -153,6 +166,10 @@ class ModelConfig(_Section):
                 "level_sizes",
                 f"{len(self.periods)} widths, one for each of model.periods",
                 "leave it out for hidden_size",
+            )
+        if self.core != "multi_timescale":
+            self._refuse_unread(
+                ("level_sizes", "message"), f"with model.core {self.core}", "--model.core multi_timescale"
             )
 
 
@@ -217,8 +234,9 @@ class CriticConfig(_Section):
     (Pemberton & Costa 2024)."""
     interfaces: bool = False
     """multi_timescale: whether each message upwards is cut, and a critic of its own tells the lower level at once what the upper one
-    will send back (Jaderberg et al. 2017, two networks that tick at different speeds). These critics share the settings of this
-    section except kind, and those that belong to cuts in time: gradient_discount, max_norm_ratio, target_lambda."""
+    will send back (Jaderberg et al. 2017, two networks that tick at different speeds). Of the settings of this section these critics
+    share hidden_sizes, scale, normalize_targets, warmup_updates and slow_copy_rate; fit_interval and epochs, which say when they learn;
+    and those of the one optimiser of all critics, learning_rate, adam_betas, adam_eps, max_grad_norm and weight_decay. No others."""
     auxiliary_cost: NonNegative = 0.1
     """dni_aux: weight of the auxiliary loss, which has no unit; the paper gives none."""
     learning_rate: Positive = 1e-2
@@ -286,10 +304,11 @@ class AlgorithmConfig(_Section):
     normalize_advantages: bool = False
     """Whether advantages have mean 0 and standard deviation 1 in every minibatch; usual in PPO (Huang et al. 2022)."""
     epochs: PositiveCount = 4
-    """PPO: passes over a rollout; 1 with critic.kind bp_lambda or rtrl."""
+    """PPO: passes over a rollout; 1 with critic.kind bp_lambda or rtrl. A2C makes one, whatever stands here."""
     minibatches: PositiveCount = 4
-    """PPO: parts of a rollout per pass, in whole sequences, so it divides env.num_envs; 1 with critic.kind bp_lambda or rtrl."""
-    clip_ratio: Positive = 0.2
+    """PPO: parts of a rollout per pass, in whole sequences, so it divides env.num_envs; 1 with critic.kind bp_lambda or rtrl. A2C takes
+    the rollout as one, whatever stands here."""
+    clip_ratio: ClipRatio = 0.2
     """PPO: how far the probability ratio may leave 1 (Schulman et al. 2017)."""
     target_kl: Positive | None = None
     """PPO: ends the passes over a rollout once the mean KL divergence from the old policy exceeds this, in nats; null:
@@ -303,6 +322,10 @@ class AlgorithmConfig(_Section):
                 "0.0 with algorithm.anneal_entropy false, where all of the cost is left",
                 "set --algorithm.anneal_entropy true",
             )
+        if (
+            self.name != "ppo"
+        ):  # epochs, minibatches and clip_ratio may stand, so that this name alone switches the algorithm
+            self._refuse_unread(("target_kl",), f"with algorithm.name {self.name}", "--algorithm.name ppo")
         if self.rollout_length % self.bptt_horizon:  # a horizon longer than the rollout included
             divisors = [k for k in range(1, self.rollout_length + 1) if self.rollout_length % k == 0]
             nearest = min(divisors, key=lambda k: abs(k - self.bptt_horizon))
@@ -430,6 +453,7 @@ class TrainConfig:
         wanted = {
             "hidden_sizes": (),
             "normalize_targets": False,
+            "dense_targets": True,
             "max_norm_ratio": None,
             "fit_interval": 1,
             "warmup_updates": 0,
@@ -508,7 +532,8 @@ def to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Writes the resolved configuration, every default included, as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -683,7 +708,7 @@ def _unknown_argument(argument: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in Python and YAML 1.2, and a repeated key is an error."""
+    """YAML whose numbers are written as in Python, 1e-3 included, and 010 and 1:00:00 are text; a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the parent, which silently keeps the last of two equal keys."""
@@ -694,9 +719,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*\.?\d*[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that some YAML would read as a number: the parent's, which is YAML 1.1, or ours."""
+
+
+# YAML 1.1 also has octal numbers with a leading zero (010 is 8) and those to the base 60 (1:00:00 is 3600).
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_DIGITS = "[0-9](?:_?[0-9])*"
+_NUMBERS = {
+    _INT: r"[-+]?(?:0|[1-9](?:_?[0-9])*|0b[01]+|0o[0-7]+|0x[0-9a-fA-F]+)",
+    _FLOAT: rf"[-+]?(?:(?:{_DIGITS}\.(?:{_DIGITS})?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?|{_DIGITS}[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)",
+}
+for _tag, _number in _NUMBERS.items():
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(_tag, re.compile(rf"(?:{_number})\Z"), list("-+.0123456789"))
 
 
 def _load_yaml(text: str, source: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agents.build import EVALUATION_KEY, build_environment, build_model, spread_seeds
 from agents.checkpoint import load_checkpoint
-from agents.config import CONFIG_FILE, TrainConfig, load_config
+from agents.config import TrainConfig, from_dict
 from agents.model import ActorCritic
 from envs.timestep import Environment, EnvSpec, TimeStep
 
@@ -59,16 +59,14 @@ def load_policy(run: Path) -> tuple[Policy, Callable[[int, int], Environment]]:
         none of them shares a random stream with any process of a training run, whatever the seeds.
 
     Raises:
-        ValueError: in one line, if configuration or checkpoint are missing, damaged or do not fit each other.
+        ValueError: in one line, if the checkpoint is missing, damaged or of something else.
         ImportError: if the environment needs a package that is missing.
     """
-    folder = run if run.is_dir() else run.parent
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"RUN_DIR: found no {CONFIG_FILE} in {folder}; allowed the folder of a training run, or a checkpoint in it"
-        )
-    config = load_config(folder / CONFIG_FILE)
     checkpoint = load_checkpoint(run)
+    try:  # not the file beside it, which may have been changed since
+        config = from_dict(checkpoint["config"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise foreign_checkpoint(run, error) from error
 
     def make_environment(num_envs: int, seed: int) -> Environment:
         (env_seed,) = spread_seeds(seed, 1, key=EVALUATION_KEY)
@@ -84,9 +82,16 @@ def load_policy(run: Path) -> tuple[Policy, Callable[[int, int], Environment]]:
         model.load_state_dict(checkpoint["learner"]["model"])
         step = int(checkpoint["step"])
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{run}: found a checkpoint that does not fit {folder / CONFIG_FILE} ({reason})") from error
+        raise foreign_checkpoint(run, error) from error
     return Policy(model.eval(), config, step), make_environment
+
+
+def foreign_checkpoint(path: Path, error: Exception) -> ValueError:
+    """The error for a sound checkpoint that holds something else; on one line, which those of PyTorch are not."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"{path}: found a checkpoint of another program or version ({reason}); allowed one of scripts/train.py"
+    )
 
 
 @torch.no_grad()
@@ -259,7 +264,7 @@ def check_filmable(spec: EnvSpec, path: Path) -> None:
             f"--video: found observations {shape}, {spec.observation_dtype}; allowed for images [C, Y, X] of at least 36 x 36 "
             "pixels, as Atari's; leave --video out"
         )
-    if path.suffix.lower() != ".gif" or not path.parent.is_dir():
+    if path.suffix.lower() != ".gif" or not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"--video: found {path}; allowed the name of a .gif file in a folder that exists")
     try:
         import PIL.Image  # noqa: F401

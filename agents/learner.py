@@ -30,6 +30,8 @@ from dni_rl.cores import State
 from dni_rl.cores.base import UnrolledState
 from dni_rl.cores.timescales import LevelledState
 
+RATIOS = ("/explained_variance", "/cosine", "/norm_ratio")  # NaN where a window had no target; their means leave it out
+
 
 @dataclass(slots=True)
 class Windows:
@@ -289,9 +291,7 @@ class Learner:
                 divergence = self.workers.mean(metrics["losses/approx_kl"], minibatch.valid)
                 if divergence.item() > target_kl:
                     break
-        return {
-            name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in collected.items()
-        }
+        return {name: _mean(name, values) for name, values in collected.items()}
 
     def _minibatches(self, windows: Windows) -> Iterator[tuple[int, Windows]]:
         """Each with the number of its epoch, from 0."""
@@ -509,7 +509,13 @@ def _initial_trace(critic: dni_rl.ErrorCritic | None, num_envs: int) -> Tensor:
 
 
 def _means(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
+    return {name: _mean(name, [each[name] for each in metrics]) for name in metrics[0]}
+
+
+def _mean(name: str, values: Sequence[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(list(values)).nanmean() if name.endswith(RATIOS) else torch.stack(list(values)).mean()
 
 
 def _divide_gradients(module: nn.Module, divisor: int) -> None:

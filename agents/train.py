@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +21,14 @@ from agents.build import build_critic, build_environment, build_interfaces, buil
 from agents.checkpoint import CHECKPOINT_FILE, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
 from agents.credit import credit_figure, measure_credit
-from agents.learner import Learner
+from agents.learner import RATIOS, Learner
 from agents.metrics import MetricsWriter
 from agents.parallel import ALONE, SilentWriter, Workers
 from agents.rollout import Actor
 
 _log = logging.getLogger(__name__)
 
-_RATIOS = ("/explained_variance", "/cosine", "/norm_ratio")  # without a target gradient they have no meaning
+_NO_RUN_ID = "none"  # torchrun's name for every run that was given neither --rdzv-id nor --standalone
 
 
 class NonFiniteError(RuntimeError):
@@ -51,6 +53,8 @@ class Trainer:
         # Of models, and of the global random generators behind them; a model then becomes that of the first process.
         env_seed, model_seed, actor_seed, learner_seed = workers.spread_seeds(config.run.seed, 4)
         torch.manual_seed(model_seed)
+        np.random.seed(model_seed)  # nothing of ours draws from this one and the next; an environment of the user's may
+        random.seed(model_seed)
         self.environment = build_environment(config.env, env_seed, self.device)
         spec, algorithm = self.environment.spec, config.algorithm
         model = build_model(config.model, spec).to(self.device)
@@ -94,9 +98,7 @@ class Trainer:
             thorough: look at everything else as well where the metrics are finite.
         """
         watched = {
-            name: metrics[name]
-            for name in metrics
-            if name.startswith(("losses/", "sg/")) and not name.endswith(_RATIOS)
+            name: metrics[name] for name in metrics if name.startswith(("losses/", "sg/")) and not name.endswith(RATIOS)
         }
         are_finite = all(math.isfinite(float(value)) for value in watched.values())
         if are_finite and not thorough:
@@ -175,8 +177,8 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
         The run's folder.
 
     Raises:
-        ValueError: if the configuration cannot be built, the folder is taken, or the checkpoint is unusable, that of another number
-            of processes included.
+        ValueError: if the configuration cannot be built, the folder is taken or cannot be written, or the checkpoint is unusable, that
+            of another number of processes included; after a restart also if torchrun was given nothing to tell this run by.
         NonFiniteError: if a loss became NaN or infinite.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; its message says where.
     """
@@ -278,15 +280,22 @@ def _writer(trainer: Trainer, directory: Path, resume_step: int | None) -> Metri
     hyperparameters = to_dict(config)
     if trainer.workers.count > 1:
         hyperparameters["processes"] = {"count": trainer.workers.count}
-    writer = MetricsWriter(
-        directory,
-        total_steps=config.run.total_steps,
-        resume_step=resume_step,
-        tensorboard=config.run.tensorboard,
-        progress=config.run.progress,
-        hyperparameters=hyperparameters,
-    )
-    save_config(config, directory / CONFIG_FILE)
+    try:
+        writer = MetricsWriter(
+            directory,
+            total_steps=config.run.total_steps,
+            resume_step=resume_step,
+            tensorboard=config.run.tensorboard,
+            progress=config.run.progress,
+            hyperparameters=hyperparameters,
+        )
+        save_config(config, directory / CONFIG_FILE)
+    except OSError as error:
+        name = "run.output_dir" if resume_step is None else "--resume"
+        raise ValueError(
+            f"{name}: found {directory}, which cannot be made or written ({error.strerror or error}); allowed a folder that can; "
+            f"set --{name.lstrip('-')} to one"
+        ) from error
     return writer
 
 
@@ -332,12 +341,15 @@ class _RunningMeans:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int | Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
+            has_value: int | Tensor = 1
+            if name.endswith(RATIOS):
+                has_value, value = ~value.isnan(), value.nan_to_num(nan=0.0)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.counts[name] = self.counts.get(name, 0) + has_value
 
     def pop(self) -> dict[str, float | Tensor]:
         means: dict[str, float | Tensor] = {name: total / self.counts[name] for name, total in self.sums.items()}
@@ -357,6 +369,11 @@ def _passes(before: int, after: int, every: int) -> bool:
 
 def _checkpoint_to_continue(resume: Path | None, directory: Path, workers: Workers) -> dict[str, Any] | None:
     """After a restart what the same run has saved; otherwise that of `resume`, or None for a new run."""
+    if workers.restarted and workers.launch == _NO_RUN_ID:
+        raise ValueError(
+            f"torchrun: found a restart of a run without an id, which cannot tell whether {directory} is its own; allowed restarts with "
+            f"--standalone, or with an --rdzv-id that no other run has; to go on from what is there, start again with --resume {directory}"
+        )
     if workers.restarted:
         try:
             state = load_checkpoint(directory)

@@ -143,6 +143,10 @@ def _make_imported(
     env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
 ) -> Environment:
     module_name, _, name = env_id.partition(":")
+    if not module_name or module_name.startswith("."):  # relative to what?
+        raise ValueError(
+            f"{env_id}: found the module name {module_name!r}; allowed a full one, as in package.module:Name; write it out"
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

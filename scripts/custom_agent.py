@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,15 +46,17 @@ class Agent(nn.Module):
 
 def train(critic_kind: str, num_steps: int, seed: int) -> tuple[Agent, dni_rl.GradientCritic | None, float]:
     """Trains for `num_steps` agent steps; returns agent, error critic and the success rate of the last tenth of them."""
-    torch.manual_seed(seed)
-    env = envs.make("PassiveTMaze", num_envs=NUM_ENVS, seed=seed, corridor_length=CORRIDOR, num_distractors=2)
+    # Streams that no two runs share, unlike those of seed, seed + 1, ...
+    env_seed, model_seed, action_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(3))
+    torch.manual_seed(model_seed)
+    env = envs.make("PassiveTMaze", num_envs=NUM_ENVS, seed=env_seed, corridor_length=CORRIDOR, num_distractors=2)
     agent = Agent(env.spec.observation_shape[0], env.spec.num_actions)
     optimizer = torch.optim.Adam(agent.parameters(), lr=5e-3, betas=(0.9, 0.99))
     critic = critic_optimizer = None
     if critic_kind == "dni":
         critic = dni_rl.GradientCritic(state_sizes=agent.core.state_sizes, gradient_discount=0.95, max_norm_ratio=1.0)
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=3e-2, betas=(0.9, 0.99))
-    torch.manual_seed(seed + 1)  # the same draws with and without a critic
+    torch.manual_seed(action_seed)  # the same draws with and without a critic
 
     state, step = agent.core.initial_state(NUM_ENVS), env.reset()
     num_updates = num_steps // (NUM_ENVS * WINDOW)
@@ -112,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=600_000, help="agent steps (default: 600000)")
     parser.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
     arguments = parser.parse_args(argv)
+    for name, least in (("steps", NUM_ENVS * WINDOW), ("seed", 0)):  # with fewer steps there is no update
+        if getattr(arguments, name) < least:
+            found = f"--{name}: found {getattr(arguments, name)}; allowed an integer of at least {least}"
+            parser.exit(2, f"custom_agent.py: {found}; leave it out for the default, {parser.get_default(name)}\n")
     torch.set_num_threads(1)
     _, _, success = train(arguments.critic, arguments.steps, arguments.seed)
     print(f"critic {arguments.critic}, seed {arguments.seed}: {100 * success:.1f} % success at the end (chance: 50 %)")

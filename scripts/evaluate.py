@@ -64,7 +64,7 @@ def _seed(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and not arguments.json.parent.is_dir():
+    if arguments.json is not None and (not arguments.json.parent.is_dir() or arguments.json.is_dir()):
         raise ValueError(f"--json: found {arguments.json}; allowed a file in a folder that exists")
     policy, make_environment = load_policy(arguments.run)
     torch.set_num_threads(policy.config.run.threads)

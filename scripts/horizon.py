@@ -9,8 +9,8 @@ runs are also put side by side, success and horizon by method and task, with med
 
 Two horizons are shown. The effective one judges gradients one by one, and most of a policy gradient is noise that no critic can
 foresee. The expected one judges their averages over sequences, told apart by what is to be remembered (the cue of a maze), where the
-environment has a context that says so. It reaches the length of a corridor shortly before the corridor is solved, and not where it is not
-(docs/results/horizon.md), given enough sequences: --num_envs 128.
+environment has a context that says so. It often reaches the length of a corridor before the corridor is solved, at times also where it
+is not (docs/results/horizon.md), given enough sequences: --num_envs 128.
 
 A checkpoint shows horizons as they are *after* learning. Once a task is solved its true gradients are small and mostly noise. What training
 logged on the way there (`run.credit_every_steps`) is what says whether a memory could be learned.
@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from agents.checkpoint import load_checkpoint
 from agents.config import TrainConfig, from_dict
 from agents.credit import credit_figure, measure_credit
+from agents.evaluate import foreign_checkpoint
 from agents.metrics import read_metrics
 from agents.train import Trainer
 from dni_rl.horizon import CreditHorizon
@@ -66,10 +67,12 @@ class Measured:
     def method(self) -> str:
         """Critic and what it is told, window, core if no LSTM; of a bare measurement, what the agent was trained by."""
         core = "" if self.config.model.core == "lstm" else f", {self.config.model.core}"
-        past = ", past observations" if self.config.critic.past_steps else ""
-        future = ", future inputs" if self.config.critic.future_steps else ""
+        critic = self.config.critic
+        is_told = critic.kind not in ("none", "rtrl")  # otherwise the settings of a critic may stand, but there is none
+        past = ", past observations" if critic.past_steps and is_told else ""
+        future = ", future inputs" if critic.future_steps and is_told else ""
         bare = ", critics left out" if self.bare else ""
-        return f"{self.config.critic.kind}{past}{future}, K = {self.config.algorithm.bptt_horizon}{core}{bare}"
+        return f"{critic.kind}{past}{future}, K = {self.config.algorithm.bptt_horizon}{core}{bare}"
 
     @property
     def reach(self) -> float:
@@ -147,7 +150,7 @@ def measure(
     try:
         config = from_dict(checkpoint["config"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _foreign(path, error) from error
+        raise foreign_checkpoint(path, error) from error
     run = replace(
         config.run,
         device="cpu",
@@ -160,7 +163,7 @@ def measure(
         try:
             trainer.learner.load_state_dict(checkpoint["learner"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise _foreign(path, error) from error
+            raise foreign_checkpoint(path, error) from error
         learner = trainer.learner
         is_bare = learner.critic is None and not learner.interfaces and learner.sensitivity is None
         results, logged = _metrics(path if path.is_dir() else path.parent, checkpoint["step"])
@@ -263,13 +266,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _foreign(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return ValueError(
-        f"{path}: found a checkpoint of another program or version ({reason}); allowed one of scripts/train.py"
-    )
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of the usage."""
@@ -306,28 +302,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for option in ("json", "plot"):
         file = getattr(arguments, option)
-        if file is not None and not file.parent.is_dir():
+        if file is not None and (not file.parent.is_dir() or file.is_dir()):
             parser.error(f"--{option}: found {file}; allowed a file in a folder that exists")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables. Returns 0, or 2 if the options are bad or any run could not be measured; the others are."""
+    """Prints the tables. Returns 0, 2 if the options are bad or any run could not be measured (the others are), or 130 after Ctrl-C."""
     arguments = _parse(argv)
     measured: list[Measured] = []
-    failed = False
-    for run in arguments.runs:
-        try:
-            measured += measure(
-                run,
-                length=arguments.length,
-                num_envs=arguments.num_envs,
-                seed=arguments.seed,
-                bare=(False, True) if arguments.bare else (False,),
-            )
-        except (ValueError, ImportError) as error:
-            print(f"horizon.py: {error}", file=sys.stderr)
-            failed = True
+    code = 0
+    try:
+        for run in arguments.runs:
+            try:
+                measured += measure(
+                    run,
+                    length=arguments.length,
+                    num_envs=arguments.num_envs,
+                    seed=arguments.seed,
+                    bare=(False, True) if arguments.bare else (False,),
+                )
+            except (ValueError, ImportError) as error:
+                print(f"horizon.py: {error}", file=sys.stderr)
+                code = 2
+    except KeyboardInterrupt:  # what has been measured may have taken minutes
+        found = "what had been measured follows" if measured else "nothing had been measured"
+        print(f"horizon.py: interrupted; {found}", file=sys.stderr)
+        code = 130
     if measured:
         print(table(measured))
         if len(arguments.runs) > 1:
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             chart = credit_figure(list(zip(names, (m.horizon for m in measured), strict=True)))
             chart.savefig(arguments.plot, format="png")
             print(f"curves in {arguments.plot}")
-    return 2 if failed else 0
+    return code
 
 
 if __name__ == "__main__":

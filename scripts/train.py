@@ -5,7 +5,8 @@
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 scripts/train.py --config configs/tmaze.yaml
 
 Under torchrun every process has env.num_envs environments of its own, gradients are averaged, and total_steps counts those of all
-processes. After a worker has failed, --max-restarts lets all of them continue from the last checkpoint.
+processes. After a worker has failed, --max-restarts lets all of them continue from the last checkpoint; it takes --standalone or an
+--rdzv-id that no other run has, which tell whose the checkpoint is.
 
 Results (config.yaml, metrics.jsonl, TensorBoard events, checkpoints) are left in one folder per run.
 """

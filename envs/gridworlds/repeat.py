@@ -3,7 +3,9 @@
 After Morad et al., "POPGym: Benchmarking Partially Observable Reinforcement Learning" (2023), and its code. What differs
 here: the symbols are drawn independently (theirs are suits of a deck, so that the cards left tell a little), questions
 come at irregular times and are visible as such, there are distractor inputs, and a wrong answer costs nothing. Actions
-change nothing but the reward, so these are the purest of memory tasks: what is to be learned is what to keep.
+change nothing but the reward, so these are the purest of memory tasks: what is to be learned is what to keep. Hide the
+previous action from the agent (`model.previous_action: false`): who sees it can repeat the answer from step to step, and
+remember nothing.
 """
 
 import math

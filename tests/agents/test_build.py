@@ -1,5 +1,6 @@
+import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -15,7 +16,7 @@ from agents.build import (
     build_torso,
     spread_seeds,
 )
-from agents.config import CriticConfig, EnvConfig, ModelConfig
+from agents.config import CriticConfig, EnvConfig, ModelConfig, _field_docs
 from agents.model import ScaledImages
 from agents.parallel import Workers
 from envs.timestep import EnvSpec
@@ -214,6 +215,30 @@ def test_critics_of_interfaces_are_those_of_the_configuration():
         assert {name: getattr(critic, name) for name in cuts | shared} == cuts | shared
     assert build_interfaces(replace(settings, interfaces=False), model) == []
     assert build_interfaces(settings, build_model(ModelConfig(), VECTOR)) == []
+
+
+def test_the_settings_that_critics_of_interfaces_share_are_those_that_help_lists():
+    settings, read = CriticConfig(interfaces=True), set()
+
+    class Spy:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(settings, name)
+
+    build_interfaces(Spy(), build_model(ModelConfig(core="multi_timescale"), VECTOR))
+    listed = set(re.findall(r"\w+", _field_docs()["CriticConfig", "interfaces"])) & {
+        f.name for f in fields(CriticConfig)
+    }
+    learning = {
+        "fit_interval",
+        "epochs",
+        "learning_rate",
+        "adam_betas",
+        "adam_eps",
+        "max_grad_norm",
+        "weight_decay",
+    }  # the learner's
+    assert listed == read - {"interfaces"} | learning
 
 
 def test_a_conditioned_critic_needs_a_context_and_no_other_kind_does():

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 
 import pytest
@@ -71,7 +72,7 @@ def test_values_are_read_in_their_declared_type():
     arguments = (
         "--run.total_steps 2e6 --model.torso_sizes [] --critic.hidden_sizes [8,16] --critic.adam_betas [0,0.9] "
         "--algorithm.max_grad_norm null --run.progress false --run.name 007 --env.id no --critic.scale 1 "
-        "--algorithm.target_kl=1e-2"
+        "--algorithm.name ppo --algorithm.target_kl=1e-2"
     )
     config, _ = parse_train_config(arguments.split())
     assert (config.run.total_steps, type(config.run.total_steps)) == (2_000_000, int)
@@ -84,6 +85,27 @@ def test_values_are_read_in_their_declared_type():
     assert config.env.id == "no"
     assert type(config.critic.scale) is float
     assert config.algorithm.target_kl == 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("7", 7), ("-0", 0), ("2_000_000", 2_000_000), ("0x1F", 31), ("0o17", 15), ("0b11", 3)),
+        *(("1e-3", 0.001), ("2E6", 2e6), (".5", 0.5), ("1.", 1.0), ("-1.5e+3", -1500.0), ("-.inf", -math.inf)),
+        *(("010", "010"), ("0777", "0777"), ("1:00:00", "1:00:00"), ("1:30.5", "1:30.5"), ("1_", "1_"), ("_1", "_1")),
+    ],
+)
+def test_numbers_are_written_as_in_python(text, value):
+    config, _ = parse_train_config([f"--env.kwargs.x={text}"])
+    assert config.env.kwargs == {"x": value}
+    assert type(config.env.kwargs["x"]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "010", "1:00:00", "0o17", ".5e3", "no"])
+def test_text_that_looks_like_a_number_is_saved_as_text(tmp_path, text):
+    config = TrainConfig(run=RunConfig(name=text), env=EnvConfig(kwargs={"x": text}))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_arguments_of_the_environment_are_overridden_one_by_one(write):
@@ -355,6 +377,37 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
             "critic.kind: found 'bp_lambda'; allowed none and the other critics with model.core multi_timescale, whose levels are cut "
             "at different steps; set --model.core lstm",
         ),
+        (
+            "--run.seed 010",
+            "run.seed: found '010'; allowed an integer from 0 to 2**32 - 1; leave it out for the default, 0",
+        ),
+        (
+            "--run.total_steps 1:00:00",
+            "run.total_steps: found '1:00:00'; allowed an integer of at least 1; leave it out",
+        ),
+        ("--algorithm.discount 0:0.5", "algorithm.discount: found '0:0.5'; allowed a number from 0 to 1; leave it out"),
+        (
+            "--algorithm.name ppo --algorithm.clip_ratio 1",
+            "algorithm.clip_ratio: found 1; allowed a number above 0, below 1; leave it out for the default, 0.2",
+        ),
+        (
+            "--algorithm.target_kl 0.1",
+            "algorithm.target_kl: found 0.1; allowed null with algorithm.name a2c, which does not read it; "
+            "set --algorithm.target_kl null, or --algorithm.name ppo",
+        ),
+        (
+            "--model.level_sizes [8,8]",
+            "model.level_sizes: found [8, 8]; allowed null with model.core lstm, which does not read it; "
+            "set --model.level_sizes null, or --model.core multi_timescale",
+        ),
+        (
+            "--model.core gru --model.message mean",
+            "model.message: found 'mean'; allowed 'last' with model.core gru, which",
+        ),
+        (
+            "--critic.kind bp_lambda --critic.normalize_targets false --critic.dense_targets false",
+            "critic.dense_targets: found false; allowed true with critic.kind bp_lambda",
+        ),
         ("--run.seed [", "--run.seed, line 1: found text that is not valid YAML"),
         (
             "--config missing.yaml",
@@ -387,6 +440,13 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(refusal, arguments, mes
 def test_a_mistake_in_a_file_is_one_clear_line_that_names_the_file(refusal, write, text, message):
     path = write(text)
     assert refusal("--config", path).startswith(f"{path}{message}")
+
+
+def test_settings_that_one_option_switches_off_may_stand():
+    critic = "--critic.past_steps [4] --critic.dense_targets false --critic.kind none"
+    rest = "--algorithm.epochs 2 --algorithm.minibatches 2 --model.periods [1,4]"
+    config, _ = parse_train_config(f"{critic} {rest}".split())
+    assert (config.critic.past_steps, config.algorithm.epochs, config.model.periods) == ((4,), 2, (1, 4))
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path, refusal):

@@ -1,4 +1,5 @@
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from agents.config import from_dict
+from agents.checkpoint import save_checkpoint
+from agents.config import from_dict, save_config
 from agents.evaluate import (
     Evaluation,
     Film,
@@ -167,6 +169,23 @@ def test_the_policy_of_a_run_plays_new_episodes(run):
     assert len(evaluate(policy.model, env, 5).returns) == 5
 
 
+def test_the_configuration_is_that_of_the_checkpoint_and_not_of_the_file_beside_it(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_directory(run), folder)
+    save_config(replace(run, env=replace(run.env, kwargs={"corridor_length": 9})), folder / "config.yaml")
+    assert load_policy(folder)[0].config == run
+    (folder / "config.yaml").unlink()
+    assert load_policy(folder)[0].config == run
+
+
+@pytest.mark.parametrize("state", [{"x": 1}, {"config": {"run": {"sed": 1}}}, {"config": 3}])
+def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path, state):
+    save_checkpoint(tmp_path, state, 3)
+    with pytest.raises(ValueError, match=r"found a checkpoint of another program or version \(.*\); allowed") as error:
+        load_policy(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_episodes_depend_on_the_seed_of_the_evaluation(run):
     _, make_environment = load_policy(run_directory(run))
     # the cues of first steps, before anything was done
@@ -227,6 +246,7 @@ def test_only_pictures_can_be_filmed(tmp_path):
     for spec in (EnvSpec((7,), torch.float32, 3), EnvSpec((3, 7, 7), torch.uint8, 3)):
         with pytest.raises(ValueError, match=r"--video: found observations .*; leave --video out"):
             check_filmable(spec, path)
-    for bad in (tmp_path / "film.mp4", tmp_path / "nowhere" / "film.gif"):
+    (tmp_path / "folder.gif").mkdir()
+    for bad in (tmp_path / "film.mp4", tmp_path / "nowhere" / "film.gif", tmp_path / "folder.gif"):
         with pytest.raises(ValueError, match=r"--video: found .*; allowed the name of a .gif file"):
             check_filmable(_Pictures().spec, bad)

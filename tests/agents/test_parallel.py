@@ -376,10 +376,7 @@ def assert_equal(one, two, where="checkpoint"):
 
 
 def results_of(directory):
-    """Rows of metrics without the speed, and the checkpoint without what tells of the launch.
-
-    Nor the global generators of NumPy and Python: runs do not seed them.
-    """
+    """Rows of metrics without the speed, and the checkpoint without what tells of the launch."""
     rows = [
         {k: "nan" if math.isnan(v) else v for k, v in row.items() if k != "charts/SPS"}
         for row in read_metrics(directory)
@@ -387,8 +384,6 @@ def results_of(directory):
     state = load_checkpoint(directory)
     state.pop("launch", None)
     del state["config"]["run"]
-    for one in (state, *state.get("others", [])):
-        one["rng"] = one["rng"]["torch"]
     return rows, state
 
 
@@ -472,6 +467,16 @@ def test_a_restart_does_not_take_the_folder_of_another_run(tmp_path, launch_of_t
     train(config, None, Workers(launch=launch_of_the_other))
     with pytest.raises(ValueError, match=r"metrics.jsonl: found metrics of an earlier run; "):
         train(config, None, Workers(launch="this", restarted=True))
+
+
+def test_a_restart_that_torchrun_has_no_id_for_is_refused_in_one_line(tmp_path):
+    config = configure(tmp_path, "run")
+    train(config, None, Workers(launch="none"))  # perhaps somebody else's
+    with pytest.raises(ValueError) as error:
+        train(config, None, Workers(launch="none", restarted=True))
+    assert str(error.value).startswith("torchrun: found a restart of a run without an id, ")
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in ("--standalone", "--rdzv-id", f"--resume {tmp_path / 'run'}"))
 
 
 def test_a_restarted_run_that_was_resumed_goes_on_from_what_it_had_saved_since(tmp_path):

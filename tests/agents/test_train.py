@@ -1,8 +1,10 @@
 import dataclasses
 import logging
 import math
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +144,16 @@ def test_global_random_generators_continue_as_well(configure):
     expected = torch.rand(3)
     Trainer(configure()).load_state_dict(state)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_seed_is_that_of_all_global_random_generators(configure):
+    drawn = []
+    for seed in (0, 0, 1):
+        np.random.rand(3), random.random(), torch.rand(3)  # nothing may depend on what the process did before
+        Trainer(configure(seed=seed))
+        drawn.append((np.random.rand(), random.random(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
 
 
 def test_a_finished_run_can_be_made_longer(configure):
@@ -308,6 +320,17 @@ def test_a_measure_that_is_undefined_for_a_moment_does_not_stop_a_run(configure)
         for thorough in (False, True):
             assert trainer.first_non_finite(metrics | {name: torch.tensor(-torch.inf)}, thorough=thorough) is None
     assert trainer.first_non_finite(metrics | {"sg/loss": torch.tensor(torch.inf)}) == "sg/loss"
+
+
+def test_means_of_measures_leave_out_what_is_undefined(configure):
+    trainer = Trainer(configure())
+    trainer.means.pop()
+    for value in (1.0, torch.nan, 3.0):
+        trainer.means.add({name: torch.tensor(value) for name in ("sg/cosine", "sg/loss")})
+    means = trainer.means.pop()
+    assert means["sg/cosine"] == 2.0 and means["sg/loss"].isnan()
+    trainer.means.add({"sg/cosine": torch.tensor(torch.nan)})
+    assert trainer.means.pop()["sg/cosine"].isnan()
 
 
 # What is written

@@ -3,6 +3,9 @@
 The mazes are small enough to optimise over all stochastic policies of the observation. In the streams actions change
 nothing, so the best answer to each observation can be counted. In the rooms two runs that differ only in what had to be
 remembered look the same from the moment on at which it is out of sight, and what the agent did before has no trace.
+
+An agent that also sees its previous action has a memory outside of itself wherever actions are free while time passes: it repeats the
+answer until it is asked for. `model.previous_action` switches that input off; the last tests say where it has to be.
 """
 
 import pytest
@@ -251,3 +254,50 @@ def test_rooms_are_always_entered_in_the_same_cell():
             entries += int(enters.sum())
         runs.append(entries)
     assert min(runs) > 200
+
+
+# The previous action
+
+
+def success_of(env, policy, num_steps: int) -> float:
+    """Share of successes of a policy of (observation, previous action or -1 in an episode's first step)."""
+    step, action = env.reset(), torch.zeros(env.num_envs, dtype=torch.int64)
+    total, done = torch.zeros(env.num_envs), []
+    for _ in range(num_steps):
+        action = policy(step.observation, torch.where(step.first, -1, action))
+        step = env.step(action)
+        total += step.reward
+        done.append(total[step.last] >= env.spec.success_reward)
+        total *= ~step.last
+    return torch.cat(done).float().mean().item()
+
+
+def test_repeating_the_first_answer_needs_no_memory_but_the_previous_action():
+    env = RepeatFirst(10, num_envs=200, seed=0)
+
+    def repeat(observation, previous):
+        return torch.where(previous < 0, observation[:, 2 : 2 + env.num_symbols].argmax(1), previous)
+
+    assert success_of(env, repeat, 200) == 1.0
+    assert success_of(env, lambda observation, _: repeat(observation, torch.full((200,), -1)), 200) < 0.05
+
+
+def test_carrying_a_colour_through_the_rooms_needs_no_memory_but_the_previous_action():
+    env = MatchToSample(num_envs=200, seed=0)
+    size = env.room_size**2
+
+    def carry(observation, previous):
+        place, colours = (
+            observation[:, :size].argmax(1),
+            observation[:, size : 5 * size].view(-1, 4, env.room_size, env.room_size),
+        )
+        room = observation[:, 5 * size : 5 * size + 3].argmax(1)
+        sample = colours.amax((2, 3)).argmax(1)
+        # in the choice room: the column of the object of that colour, entered from the middle
+        column = colours[torch.arange(200), previous.clamp_min(0), 0].argmax(1)
+        walk = torch.where(column == 1, 1, torch.where(column == 0, 2, 0))
+        at_entrance = place == size - 2
+        return torch.where(room == 0, sample, torch.where(room == 1, previous, torch.where(at_entrance, walk, 1)))
+
+    assert success_of(env, carry, 200) == 1.0
+    assert success_of(env, lambda observation, _: carry(observation, torch.zeros(200, dtype=torch.int64)), 200) < 0.7

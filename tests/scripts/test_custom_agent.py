@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import envs
 from scripts import custom_agent
 from scripts.custom_agent import NUM_ENVS, WINDOW, main, train
 
@@ -24,6 +25,36 @@ def test_it_knows_nothing_of_agents_and_marks_the_three_lines():
 def test_it_runs(capsys, critic):
     assert main(["--critic", critic, "--steps", str(12 * UPDATE)]) == 0
     assert capsys.readouterr().out.startswith(f"critic {critic}, seed 0: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            ["--steps", str(UPDATE - 1)],
+            f"--steps: found {UPDATE - 1}; allowed an integer of at least {UPDATE}; leave it out",
+        ),
+        (["--seed", "-1"], "--seed: found -1; allowed an integer of at least 0; leave it out for the default, 0"),
+    ],
+)
+def test_bad_options_end_in_one_line(capsys, option, message):
+    with pytest.raises(SystemExit) as stop:
+        main(option)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith(f"custom_agent.py: {message}")
+    assert err.count("\n") == 1
+
+
+def test_runs_of_neighbouring_seeds_share_no_stream(monkeypatch):
+    """Of environments, model and actions."""
+    make, seeds = envs.make, []
+    manual_seed = torch.manual_seed
+    monkeypatch.setattr(envs, "make", lambda *a, **k: seeds.append(k["seed"]) or make(*a, **k))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    for seed in range(3):
+        train("none", UPDATE, seed)
+    assert len(seeds) == len(set(seeds)) == 9
 
 
 def _weights(module):

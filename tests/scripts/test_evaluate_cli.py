@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.config import from_dict
 from agents.train import train
 from scripts.evaluate import main
@@ -95,6 +96,7 @@ def test_atari_scores_are_points_and_the_film_is_what_the_agent_saw(breakout, ca
             ["--json", "no/such/folder/out.json"],
             "--json: found no/such/folder/out.json; allowed a file in a folder that",
         ),
+        (["--json", "."], "--json: found .; allowed a file in a folder that exists"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(maze, capsys, arguments, message):
@@ -107,20 +109,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(maze, capsys, arguments, message)
 def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
     code, _, err = _evaluate(capsys, tmp_path / "nowhere")
     assert code == 2
-    assert err.startswith("evaluate.py: RUN_DIR: found no config.yaml in ")
+    assert err.startswith(f"evaluate.py: no usable checkpoint: {tmp_path / 'nowhere'}: ")
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(capsys, tmp_path):
     run = _train(tmp_path, {"kwargs": {"corridor_length": 2}})
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("hidden_size: 6", "hidden_size: 7"))
+    state = load_checkpoint(run)
+    state["config"]["model"]["hidden_size"] = 7
+    save_checkpoint(run, state, state["step"])
     code, _, err = _evaluate(capsys, run)
     assert code == 2
-    assert err.startswith(
-        f"evaluate.py: {run}: found a checkpoint that does not fit {run / 'config.yaml'} (RuntimeError: "
-    )
+    assert err.startswith(f"evaluate.py: {run}: found a checkpoint of another program or version (RuntimeError: ")
     assert err.count("\n") == 1
     torch.save({}, run / "checkpoint.pt")
+    (run / "checkpoint.previous.pt").unlink()
     code, _, err = _evaluate(capsys, run)
     assert code == 2
     assert err.startswith("evaluate.py: no usable checkpoint: ")

@@ -12,6 +12,7 @@ from agents.config import from_dict
 from agents.metrics import read_metrics
 from agents.train import train
 from dni_rl.horizon import CreditHorizon
+from scripts import horizon
 from scripts.horizon import Measured, _metrics, main, side_by_side, table
 
 
@@ -147,12 +148,33 @@ def test_runs_that_cannot_be_measured_do_not_stop_the_others(runs, capsys, tmp_p
         assert line.startswith(f"horizon.py: {folder}: found a checkpoint of another program or version (")
 
 
+@pytest.mark.parametrize("num_measured", [0, 1])
+def test_ctrl_c_keeps_what_has_been_measured(runs, capsys, tmp_path, monkeypatch, num_measured):
+    measure = horizon.measure
+
+    def interrupted(path, **settings):
+        if path == runs[num_measured]:
+            raise KeyboardInterrupt
+        return measure(path, **settings)
+
+    monkeypatch.setattr(horizon, "measure", interrupted)
+    code, out, err = _horizon(capsys, *runs, "--json", tmp_path / "out.json")
+    assert code == 130
+    assert (
+        err
+        == f"horizon.py: interrupted; {('nothing had been measured', 'what had been measured follows')[num_measured]}\n"
+    )
+    assert ("| dni_3_0 |" in out) == (tmp_path / "out.json").exists() == bool(num_measured)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         (["--length", "3"], "argument --length: found '3'; allowed an integer of at least 4"),
         (["--seed", "-1"], "argument --seed: found '-1'; allowed an integer from 0 to 4294967295"),
         (["--json", "nowhere/x.json"], "--json: found nowhere/x.json; allowed a file in a folder that exists"),
+        (["--json", "."], "--json: found .; allowed a file in a folder that exists"),
+        (["--plot", "."], "--plot: found .; allowed a file in a folder that exists"),
     ],
 )
 def test_bad_options_end_in_one_line(capsys, option, message):
@@ -186,6 +208,22 @@ def test_methods_and_tasks_are_put_side_by_side():
         "| none, K = 4 | 60%; *4* (3 5 4) | not measured |",
         "| dni, K = 4 | 100%; *9* (9) | *8* (8) |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("none", "none, K = 4"),
+        ("dni", "dni, past observations, future inputs, K = 4"),
+        ("rtrl", "rtrl, K = 4, elementwise_lstm"),
+    ],
+)
+def test_a_run_without_a_critic_is_not_labelled_with_what_one_would_be_told(kind, method):
+    core = {"model": {"core": "elementwise_lstm"}} if kind == "rtrl" else {}
+    config = from_dict(
+        {"critic": {"kind": kind, "past_steps": [10], "future_steps": 2}, "algorithm": {"bptt_horizon": 4}} | core
+    )
+    assert replace(_measured("none", 10, 0, 1.0, 4), config=config).method == method
 
 
 def test_the_horizon_while_learning_leaves_out_what_came_before_and_after():

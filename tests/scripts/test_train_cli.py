@@ -91,6 +91,10 @@ def test_a_damaged_checkpoint_falls_back_on_the_last_good_one(train, tmp_path, c
         ({"env.id": "CartPole-v1", "critic.kind": "cdni"}, "critic.kind: found 'cdni', but this environment offers no"),
         ({"model.torso": "conv"}, "model.torso: found 'conv' for observations (3,)"),
         ({"env.id": "no_such_module:Maze"}, "env: no_such_module:Maze: there is no module 'no_such_module'"),
+        ({"env.id": ".foo:Maze"}, "env: .foo:Maze: found the module name '.foo'; allowed a full one, as in package.module:Name"),
+        ({"env.id": ":Maze"}, "env: :Maze: found the module name ''; allowed a full one, as in package.module:Name"),
+        ({"run.output_dir": __file__}, f"run.output_dir: found {__file__}/run, which cannot be made or written (Not a directory); "),
+        ({"run.output_dir": "/proc/x"}, "run.output_dir: found /proc/x/run, which cannot be made or written (No such file or "),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(train, tmp_path, options, message):
