@@ -7,6 +7,7 @@
 Every member of the matrix is a process of `scripts/train.py`. What is done is skipped, what was interrupted is resumed from its last
 checkpoint, and a member that fails is reported and does not stop the others. `--report-only` writes the report of what is there. With
 `--keep` a report grows: members that have no run here are not run, but taken from its JSON as it is, if that has them with these settings.
+A report that would have less than the one in its place is refused before anything is run.
 
 The matrix is a YAML file:
 
@@ -21,24 +22,34 @@ The matrix is a YAML file:
     overrides           optional: settings of one "<method> / <task>"; null leaves it out
 
 Statistics follow Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021): interquartile means
-over finished seeds with 95 % percentile bootstrap intervals, over several tasks stratified by task, computed by scipy. Memory is the
-largest resident set of the member's process, interpreter and PyTorch included; what it holds on a GPU is not in it.
+over finished seeds with 95 % percentile bootstrap intervals, computed by scipy; over several tasks those of the seeds that are finished
+on all of them, stratified by task. Memory is the largest resident set of the member's process, interpreter and PyTorch included; what
+it holds on a GPU is not in it.
 """
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 from comparison.board import write_board
 from comparison.matrix import load_matrix, members
-from comparison.outcome import collect, kept_rows
+from comparison.outcome import check_nothing_is_lost, collect, kept_rows
 from comparison.report import write_report
 from comparison.running import made_with_other_settings, read_record, run_all
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage."""
+        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def main() -> int:
     """Runs the matrix and writes the report. Returns 1 if a member failed, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("matrix", type=Path, help="YAML file: config, methods, tasks, seeds")
     parser.add_argument("--jobs", type=int, help="processes side by side; default one for each device")
     parser.add_argument(
@@ -66,9 +77,14 @@ def main() -> int:
         unknown = set(getattr(arguments, name) or ()) - set(matrix[name])
         if unknown:
             parser.error(f"--{name}: found {sorted(unknown)}; allowed {list(matrix[name])}")
-    report = arguments.report or runs / "report"
+    report, board = arguments.report or runs / "report", arguments.board or runs / "board"
+    if not report.name:
+        parser.error(
+            f"--report: found {str(report)!r}; allowed a name for the page, without .md; add one to the folder"
+        )
+    file = report.with_name(f"{report.name}.json")
     try:
-        kept = kept_rows(matrix, runs, report.with_name(f"{report.name}.json")) if arguments.keep else {}
+        kept = kept_rows(matrix, runs, file) if arguments.keep else {}
     except ValueError as error:
         parser.error(f"--keep: {error}")
     todo = [
@@ -78,6 +94,19 @@ def main() -> int:
         and member.method in (arguments.methods or matrix["methods"])
         and member.task in (arguments.tasks or matrix["tasks"])
     ]
+    try:
+        check_nothing_is_lost(matrix, runs, file, {*kept, *(member.name for member in todo)})
+    except ValueError as error:
+        parser.error(f"--report: {error}")
+    written = {"report": report.parent, "board": board, **({"runs": runs} if todo else {})}
+    for option, folder in written.items():  # found out before hours of training
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            parser.error(
+                f"--{option}: found {folder}, which cannot be made or written ({error.strerror}); allowed a folder that can"
+            )
     try:
         now_failed = run_all(todo, runs, jobs=jobs, devices=arguments.devices, measure=arguments.credit)
     except KeyboardInterrupt:
@@ -90,7 +119,7 @@ def main() -> int:
     command = f"python scripts/compare.py {arguments.matrix} --jobs {jobs} --report {report}"
     text = write_report(matrix, rows, failures, command, report)
     try:
-        write_board(matrix, rows, failures, arguments.board or runs / "board")
+        write_board(matrix, rows, failures, board)
     except ValueError as error:
         parser.error(str(error))
     print(text)

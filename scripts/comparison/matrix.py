@@ -126,10 +126,15 @@ def members(matrix: dict[str, Any]) -> Iterator[Member]:
     for seed in matrix["seeds"]:
         for task, task_settings in matrix["tasks"].items():
             for method, method_settings in matrix["methods"].items():
-                special = matrix["overrides"].get(f"{method} / {task}", {})
-                if special is None:  # not to be run
+                if is_left_out(matrix, method, task):
                     continue
+                special = matrix["overrides"].get(f"{method} / {task}", {})
                 yield Member(method, task, seed, matrix["config"], {**task_settings, **method_settings, **special})
+
+
+def is_left_out(matrix: dict[str, Any], method: str, task: str) -> bool:
+    """Whether a method is on purpose not run on a task."""
+    return matrix["overrides"].get(f"{method} / {task}", {}) is None
 
 
 def safe_name(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 from scipy.stats import trim_mean
 
-from agents.config import from_dict, to_dict
 from agents.metrics import read_metrics
 from comparison.matrix import members
-from comparison.running import EXPERIMENT, is_done, made_with_other_settings, measured, other_setting, read_record
+from comparison.running import (
+    EXPERIMENT,
+    full_settings,
+    is_done,
+    made_with_other_settings,
+    measured,
+    other_setting,
+    read_record,
+)
 from intervals import FEWEST_VALUES, percentile_interval
 
 REACHES = 0.9  # of the dial: an expected horizon that long foretells success; see `foretelling`
@@ -24,8 +31,8 @@ class Estimate:
     """An interquartile mean and its interval.
 
     Attributes:
-        value: the mean of the middle half.
-        low: lower end of the 95 % interval; None with fewer than two values in a stratum, which say nothing of their spread.
+        value: the mean of the middle half, or with fewer than four values that of all.
+        low: lower end of the 95 % interval; None with fewer than five values in a stratum, of which it would cover far less.
         high: upper end.
         n: number of values.
     """
@@ -51,21 +58,72 @@ def kept_rows(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, dict[
     Raises:
         ValueError: if there is no such file, or it is not that of a report.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        earlier = {(row["method"], row["task"], row["seed"]): row for row in content["rows"]}
-        settings = {pair: to_dict(from_dict(sections)) for pair, sections in content["settings"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: no JSON of a report with rows and settings to be kept ({error!r})") from None
+    rows, settings = _earlier_report(matrix, runs, file)
     kept = {}
     for member in members(matrix):
-        row = earlier.get((member.method, member.task, member.seed))
-        then = settings.get(f"{member.method} / {member.task}")
-        if row is None or then is None or not row["finished"] or row["total_steps"] != member.total_steps:
+        row, sections = rows.get(member.name), settings.get(f"{member.method} / {member.task}")
+        if row is None or sections is None or row["total_steps"] != member.total_steps:
             continue
-        if not (runs / member.name).exists() and other_setting(member.resolved(), then) is None:
+        try:
+            then = full_settings(sections)
+        except ValueError:  # which train.py refuses today
+            continue
+        if other_setting(member.resolved(), then) is None:
             kept[member.name] = row
     return kept
+
+
+def check_nothing_is_lost(matrix: dict[str, Any], runs: Path, file: Path, found: Collection[str]) -> None:
+    """Refuses to write a report over an earlier one that has more of the matrix.
+
+    Args:
+        matrix: of `load_matrix`.
+        runs: folder of the runs.
+        file: JSON of the report; there may be none.
+        found: names of the members that the new report will have, whether or not they have a run here yet.
+
+    Raises:
+        ValueError: if finished members of the earlier report would be missing from the new one, or nobody can tell.
+    """
+    if not file.exists() or all(member.name in found or (runs / member.name).exists() for member in members(matrix)):
+        return
+    lost = [name for name in _earlier_report(matrix, runs, file)[0] if name not in found]
+    if not lost:
+        return
+    kept = kept_rows(matrix, runs, file)
+    others = [name for name in lost if name not in kept]
+    way_out = "keep them with --keep, or choose another --report"
+    if others:
+        way_out = (
+            f"those of other settings than the matrix's ({len(others)}, such as {others[0]}) cannot be kept: choose another --report, or "
+            "remove that file to start anew"
+        )
+    raise ValueError(
+        f"found {file}, which has finished runs that the new report would lack ({len(lost)}, such as {lost[0]}, not in {runs}); "
+        f"allowed a report that loses none; {way_out}"
+    )
+
+
+def _earlier_report(
+    matrix: dict[str, Any], runs: Path, file: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Of the JSON of a report: rows of finished members that have no run here by name, and settings by "<method> / <task>"."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        earlier = {(row["method"], row["task"], row["seed"]): row for row in content["rows"] if row["finished"]}
+        settings = dict(content["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        way_out = "remove it to start anew" if file.exists() else "leave --keep out"
+        raise ValueError(
+            f"found {file}, which cannot be read ({error!r}); allowed the JSON of a report with rows and settings; {way_out}, or choose "
+            "another --report"
+        ) from None
+    rows = {
+        member.name: earlier[member.method, member.task, member.seed]
+        for member in members(matrix)
+        if (member.method, member.task, member.seed) in earlier and not (runs / member.name).exists()
+    }
+    return rows, settings
 
 
 def settings_of(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -142,12 +200,12 @@ def area_under(steps: Sequence[int], curve: Sequence[float], total_steps: int) -
 def interquartile_mean(strata: Sequence[Sequence[float]]) -> Estimate:
     """Mean of the middle half of all values, with a percentile bootstrap interval.
 
-    Seeds are drawn again within each stratum, so that every task keeps its weight (Agarwal et al. 2021, section 4.1). With fewer
-    than four values nothing is cut off, and this is the mean. With fewer than five in a stratum there is no interval, which would
-    cover far less than it says.
+    Seeds are drawn again within each stratum, so that every task keeps its weight (Agarwal et al. 2021, section 4.1): a task weighs as
+    much as it has values. With fewer than four values nothing is cut off, and this is the mean. With fewer than five in a stratum there
+    is no interval, which would cover far less than it says.
 
     Args:
-        strata: the values of each task, at least one.
+        strata: the values of each task, at least one, and as many of each as of the others where tasks are to weigh the same.
     """
     samples = [np.asarray(values, float) for values in strata]
     pooled = np.concatenate(samples)
@@ -165,8 +223,9 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Statistics of every method: those of each task under "tasks", and those of all of them.
 
-    Only finished seeds count. A task with a failed seed is not solved, whatever the others did: leaving out the runs that
-    diverged would flatter the method.
+    Those of all tasks are of the seeds that are finished on every one, so that each task weighs the same for every method; None where
+    these are fewer than five, or the method is left out on a task. Only finished seeds count. A task with a failed seed is not solved,
+    whatever the others did: leaving out the runs that diverged would flatter the method.
     """
     failed = {(m.method, m.task, m.seed) for m in members(matrix) if m.name in failures}
     summary: list[dict[str, Any]] = []
@@ -206,12 +265,12 @@ def summarise(
                     )
                 },
             }
-        whole = len(cells) == len(matrix["tasks"]) and all(cell["end"] is not None for cell in cells.values())
-        strata = {
-            name: [
-                [r[name] for r in rows if (r["method"], r["task"]) == (method, task) and r["finished"]]
-                for task in matrix["tasks"]
-            ]
+        finished = {(r["task"], r["seed"]): r for r in rows if r["method"] == method and r["finished"]}
+        seeds = [s for s in matrix["seeds"] if all((task, s) in finished for task in matrix["tasks"])]
+        together = {
+            name: interquartile_mean([[finished[task, s][name] for s in seeds] for task in matrix["tasks"]])
+            if len(seeds) >= FEWEST_VALUES
+            else None
             for name in ("end", "area")
         }
         lengths = {name: [c["dial"] for c in cells.values() if c[name]] for name in ("solved", "surely_solved")}
@@ -219,8 +278,7 @@ def summarise(
             {
                 "method": method,
                 "tasks": cells,
-                "end": interquartile_mean(strata["end"]) if whole else None,
-                "area": interquartile_mean(strata["area"]) if whole else None,
+                **together,
                 "solved_length": max(lengths["solved"], default=None) if matrix["dials"] else None,
                 "surely_solved_length": max(lengths["surely_solved"], default=None) if matrix["dials"] else None,
             }

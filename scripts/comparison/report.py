@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from comparison.matrix import is_left_out, members
 from comparison.outcome import REACHES, settings_of, summarise
 from intervals import CONFIDENCE, FEWEST_VALUES, NUM_RESAMPLES
 
@@ -29,6 +30,8 @@ def markdown(
         "",
         f"    {command}",
         "",
+        _how_complete(matrix, rows),
+        "",
         f"| method | {' | '.join(matrix['tasks'])} | steps/s |",
         f"|---|{'---|' * (len(matrix['tasks']) + 1)}",
     ]
@@ -39,7 +42,11 @@ def markdown(
             ends = [row["end"] for row in chosen]
             good = sum(end >= bar for end in ends)
             each = " ".join(f"{row['end']:.2f}{'' if row['finished'] else '*'}" for row in chosen)
-            cells.append(f"**{good} of {len(ends)}**, mean {np.mean(ends):.3f} ({each})" if ends else "not run")
+            cells.append(
+                f"**{good} of {len(ends)}**, mean {np.mean(ends):.3f} ({each})"
+                if ends
+                else _no_runs(matrix, method, task)
+            )
         speeds = [row["steps_per_second"] for row in rows if row["method"] == method]
         lines.append(f"| {method} | {' | '.join(cells)} | {np.median(speeds) if speeds else 0:,.0f} |")
     budgets = {row["task"]: row["total_steps"] for row in rows}
@@ -64,27 +71,66 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
+def _how_complete(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """How many of the planned runs are finished, and which are not."""
+    finished = {(row["method"], row["task"], row["seed"]) for row in rows if row["finished"]}
+    planned = [(member.method, member.task, member.seed) for member in members(matrix)]
+    each = []
+    for method in matrix["methods"]:
+        tasks_by_seeds: dict[str, list[str]] = {}
+        for task in matrix["tasks"]:
+            missing = [s for m, t, s in planned if (m, t) == (method, task) and (m, t, s) not in finished]
+            if missing:
+                tasks_by_seeds.setdefault(_seeds_text(missing), []).append(task)
+        each += [f"{method}, {' and '.join(tasks)}: {seeds}" for seeds, tasks in tasks_by_seeds.items()]
+    if not each:
+        return f"All {len(planned)} of {len(planned)} planned runs are finished."
+    return (
+        f"**Not complete:** {len(finished)} of {len(planned)} planned runs are finished. Not finished when this page was made: "
+        f"{'; '.join(each)}."
+    )
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    """Seeds in a few words: "seed 2", "seeds 1, 3", or "seeds 5 to 9" where none between is left out."""
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _no_runs(matrix: dict[str, Any], method: str, task: str) -> str:
+    """Why a cell is empty: on purpose, or not yet run."""
+    return "left out" if is_left_out(matrix, method, task) else "not run"
+
+
 def _statistics(matrix: dict[str, Any], summary: Sequence[dict[str, Any]]) -> list[str]:
     """Interquartile means of the end and of the area under the curve."""
     tasks, bar, dial = list(matrix["tasks"]), matrix["bar"], matrix["dial_name"]
     together = ["all of them"] if len(tasks) > 1 else []
+    # Coverage of the true interquartile mean; of 0.5 or 1 by binomial weights, least where three quarters (at ten, two thirds) are alike.
     lines = [
-        f"Interquartile mean over the n finished seeds, with its {100 * CONFIDENCE:g} % bootstrap interval (percentiles of "
-        f"{NUM_RESAMPLES:,} resamples; over all tasks stratified by task; none under {FEWEST_VALUES} seeds. Of normal values it covers "
-        "89 % at five seeds and 93 % at ten).",
+        f"Interquartile mean over the n finished seeds (with fewer than four, the mean of all), with its {100 * CONFIDENCE:g} % bootstrap "
+        f"interval (percentiles of {NUM_RESAMPLES:,} resamples; none under {FEWEST_VALUES} seeds). It covers less than it says: of normal "
+        "values 89 % at five seeds and 93 % at ten; of values that are either chance or solved, 0.5 or 1, as little as 75 % and 88 %, "
+        "depending on the share that is solved.",
     ]
+    if together:
+        lines[0] += (
+            " *All of them* is of the seeds that are finished on every task, so that each task weighs the same (n: those seeds times the "
+            f"tasks; stratified by task); incomplete where these are fewer than {FEWEST_VALUES}, or a task is left out."
+        )
     for name, title in (("end", "at the end"), ("area", "area under the curve")):
         with_length = name == "end" and bool(dial)
         columns = [title, *tasks, *together, *([f"solved {dial}"] if with_length else [])]
         lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         for row in summary:
-            cells = [row["tasks"].get(task) for task in tasks]
+            cells = {task: row["tasks"].get(task) for task in tasks}
             texts = [
-                "not run"
+                _no_runs(matrix, row["method"], task)
                 if cell is None
                 else f"{cell[name] or ''}{', ' if cell[name] and cell['num_failed'] else ''}"
                 f"{cell['num_failed'] or ''}{' failed' if cell['num_failed'] else ''}"
-                for cell in cells
+                for task, cell in cells.items()
             ]
             texts += [str(row[name] or "incomplete")] * len(together)
             if with_length:
@@ -107,14 +153,15 @@ def _by_task(
 ) -> list[str]:
     """A table of methods by tasks; `describe` is what it says of a cell with finished runs."""
 
-    def text(cell: dict[str, Any] | None) -> str:
+    def text(row: dict[str, Any], task: str) -> str:
+        cell = row["tasks"].get(task)
         if cell is None:
-            return "not run"
+            return _no_runs(matrix, row["method"], task)
         return describe(cell) if cell["num_finished"] else "none finished"
 
     lines = [f"| {title} | {' | '.join(matrix['tasks'])} |", f"|{'---|' * (len(matrix['tasks']) + 1)}"]
     for row in summary:
-        lines.append(f"| {row['method']} | {' | '.join(text(row['tasks'].get(task)) for task in matrix['tasks'])} |")
+        lines.append(f"| {row['method']} | {' | '.join(text(row, task) for task in matrix['tasks'])} |")
     return lines
 
 

@@ -12,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from agents.checkpoint import CHECKPOINT_FILE
-from agents.config import CONFIG_FILE, load_config, to_dict
-from agents.metrics import read_metrics
+from agents.config import CONFIG_FILE, from_dict, load_config, to_dict
+from agents.metrics import METRICS_FILE, read_metrics
 from comparison.matrix import ROOT, Member
 
 EXPERIMENT = ("env", "model", "critic", "algorithm")  # sections of a configuration that say what a run is
+NO_CRITIC = ("none", "rtrl")  # kinds of critic that have no settings
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
 
 
@@ -32,14 +35,26 @@ def is_done(folder: Path, total_steps: int) -> bool:
 def made_with_other_settings(member: Member, runs: Path) -> str | None:
     """The first setting in which a run that exists is not the member of the matrix, in one line; None if there is none.
 
+    Of a run with metrics it is also said if its settings, or the matrix's, cannot be read, as nobody knows then whether it is the member.
     What it logs and on which device it ran make no other experiment, nor do settings of a critic that is not there. A shorter run can be
     continued, unless its rates were to fall to zero by its end.
     """
+    folder = runs / member.name
+    metrics = folder / METRICS_FILE
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
     try:
         now = member.resolved()
-        then = to_dict(load_config(runs / member.name / CONFIG_FILE))
-    except ValueError:  # no such run, or one whose settings train.py refuses
-        return None
+    except ValueError as error:
+        return str(error) if has_metrics else None  # where there is no run, train.py says it
+    try:
+        then = _settings_of_run(folder / CONFIG_FILE)
+    except ValueError as error:
+        if not has_metrics:
+            return None
+        return (
+            f"{CONFIG_FILE}: found a run whose settings cannot be read ({error}); allowed those of the matrix; "
+            "remove its folder, or choose another with --runs"
+        )
     name = other_setting(now, then)
     total, allowed = then["run"]["total_steps"], now["run"]["total_steps"]
     anneals = now["algorithm"]["anneal_learning_rate"] or now["algorithm"]["anneal_entropy"]
@@ -57,11 +72,43 @@ def made_with_other_settings(member: Member, runs: Path) -> str | None:
 def other_setting(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
     """The first setting that makes two full configurations different experiments, as <section>.<name>; None if none does."""
     for section in EXPERIMENT:
-        has_none = section == "critic" and now[section]["kind"] in ("none", "rtrl")
+        has_none = section == "critic" and now[section]["kind"] in NO_CRITIC
         for key in ("kind",) if has_none else now[section]:
             if now[section][key] != then[section][key]:
                 return f"{section}.{key}"
     return None
+
+
+def _settings_of_run(file: Path) -> dict[str, dict[str, Any]]:
+    """The full configuration that train.py saved. ValueError if it cannot be read."""
+    try:
+        return to_dict(load_config(file))
+    except ValueError:
+        try:
+            sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            sections = None
+        if not isinstance(sections, Mapping):
+            raise
+    return full_settings(sections)
+
+
+def full_settings(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The full configuration of an earlier run. ValueError if train.py refuses what makes it the experiment that it is.
+
+    Settings that make no other experiment do no harm if a newer version refuses them: what it logs, and those of a critic that is not
+    there.
+    """
+    try:
+        return to_dict(from_dict(sections))
+    except ValueError:
+        counted = {name: sections[name] for name in EXPERIMENT if name in sections}
+        critic, of_run = sections.get("critic"), sections.get("run")
+        if isinstance(critic, Mapping) and critic.get("kind") in NO_CRITIC:
+            counted["critic"] = {"kind": critic["kind"]}
+        if isinstance(of_run, Mapping) and "total_steps" in of_run:
+            counted["run"] = {"total_steps": of_run["total_steps"]}
+        return to_dict(from_dict(counted))
 
 
 def run(member: Member, runs: Path, device: str | None = None, measure: bool = False) -> str | None:

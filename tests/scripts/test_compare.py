@@ -52,6 +52,15 @@ def main(monkeypatch, *arguments):
     return compare.main()
 
 
+def save_settings(member, runs, **changes):
+    """What train.py writes first; `changes` by section replace settings."""
+    folder = runs / member.name
+    folder.mkdir(exist_ok=True)
+    settings = {name: {**section, **changes.get(name, {})} for name, section in member.resolved().items()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
 def row(method="critic", seed=0, curve=(0.5, 0.97), finished=True, total=1000, task="short", **changes):
     steps = [total * (i + 1) // len(curve) for i in range(len(curve))]
     reached = next((s for s, value in zip(steps, curve, strict=True) if value >= 0.95), None)
@@ -106,8 +115,33 @@ def test_the_page_counts_ends_marks_the_unfinished_and_names_who_fell(tmp_path):
     assert "ended below it: critic, short, seed 1 (0.99 to 0.40)" in page
     assert "unfinished when this page was made: plain, short, seed 0 at step 1,000" in page
     assert "COMMAND" in page and "name: why" in page
+    assert (
+        "**Not complete:** 2 of 4 planned runs are finished. Not finished when this page was made: plain, short: seeds 0, 1."
+        in page
+    )
     figure(matrix, rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_page_says_which_planned_runs_are_missing_and_which_are_left_out_on_purpose(tmp_path):
+    tasks = {"short": {}, "long": {}}
+    matrix = load_matrix(write(tmp_path, tasks=tasks, seeds=list(range(5)), overrides={"plain / long": None}))
+    rows = [row(task=task, seed=seed) for task in tasks for seed in range(5)]
+    page = markdown(matrix, rows, summarise(matrix, rows, {}), {}, "COMMAND")
+    assert (
+        "10 of 15 planned runs are finished. Not finished when this page was made: plain, short: seeds 0 to 4.\n"
+        in page
+    )
+    assert page.count("| plain | not run | left out | ") == 3 and page.count("| plain | not run | left out |\n") == 2
+
+    few = rows[:1] + rows[2:3]
+    page = markdown(matrix, few, summarise(matrix, few, {}), {}, "COMMAND")
+    assert "critic, short: seeds 1, 3, 4; critic, long: seeds 0 to 4; plain, short: seeds 0 to 4.\n" in page
+    page = markdown(matrix, [], summarise(matrix, [], {}), {}, "COMMAND")
+    assert "critic, short and long: seeds 0 to 4; plain, short: seeds 0 to 4.\n" in page
+    rows += [row("plain", seed) for seed in range(5)]
+    page = markdown(matrix, rows, summarise(matrix, rows, {}), {}, "COMMAND")
+    assert "\nAll 15 of 15 planned runs are finished.\n" in page and "not run" not in page
 
 
 def test_until_the_bar_are_medians_of_the_finished_seeds_that_reached_it(tmp_path):
@@ -170,9 +204,7 @@ def test_a_run_with_other_settings_is_no_member_unless_they_are_those_of_a_criti
 ):
     matrices = [load_matrix(write(tmp_path, tasks={"short": {"critic.learning_rate": rate}})) for rate in (0.001, 0.01)]
     then, now = (next(member for member in members(matrix) if member.method == method) for matrix in matrices)
-    folder = tmp_path / then.name
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(then.resolved()))
+    save_settings(then, tmp_path)
     assert made_with_other_settings(then, tmp_path) is None
     problem = made_with_other_settings(now, tmp_path)
     assert (problem is not None) == is_other
@@ -188,12 +220,50 @@ def test_a_run_of_another_length_is_continued_only_where_that_is_the_same_experi
     settings = {**MATRIX["tasks"]["short"], "algorithm.anneal_learning_rate": anneals}
     now = next(members(load_matrix(write(tmp_path, tasks={"short": settings}))))
     then = next(members(load_matrix(write(tmp_path, tasks={"short": {**settings, "run.total_steps": steps}}))))
-    folder = tmp_path / then.name
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(then.resolved()))
+    save_settings(then, tmp_path)
     problem = made_with_other_settings(now, tmp_path)
     assert (problem is not None) == is_other
     assert problem is None or problem.startswith(f"run.total_steps: found a run with {steps}; allowed 1024")
+
+
+@pytest.mark.parametrize("damage", ["missing", "refused", "no YAML", "no mapping"])
+def test_a_run_with_metrics_whose_settings_cannot_be_read_is_no_member(tmp_path, damage):
+    matrix = load_matrix(write(tmp_path, seeds=[0]))
+    member = next(members(matrix))
+    file = save_settings(member, tmp_path) / "config.yaml"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_text({"refused": "model: {size: 3}", "no YAML": "[", "no mapping": "- model"}[damage])
+    assert made_with_other_settings(member, tmp_path) is None  # nothing has been measured
+    line = {"step": 1024, "charts/success_rate": 1.0, "charts/SPS": 1.0}
+    (file.parent / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    problem = made_with_other_settings(member, tmp_path)
+    assert problem.startswith("config.yaml: found a run whose settings cannot be read (") and "\n" not in problem
+    assert problem.endswith("; allowed those of the matrix; remove its folder, or choose another with --runs")
+    assert run(member, tmp_path) == problem and collect(matrix, tmp_path) == []
+
+
+def test_what_a_newer_version_refuses_does_no_harm_where_it_makes_no_other_experiment(tmp_path):
+    refused = {"critic": {"targets_per_window": 1, "gone": 2}, "run": {"gone": 3}}
+    for member in members(load_matrix(write(tmp_path, seeds=[0]))):
+        folder = save_settings(member, tmp_path, **refused)
+        (folder / "metrics.jsonl").write_text('{"step": 1024}\n')
+        problem = made_with_other_settings(member, tmp_path)
+        assert (problem is None) == (member.method == "plain"), "whose critic is not there"
+        save_settings(member, tmp_path, run={"gone": 3})
+        assert made_with_other_settings(member, tmp_path) is None
+        save_settings(member, tmp_path, run={"gone": 3, "total_steps": 4096})
+        assert made_with_other_settings(member, tmp_path).startswith("run.total_steps: found a run with 4096")
+
+
+def test_a_matrix_with_bad_settings_has_no_members_among_the_runs(tmp_path):
+    (member,) = members(load_matrix(write(tmp_path, seeds=[0], methods={"bad": {"critic.kind": "dnl"}})))
+    folder = tmp_path / member.name
+    folder.mkdir()
+    assert made_with_other_settings(member, tmp_path) is None  # there is no run, and train.py will say it
+    (folder / "metrics.jsonl").write_text('{"step": 1024}\n')
+    assert made_with_other_settings(member, tmp_path).startswith("critic.kind: found 'dnl'")
 
 
 def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_those_of_the_matrix(
@@ -225,18 +295,75 @@ def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_thos
     assert not kept_rows(load_matrix(write(tmp_path, tasks=longer)), runs, file)
     other = {"short": {**MATRIX["tasks"]["short"], "critic.learning_rate": 0.5}}
     assert not kept_rows(load_matrix(write(tmp_path, tasks=other)), runs, file)
-    main(monkeypatch, path, "--runs", runs, "--report", report, "--report-only")
-    assert json.loads(file.read_text())["rows"] == []  # nothing is kept unless asked
     with pytest.raises(SystemExit):
         main(monkeypatch, path, "--runs", runs, "--report", tmp_path / "none", "--keep")
-    assert "--keep: " in capsys.readouterr().err
+    assert "--keep: found " in capsys.readouterr().err
+
+
+def test_a_report_with_less_than_the_one_in_its_place_is_refused_before_anything_is_run(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path)
+    runs, report = tmp_path / "runs", tmp_path / "report"
+    page, file = report.with_name("report.md"), report.with_name("report.json")
+    earlier = [row(total=1024), row("plain", total=1024), row("critic", 1, finished=False, total=1024)]
+    write_report(load_matrix(path), earlier, {}, "COMMAND", report)
+    page.write_text(page.read_text() + "\n**Reading.** It works.\n")
+    before = page.read_text(), file.read_text()
+    trained = []
+    monkeypatch.setattr("comparison.running.execute", lambda command: trained.append(command) or (1, "no", 0))
+
+    def refusal(*options):
+        with pytest.raises(SystemExit):
+            main(monkeypatch, path, "--runs", runs, "--report", report, *options)
+        assert (page.read_text(), file.read_text()) == before and not trained
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    lacking = f"--report: found {file}, which has finished runs that the new report would lack ("
+    assert f"{lacking}2, such as critic_short_seed0, not in {runs})" in refusal("--report-only")
+    assert f"{lacking}1, such as plain_short_seed0" in refusal("--methods", "critic")
+    assert refusal("--report-only").endswith(
+        "keep them with --keep, or choose another --report; --help lists the options"
+    )
+    main(monkeypatch, path, "--runs", runs, "--report", report, "--report-only", "--keep")
+    assert len(json.loads(file.read_text())["rows"]) == 2 and "It works." in page.read_text()
+    before = page.read_text(), file.read_text()
+
+    # rows of other settings cannot be kept, and are not lost without a word either
+    write(tmp_path, methods={**MATRIX["methods"], "plain": {"critic.kind": "none", "model.hidden_size": 9}})
+    for options in (("--report-only",), ("--report-only", "--keep"), ("--keep", "--methods", "critic")):
+        problem = refusal(*options)
+        assert (
+            lacking in problem and "(1, such as plain_short_seed0) cannot be kept: choose another --report" in problem
+        )
+
+    content = json.loads(file.read_text())
+    for other in ([], {"rows": content["rows"]}):  # as older versions wrote it
+        file.write_text(json.dumps(other))
+        before = page.read_text(), file.read_text()
+        assert f"--report: found {file}, which cannot be read (" in refusal("--report-only")
+    main(monkeypatch, path, "--runs", runs, "--report", report)  # where all is run anew, nothing is lost
+    assert len(trained) == 4
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_run(tmp_path, monkeypatch, capsys):
+    path, runs = write(tmp_path), tmp_path / "runs"
+    monkeypatch.setattr("comparison.running.execute", lambda command: pytest.fail("ran"))
+    for options, message in (
+        (("--runs", runs, "--report", path / "page"), f"--report: found {path}, which cannot be made or written ("),
+        (("--runs", runs, "--report", "."), "--report: found '.'; allowed a name for the page"),
+        (("--runs", runs, "--board", path / "board"), f"--board: found {path / 'board'}, which cannot be"),
+        (("--runs", path, "--report", tmp_path / "page", "--board", tmp_path / "b"), f"--runs: found {path}, which"),
+    ):
+        with pytest.raises(SystemExit):
+            main(monkeypatch, path, *options)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_what_was_interrupted_is_resumed(tmp_path, monkeypatch):
     matrix = load_matrix(write(tmp_path, seeds=[0]))
     member = next(members(matrix))
-    folder = tmp_path / member.name
-    folder.mkdir()
+    folder = save_settings(member, tmp_path)
     commands = []
     monkeypatch.setattr("comparison.running.execute", lambda command: commands.append(command) or (0, None, 5))
     (folder / "metrics.jsonl").write_text('{"step": 512}\n')
@@ -342,9 +469,10 @@ def test_the_interquartile_mean_leaves_out_the_outer_quarters():
     assert few.value == pytest.approx(3.0) and few.n == 3  # nothing to cut: the mean
 
 
-def test_without_two_seeds_there_is_no_interval():
+def test_without_five_seeds_there_is_no_interval():
     assert str(interquartile_mean([[0.5]])) == "0.500 no interval n = 1"
-    assert interquartile_mean([[0.5, 0.7], [0.6]]).low is None
+    assert interquartile_mean([[0.5, 0.7, 0.6, 0.8]] * 2).low is None
+    assert interquartile_mean([[0.5, 0.7, 0.6, 0.8, 0.9]] * 2).low is not None
 
 
 def test_the_interval_is_that_of_the_percentile_bootstrap():
@@ -356,6 +484,27 @@ def test_the_interval_is_that_of_the_percentile_bootstrap():
     assert found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
     assert found.low < found.value < found.high
     assert interquartile_mean([values]) == found  # the page does not change by making it again
+
+
+def test_the_page_says_how_little_the_interval_covers(tmp_path):
+    def coverage(
+        share, intervals
+    ):  # of the interquartile mean of values that are 1 with this probability, otherwise 0.5
+        truth = 0.5 + 0.5 * min(max(2 * share - 0.5, 0.0), 1.0)
+        n = len(intervals) - 1
+        return sum(
+            math.comb(n, k) * share**k * (1 - share) ** (n - k)
+            for k, found in enumerate(intervals)
+            if found.low - 1e-9 <= truth <= found.high + 1e-9
+        )
+
+    worst = []
+    for n in (5, 10):
+        intervals = [interquartile_mean([[1.0] * k + [0.5] * (n - k)]) for k in range(n + 1)]
+        worst.append(min(coverage(share, intervals) for share in np.linspace(0, 1, 1001)))
+    matrix, rows = load_matrix(write(tmp_path)), [row()]
+    page = markdown(matrix, rows, summarise(matrix, rows, {}), {}, "COMMAND")
+    assert "chance or solved, 0.5 or 1, as little as {:.0%} and {:.0%},".format(*worst).replace("%", " %") in page
 
 
 def test_strata_are_drawn_each_for_itself():
@@ -372,7 +521,7 @@ def test_the_area_under_a_curve_is_its_mean_over_the_whole_run():
 
 def summary_of(tmp_path, rows, failures=()):
     tasks = {name: {"run.total_steps": 1000, "n": n} for name, n in (("short", 2), ("middle", 4), ("long", 8))}
-    matrix = load_matrix(write(tmp_path, tasks=tasks, dial="n"))
+    matrix = load_matrix(write(tmp_path, tasks=tasks, dial="n", seeds=list(range(10))))
     return matrix, {row["method"]: row for row in summarise(matrix, rows, dict.fromkeys(failures, "why"))}
 
 
@@ -393,6 +542,25 @@ def test_the_solved_length_is_the_longest_over_the_bar(tmp_path):
         critic = summary_of(tmp_path, few)[1]["critic"]
         assert critic["solved_length"] == 8 and critic["surely_solved_length"] is None
         assert critic["tasks"]["long"]["end"].low is None
+
+
+def test_over_all_tasks_count_the_seeds_that_are_finished_on_every_one(tmp_path):
+    ends = {"short": 1.0, "middle": 0.8, "long": 0.5}
+    rows = [row(task=task, seed=s, curve=(end,)) for task, end in ends.items() for s in range(5)]
+    _, equal = summary_of(tmp_path, rows)
+    more = [
+        row(task="short", seed=s, curve=(1.0,)) for s in range(5, 10)
+    ]  # more of the easy task make no method better
+    _, unequal = summary_of(tmp_path, rows + more)
+    for name in ("end", "area"):
+        assert equal["critic"][name] == unequal["critic"][name] and unequal["critic"][name].n == 15
+    assert equal["critic"]["end"].value == pytest.approx(7 / 9)  # of 1, 1, five 0.8, 0.5, 0.5
+    assert unequal["critic"]["tasks"]["short"]["end"].n == 10
+
+    other = [r | {"seed": r["seed"] + 1} if r["task"] == "long" else r for r in rows]  # four seeds that all tasks have
+    matrix, few = summary_of(tmp_path, other)
+    assert few["critic"]["end"] is None and few["critic"]["area"] is None
+    assert "| 0.500 [0.50, 0.50] n = 5 | incomplete |" in markdown(matrix, other, list(few.values()), {}, "COMMAND")
 
 
 def test_a_bar_of_zero_is_a_bar(tmp_path):
@@ -529,8 +697,7 @@ def test_without_a_dial_the_board_has_the_members_alone(tmp_path):
 def test_an_expected_horizon_of_the_dial_before_the_bar_foretells_success(tmp_path):
     task = {"env.kwargs.corridor_length": 10, "run.total_steps": 1000}
     matrix = load_matrix(write(tmp_path, dial="env.kwargs.corridor_length", tasks={"ten": task}, seeds=[0]))
-    folder = tmp_path / next(members(matrix)).name
-    folder.mkdir()
+    folder = save_settings(next(members(matrix)), tmp_path)
 
     def collected(horizons, success):
         lines = [
@@ -578,8 +745,7 @@ def test_verdicts_of_the_expected_horizon_are_counted_by_method(tmp_path):
 
 def test_horizons_are_read_from_training_or_measured_once(tmp_path, monkeypatch):
     member = next(members(load_matrix(write(tmp_path, seeds=[0]))))
-    folder = tmp_path / member.name
-    folder.mkdir()
+    folder = save_settings(member, tmp_path)
     line = {"step": 1024, "charts/success_rate": 0.5, "charts/SPS": 1.0}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
