@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train experiments test test-slow clean
+.PHONY: help train experiments test test-slow test-extras clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,10 @@ test: $(STAMP)  ## formatter, linter, type checker, fast tests
 
 test-slow: $(STAMP)  ## learning runs that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-extras: $(STAMP)  ## installs bsuite and POPGym too, then the tests that need them, which `make test` skips
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bsuite,popgym]'
+	$(BIN)/python -m pytest -rs tests/envs/test_third_party.py tests/agents/test_configs.py tests/scripts/test_bsuite_score_cli.py
 
 clean:  ## remove the virtual environment, builds and caches; results in runs/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
