@@ -48,7 +48,8 @@ def markdown(
                 else _no_runs(matrix, method, task)
             )
         speeds = [row["steps_per_second"] for row in rows if row["method"] == method]
-        lines.append(f"| {method} | {' | '.join(cells)} | {np.median(speeds) if speeds else 0:,.0f} |")
+        speed = f"{np.median(speeds):,.0f}" if speeds else "-"
+        lines.append(f"| {method} | {' | '.join(cells)} | {speed} |")
     budgets = {row["task"]: row["total_steps"] for row in rows}
     lines += ["", "Steps: " + ", ".join(f"{task} {steps:,}" for task, steps in budgets.items()) + "."]
     fell = [
