@@ -132,7 +132,10 @@ def test_the_page_says_which_planned_runs_are_missing_and_which_are_left_out_on_
         "10 of 15 planned runs are finished. Not finished when this page was made: plain, short: seeds 0 to 4.\n"
         in page
     )
-    assert page.count("| plain | not run | left out | - |\n") == 1 and page.count("| plain | not run | left out | incomplete |") == 2
+    assert (
+        page.count("| plain | not run | left out | - |\n") == 1
+        and page.count("| plain | not run | left out | incomplete |") == 2
+    )
     assert page.count("| plain | not run | left out |\n") == 2
 
     few = rows[:1] + rows[2:3]
