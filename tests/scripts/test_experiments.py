@@ -611,4 +611,4 @@ def test_asynchronous_rows_are_taken_from_its_one_file(tmp_path, capsys):
 def test_no_page_takes_the_name_of_one_that_is_made_otherwise():
     pages = (Path(__file__).parents[2] / "docs" / "results").glob("*.md")
     others = {page.stem for page in pages if MADE_BY not in page.read_text()} - {"asynchronous"}
-    assert "timescales" in others and not others & set(_pages())
+    assert "tmaze" in others and not others & set(_pages())
