@@ -322,9 +322,8 @@ class AlgorithmConfig(_Section):
                 "0.0 with algorithm.anneal_entropy false, where all of the cost is left",
                 "set --algorithm.anneal_entropy true",
             )
-        if (
-            self.name != "ppo"
-        ):  # epochs, minibatches and clip_ratio may stand, so that this name alone switches the algorithm
+        if self.name != "ppo":
+            # epochs, minibatches and clip_ratio may stand, so that this name alone switches the algorithm
             self._refuse_unread(("target_kl",), f"with algorithm.name {self.name}", "--algorithm.name ppo")
         if self.rollout_length % self.bptt_horizon:  # a horizon longer than the rollout included
             divisors = [k for k in range(1, self.rollout_length + 1) if self.rollout_length % k == 0]

@@ -49,8 +49,8 @@ def cut(state: State) -> State:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one call of `backward` saw. Scalars without gradient; NaN where there was no critic, and, but for the loss and norms, no
-    target that is not zero.
+    """What one call of `backward` saw. Scalars without gradient; NaN where there was no critic. Ratios are also NaN where all
+    targets were zero.
 
     Attributes:
         critic_loss: what the critic minimises, in normalised units.

@@ -18,14 +18,13 @@ import argparse
 import itertools
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from agents.config import TrainConfig, parse_train_config
 from agents.train import NonFiniteError, Trainer
+from commandline import OneLineParser
 from envs.third_party import BsuiteRecorder, bsuite_scores, record_path
 
 
@@ -50,16 +49,9 @@ def train_and_record(config: TrainConfig, bsuite_id: str) -> BsuiteRecorder:
         trainer.close()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage."""
-        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainConfig]:
     """The arguments, and the configuration of every agent but for its env.id."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="bsuite_score.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -88,13 +80,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TrainConfig]
     files = [part for file in arguments.config for part in ("--config", file)]
     config, _ = parse_train_config([*files, *options])
     if arguments.ids:  # found out before hours of training
-        try:
-            arguments.results.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=arguments.results).close()
-        except OSError as error:
-            parser.error(
-                f"--results: found {arguments.results}, which cannot be made or written ({error.strerror}); allowed a folder that can"
-            )
+        parser.check_writable("--results", arguments.results)
     return arguments, config
 
 

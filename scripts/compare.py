@@ -29,10 +29,9 @@ it holds on a GPU is not in it.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
-from typing import NoReturn
 
+from commandline import OneLineParser
 from comparison.board import write_board
 from comparison.matrix import load_matrix, members
 from comparison.outcome import check_nothing_is_lost, collect, kept_rows
@@ -40,16 +39,9 @@ from comparison.report import write_report
 from comparison.running import made_with_other_settings, read_record, run_all
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage."""
-        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def main() -> int:
     """Runs the matrix and writes the report. Returns 1 if a member failed, 130 after Ctrl-C."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("matrix", type=Path, help="YAML file: config, methods, tasks, seeds")
     parser.add_argument("--jobs", type=int, help="processes side by side; default one for each device")
     parser.add_argument(
@@ -100,13 +92,7 @@ def main() -> int:
         parser.error(f"--report: {error}")
     written = {"report": report.parent, "board": board, **({"runs": runs} if todo else {})}
     for option, folder in written.items():  # found out before hours of training
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            parser.error(
-                f"--{option}: found {folder}, which cannot be made or written ({error.strerror}); allowed a folder that can"
-            )
+        parser.check_writable(f"--{option}", folder)
     try:
         now_failed = run_all(todo, runs, jobs=jobs, devices=arguments.devices, measure=arguments.credit)
     except KeyboardInterrupt:

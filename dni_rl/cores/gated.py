@@ -1,7 +1,7 @@
 """LSTM and GRU cores, and wrappers that make cores of other people's recurrent modules."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -245,16 +245,19 @@ class _Timetable:
 
     @staticmethod
     @torch.no_grad()
-    def is_obeyed(inputs: Tensor, state: State, recurrent: Iterable[Tensor]) -> bool:
+    def is_obeyed(inputs: Tensor, state: State, recurrent: Sequence[Sequence[Tensor | None]]) -> bool:
         """Whether the flags settle the gates, whatever else arrives there, and f = 0 forgets: 0 times NaN is NaN.
 
         Args:
             inputs: [T, B, D].
             state: tuple of [B, H], before step 0.
-            recurrent: what is added to the flags' part: weights [4 H, H], of an h in -1 .. 1, and biases [4 H].
+            recurrent: of each layer what is added to the flags' part: weights [4 H, H], of an h in -1 .. 1, and biases [4 H].
         """
-        rest = sum(float(w.abs().sum(1).max() if w.dim() == 2 else w.abs().max()) for w in recurrent)
-        return rest <= _GATE / 2 and all(bool(a.isfinite().all()) for a in (inputs, *state))
+        for layer in recurrent:
+            rest = sum(float(w.abs().view(len(w), -1).sum(1).max()) for w in layer if w is not None)
+            if not rest <= _GATE - 20.0:  # sigmoid(-20) is lost in rounding
+                return False
+        return all(bool(a.isfinite().all()) for a in (inputs, *state))
 
 
 def _fused_lstm(
@@ -524,7 +527,7 @@ class LSTM(_Gated):
         recorders = [_LayerRecorder() for _ in range(self.num_layers)]
         timetable = _Timetable(first) if fused and first is not None and bool(first[1:].any()) else None
         if timetable is not None:
-            recurrent = (p for name, p in self.rnn.named_parameters() if not name.startswith("weight_ih"))
+            recurrent = [self._parameters_of(layer)[1:] for layer in range(self.num_layers)]
             fused = timetable.length <= len(inputs) * 9 // 8 and timetable.is_obeyed(inputs, state, recurrent)
         for layer, recorder in enumerate(recorders):
             w_ih, w_hh, b_ih, b_hh = self._parameters_of(layer)

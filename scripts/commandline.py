@@ -1,0 +1,26 @@
+"""What command lines of several scripts share: errors in one line, and folders that are tried before hours of work."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+    def check_writable(self, option: str, folder: Path) -> None:
+        """Makes the folder if there is none; an error of `option` if files cannot be written there."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            self.error(
+                f"{option}: found {folder}, which cannot be made or written ({error.strerror}); allowed a folder that can"
+            )
