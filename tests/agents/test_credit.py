@@ -16,7 +16,7 @@ from agents import credit as credit_module
 from agents import train as train_module
 from agents.build import spread_seeds
 from agents.checkpoint import load_checkpoint, rng_state
-from agents.config import CriticConfig, from_dict
+from agents.config import CriticConfig
 from agents.credit import (
     _acted,
     _as_windows,
@@ -32,10 +32,8 @@ from agents.rollout import Rollout
 from agents.train import Trainer, run_directory, train
 from envs.timestep import EnvSpec
 from tests.agents.scripted_env import ScriptedEnv
-from tests.agents.test_train import assert_equal, interrupt_after, rows_of
+from tests.agents.small_runs import A2C, PPO, assert_equal, interrupt_after, make_config, rows_of
 
-A2C = {"name": "a2c", "rollout_length": 8, "bptt_horizon": 4}
-PPO = {"name": "ppo", "rollout_length": 8, "bptt_horizon": 4, "epochs": 2, "minibatches": 2}
 ON = {"credit_every_steps": 100, "credit_length": 16, "credit_num_envs": 3}
 LONG = {"credit_length": 1000, "credit_num_envs": 90}
 BP_LAMBDA = {"hidden_sizes": [], "normalize_targets": False}
@@ -57,29 +55,6 @@ class DrawingEnv(ScriptedEnv):
         for row in rows:
             row["observation"] = row["observation"] + noise.float()
         return super()._timestep(rows)
-
-
-def make_config(folder, name="run", *, env=None, model=None, critic=None, algorithm=None, **run):
-    """32 steps an update, rows of metrics every 3 updates, a checkpoint every 5, a maze of at most 7 steps."""
-    return from_dict(
-        {
-            "env": {"id": "PassiveTMaze", "num_envs": 4, "kwargs": {"corridor_length": 3, "num_distractors": 1}}
-            | (env or {}),
-            "model": {"hidden_size": 6, "torso_sizes": [5]} | (model or {}),
-            "critic": {"kind": "cdni", "hidden_sizes": [7]} | (critic or {}),
-            "algorithm": algorithm or A2C,
-            "run": {
-                "output_dir": str(folder),
-                "name": name,
-                "total_steps": 20 * 32,
-                "log_every_steps": 96,
-                "checkpoint_every_steps": 160,
-                "tensorboard": False,
-                "progress": False,
-            }
-            | run,
-        }
-    )
 
 
 def trained(folder, updates=6, **settings):

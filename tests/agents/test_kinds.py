@@ -10,9 +10,8 @@ import torch
 import dni_rl
 from agents.config import CriticConfig, from_dict
 from agents.train import Trainer
+from tests.agents.small_runs import A2C, PPO
 
-A2C = {"name": "a2c", "rollout_length": 8, "bptt_horizon": 4}
-PPO = {"name": "ppo", "rollout_length": 8, "bptt_horizon": 4, "epochs": 2, "minibatches": 2}
 KINDS = {
     "none": None,
     "dni": dni_rl.GradientCritic,

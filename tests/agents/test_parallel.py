@@ -17,15 +17,15 @@ import dni_rl
 from agents import train as train_module
 from agents.build import EVALUATION_KEY, build_critic, build_interfaces, spread_seeds
 from agents.checkpoint import load_checkpoint
-from agents.config import AlgorithmConfig, CriticConfig, from_dict, save_config
+from agents.config import AlgorithmConfig, CriticConfig, save_config
 from agents.learner import Learner, select_sequences
-from agents.metrics import read_metrics
 from agents.parallel import ALONE, Workers, connect
 from agents.rollout import Actor, Rollout
 from agents.train import NonFiniteError, Trainer, run_directory, train
 from dni_rl.distributed import launch
 from envs.gridworlds import PassiveTMaze
 from tests.agents.scripted_env import ScriptedEnv, make_model
+from tests.agents.small_runs import assert_equal, make_config, rows_of
 
 pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).parents[2]
@@ -164,27 +164,9 @@ def in_one(case: Case) -> dict[str, Any]:
 # Runs of two processes, each in its own folder
 
 
-def configure(folder: Path, name: str, *, env=None, model=None, critic=None, algorithm=None, **run):
-    """64 steps an update of two processes, rows every 3 updates, a checkpoint every 5."""
-    return from_dict(
-        {
-            "env": {"id": "PassiveTMaze", "num_envs": 4, "kwargs": {"corridor_length": 3, "num_distractors": 1}}
-            | (env or {}),
-            "model": {"hidden_size": 6, "torso_sizes": [5]} | (model or {}),
-            "critic": {"kind": "cdni", "hidden_sizes": [7], "max_norm_ratio": 1.0} | (critic or {}),
-            "algorithm": {"rollout_length": 8, "bptt_horizon": 4} | (algorithm or {}),
-            "run": {
-                "output_dir": str(folder),
-                "name": name,
-                "total_steps": 20 * 64,
-                "log_every_steps": 3 * 64,
-                "checkpoint_every_steps": 5 * 64,
-                "tensorboard": False,
-                "progress": False,
-            }
-            | run,
-        }
-    )
+def configure(folder: Path, name: str, *, critic=None, **settings):
+    """A tiny run of two processes, with a bound."""
+    return make_config(folder, name, critic={"max_norm_ratio": 1.0} | (critic or {}), update_steps=64, **settings)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -358,33 +340,12 @@ def test_seeds_of_processes_resumed_runs_and_evaluations_never_coincide():
 # Whole runs
 
 
-def assert_equal(one, two, where="checkpoint"):
-    """Bit for bit, in nested containers."""
-    assert type(one) is type(two), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0)), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_equal(one[key], two[key], f"{where}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_equal(a, b, f"{where}[{i}]")
-    else:
-        assert one == two, where
-
-
 def results_of(directory):
     """Rows of metrics without the speed, and the checkpoint without what tells of the launch."""
-    rows = [
-        {k: "nan" if math.isnan(v) else v for k, v in row.items() if k != "charts/SPS"}
-        for row in read_metrics(directory)
-    ]
     state = load_checkpoint(directory)
     state.pop("launch", None)
     del state["config"]["run"]
-    return rows, state
+    return rows_of(directory), state
 
 
 @pytest.mark.parametrize("name", METHODS)

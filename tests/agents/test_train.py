@@ -1,89 +1,27 @@
 import dataclasses
 import logging
-import math
 import random
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from agents import train as train_module
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.config import from_dict, to_dict
 from agents.metrics import MetricsWriter, read_metrics
 from agents.train import NonFiniteError, Trainer, run_directory, train
+from tests.agents.small_runs import A2C, PPO, assert_equal, interrupt_after, make_config, rows_of
 
-A2C = {"name": "a2c", "rollout_length": 8, "bptt_horizon": 4}
-PPO = {"name": "ppo", "rollout_length": 8, "bptt_horizon": 4, "epochs": 2, "minibatches": 2}
 SCRIPTED = "tests.agents.scripted_env:ScriptedEnv"
 
 
 @pytest.fixture
 def configure(tmp_path):
-    """Makes a tiny configuration: 32 steps an update, rows of metrics every 3 updates, a checkpoint every 5."""
-
-    def make(name="run", *, env=None, model=None, critic=None, algorithm=None, **run):
-        return from_dict(
-            {
-                "env": {"id": "PassiveTMaze", "num_envs": 4, "kwargs": {"corridor_length": 3, "num_distractors": 1}}
-                | (env or {}),
-                "model": {"hidden_size": 6, "torso_sizes": [5]} | (model or {}),
-                "critic": {"kind": "cdni", "hidden_sizes": [7]} | (critic or {}),
-                "algorithm": algorithm or A2C,
-                "run": {
-                    "output_dir": str(tmp_path),
-                    "name": name,
-                    "total_steps": 20 * 32,
-                    "log_every_steps": 96,
-                    "checkpoint_every_steps": 160,
-                    "tensorboard": False,
-                    "progress": False,
-                }
-                | run,
-            }
-        )
-
-    return make
-
-
-def assert_equal(one, two, where="checkpoint"):
-    """Bit for bit, in nested containers."""
-    assert type(one) is type(two), where
-    if isinstance(one, Tensor):
-        assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0)), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_equal(one[key], two[key], f"{where}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_equal(a, b, f"{where}[{i}]")
-    else:
-        assert one == two, where
-
-
-def rows_of(directory):
-    """Metrics with NaN, which is not equal to itself, as a word, and without the speed."""
-    return [
-        {k: "nan" if math.isnan(v) else v for k, v in row.items() if k != "charts/SPS"}
-        for row in read_metrics(directory)
-    ]
-
-
-def interrupt_after(monkeypatch, updates):
-    """Ctrl-C while the `updates`-th update from now is running."""
-    update, calls = Trainer.update, []
-
-    def interrupted(self):
-        calls.append(1)
-        if len(calls) == updates:
-            signal.raise_signal(signal.SIGINT)
-        return update(self)
-
-    monkeypatch.setattr(Trainer, "update", interrupted)
+    """Makes the configuration of a tiny run in the test's own folder."""
+    return partial(make_config, tmp_path)
 
 
 # Resume
