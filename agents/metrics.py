@@ -77,7 +77,7 @@ class MetricsWriter:
         hyperparameters: nested dict of settings, shown in TensorBoard as text.
 
     Raises:
-        ValueError: if a new run would mix with the metrics of an earlier one, or if those to continue are damaged.
+        ValueError: if a new run would mix with the metrics of an earlier one, or if those to continue are missing or damaged.
     """
 
     def __init__(
@@ -93,8 +93,13 @@ class MetricsWriter:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        if resume_step is not None:
+        if resume_step is not None and path.is_file():
             _drop_rows_after(path, resume_step)
+        elif resume_step:  # none at step 0: a run may be cut off between its first checkpoint and its metrics
+            raise ValueError(
+                f"{path}: not found, allowed the metrics of the run's first {resume_step} steps, which are continued; bring the file "
+                "back, or make an empty one to go on without them"
+            )
         elif path.exists():
             raise ValueError(
                 f"{path}: found metrics of an earlier run; continue it with --resume, or choose another --run.name"
@@ -261,8 +266,6 @@ def _layout() -> dict[str, dict[str, list[Any]]]:
 
 def _drop_rows_after(path: Path, step: int) -> None:
     """Keeps the rows up to `step`. Written to a second file and renamed, so that a crash loses nothing."""
-    if not path.exists():
-        return
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:

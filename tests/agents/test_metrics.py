@@ -53,6 +53,18 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert [step for step, _ in _events(tmp_path, "charts/episodic_return")] == steps
 
 
+def test_a_resumed_run_without_its_metrics_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl: not found, allowed the metrics of the run's first 20 steps, .*; bring"
+    ):
+        MetricsWriter(tmp_path, total_steps=50, resume_step=20, tensorboard=False)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    _write_run(tmp_path, [10], resume_step=0, tensorboard=False)  # of a run cut off before its first row
+    (tmp_path / "metrics.jsonl").write_text("")  # what the message offers
+    _write_run(tmp_path, [30], resume_step=20, tensorboard=False)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [30]
+
+
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
     _write_run(tmp_path, [10, 20], tensorboard=False)
     with open(tmp_path / "metrics.jsonl", "a") as file:
