@@ -211,19 +211,14 @@ class Log:
     """metrics.jsonl, one row a line, and TensorBoard; rows after `first_step`, from a run that was cut off, are dropped.
 
     Numbers that are not finite are null in metrics.jsonl.
+
+    Raises:
+        ValueError: if the rows up to `first_step` are missing or damaged, or TensorBoard is wanted and not installed.
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         path = folder / "metrics.jsonl"
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the last line of a run that was cut off while it wrote
-            if row["step"] <= first_step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(_rows_until(first_step, path) if first_step else ""))
         self._events = None
         if tensorboard:
             try:
@@ -247,6 +242,28 @@ class Log:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _rows_until(step: int, path: Path) -> Iterator[str]:
+    """The lines of a metrics.jsonl up to `step`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: found none that can be read, allowed the rows up to step {step}, which are continued; bring it back, or remove the "
+            "checkpoint beside it to begin that run anew"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return  # of a run that was cut off while it wrote
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: found text that is not a row of metrics; repair or remove it"
+            ) from error
+        if is_kept:
+            yield line
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -404,6 +404,25 @@ def test_tensorboard_has_every_point_once_though_a_run_was_cut_off_before_its_fi
     assert rows == [1, 2, 3, 4]
 
 
+def test_rows_that_cannot_be_continued_are_refused_and_left_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(
+        ValueError,
+        match=r"metrics.jsonl: found none that can be read, allowed the rows up to step 2, .*; bring it back, ",
+    ):
+        common.Log(tmp_path, 2, tensorboard=False)
+    assert not path.exists()
+    for damaged in ('{"step": 1}\n{"ste\n{"step": 3}\n', '{"step": 1}\n[2]\n', '{"step": 1}\n{"loss": 2}\n'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: found text that is not a row of metrics; repair"):
+            common.Log(tmp_path, 3, tensorboard=False)
+        assert path.read_text() == damaged
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')  # cut off while it wrote
+    with common.Log(tmp_path, 2, tensorboard=False) as log:
+        log.write(3, {})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
 def test_a_program_writes_its_summary_and_where_it_draws_a_table(tmp_path, capsys):
     def plan(arguments):
         option, given = common.parse(common.matrix_parser("name", None, ("smoke",)), arguments, CountConfig)
