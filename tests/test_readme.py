@@ -1,16 +1,18 @@
-"""What the README says to run, runs, and what its snippets train moves."""
+"""What the README says to run, runs, what its snippets train moves, and what documents point at is there."""
 
 import re
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 import dni_rl
-from agents.config import parse_train_config
+from agents.config import from_dict, parse_train_config, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_snippet_trains_both_sides(monkeypatch):
@@ -48,6 +50,20 @@ def test_its_training_commands_parse():
 def test_every_file_it_names_exists():
     for name in set(re.findall(r"`((?:configs|scripts|envs|agents|dni_rl|docs)/[\w/.]+)`", README)):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_leads_to_a_file(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
+
+
+def test_every_setting_that_documents_name_exists():
+    settings = {f"{section}.{name}" for section, values in to_dict(from_dict({})).items() for name in values}
+    for page in (Path("README.md"), Path("docs/guide.md")):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        named = re.findall(r"(?:`|--)((?:env|model|critic|algorithm|run)\.(?!py)[a-z_]+)", text)
+        assert named and set(named) <= settings, set(named) - settings
 
 
 def test_every_configuration_file_is_valid():
