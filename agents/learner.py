@@ -30,7 +30,7 @@ from dni_rl.cores import State
 from dni_rl.cores.base import UnrolledState
 from dni_rl.cores.timescales import LevelledState
 
-RATIOS = ("/explained_variance", "/cosine", "/norm_ratio")  # NaN where a window had no target; their means leave it out
+COSINE = "/cosine"  # NaN where a window had no target; its means leave it out
 
 
 @dataclass(slots=True)
@@ -400,16 +400,18 @@ class Learner:
         if critic is not None and fit:
             metrics |= {
                 "sg/loss": report.critic_loss,
-                "sg/explained_variance": report.explained_variance,
+                "sg/error": report.error,
+                "sg/target_variance": report.target_variance,
                 "sg/cosine": report.cosine,
-                "sg/norm_ratio": report.norm_ratio,
+                "sg/predicted_norm": report.predicted_norm,
                 "sg/target_norm": report.target_norm,
             }
         if self.interfaces and fit:
             assert isinstance(next_state, LevelledState)
             for level, found in enumerate(dni_rl.fit_interfaces(next_state, self.interfaces, weight=weight), 1):
                 metrics[f"sg/interface_{level}/loss"] = found.loss.detach()
-                metrics[f"sg/interface_{level}/explained_variance"] = found.explained_variance
+                metrics[f"sg/interface_{level}/error"] = found.error
+                metrics[f"sg/interface_{level}/target_variance"] = found.target_variance
                 metrics[f"sg/interface_{level}/cosine"] = found.cosine
         return metrics
 
@@ -515,7 +517,7 @@ def _means(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _mean(name: str, values: Sequence[Tensor]) -> Tensor:
     if len(values) == 1:
         return values[0]
-    return torch.stack(list(values)).nanmean() if name.endswith(RATIOS) else torch.stack(list(values)).mean()
+    return torch.stack(list(values)).nanmean() if name.endswith(COSINE) else torch.stack(list(values)).mean()
 
 
 def _divide_gradients(module: nn.Module, divisor: int) -> None:

@@ -21,10 +21,11 @@ from agents.build import build_critic, build_environment, build_interfaces, buil
 from agents.checkpoint import CHECKPOINT_FILE, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
 from agents.credit import credit_figure, measure_credit
-from agents.learner import RATIOS, Learner
+from agents.learner import COSINE, Learner
 from agents.metrics import MetricsWriter
 from agents.parallel import ALONE, SilentWriter, Workers
 from agents.rollout import Actor
+from dni_rl.critics import explained_variance
 
 _log = logging.getLogger(__name__)
 
@@ -93,12 +94,11 @@ class Trainer:
         """Names the first tensor, in the order in which data flows, that holds NaN or infinity; None if all are finite.
 
         Args:
-            metrics: what `update` returned. Measures of fit do not count: they are ratios, of which one may be undefined for
-                a moment.
+            metrics: what `update` returned. Cosines do not count: one may be undefined for a moment.
             thorough: look at everything else as well where the metrics are finite.
         """
         watched = {
-            name: metrics[name] for name in metrics if name.startswith(("losses/", "sg/")) and not name.endswith(RATIOS)
+            name: metrics[name] for name in metrics if name.startswith(("losses/", "sg/")) and not name.endswith(COSINE)
         }
         are_finite = all(math.isfinite(float(value)) for value in watched.values())
         if are_finite and not thorough:
@@ -248,7 +248,7 @@ def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Pat
         row: dict[str, float | Tensor] = {}
         if logs:
             row = (
-                workers.means(trainer.means.pop())
+                _with_ratios(workers.means(trainer.means.pop()))
                 | workers.means(trainer.actor.statistics.pop(), "charts/episodes")
                 | {
                     "charts/SPS": (trainer.step - start_step) / (time.perf_counter() - started),
@@ -346,7 +346,7 @@ class _RunningMeans:
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
             has_value: int | Tensor = 1
-            if name.endswith(RATIOS):
+            if name.endswith(COSINE):
                 has_value, value = ~value.isnan(), value.nan_to_num(nan=0.0)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + has_value
@@ -361,6 +361,18 @@ class _RunningMeans:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def _with_ratios(means: dict[str, Any]) -> dict[str, Any]:
+    """The critics' measures as they are shown: ratios of means, since that of a window whose targets are nearly zero has no bound."""
+    shown = dict(means)
+    for group in [name.removesuffix("/error") for name in means if name.endswith("/error")]:
+        error, variance = (torch.as_tensor(shown.pop(f"{group}/{name}")) for name in ("error", "target_variance"))
+        shown[f"{group}/explained_variance"] = explained_variance(error, variance)
+    if "sg/predicted_norm" in shown:
+        predicted, target = torch.as_tensor(shown.pop("sg/predicted_norm")), torch.as_tensor(shown["sg/target_norm"])
+        shown["sg/norm_ratio"] = torch.where(target > 0, predicted / target, torch.nan)
+    return shown
 
 
 def _passes(before: int, after: int, every: int) -> bool:

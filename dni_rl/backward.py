@@ -8,7 +8,7 @@ report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, ali
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -54,12 +54,15 @@ class Report:
 
     Attributes:
         critic_loss: what the critic minimises, in normalised units.
-        explained_variance: of the target gradients by the critic's predictions; 1 is perfect.
+        explained_variance: 1 - error / target_variance; 1 is perfect. Of several windows take that of the means of both: where targets
+            are nearly always zero, single ratios have no lower bound.
         cosine: mean cosine between predicted and target gradient.
         predicted_norm: mean norm of the predictions at the states that had a target.
         target_norm: mean norm of the targets, in the units of one sequence's summed loss.
         synthetic_norm: mean norm of the synthetic gradient applied at the end of the window.
-        norm_ratio: predicted_norm / target_norm.
+        norm_ratio: predicted_norm / target_norm; of several windows as above.
+        error: mean squared error of the predictions, in normalised units.
+        target_variance: of the target gradients, in normalised units.
     """
 
     critic_loss: Tensor
@@ -69,6 +72,8 @@ class Report:
     target_norm: Tensor
     synthetic_norm: Tensor
     norm_ratio: Tensor
+    error: Tensor
+    target_variance: Tensor
 
     def as_dict(self) -> dict[str, Tensor]:
         """Field names to tensors."""
@@ -162,7 +167,7 @@ def backward(
         with end.history.unwatched() if isinstance(end, UnrolledState) else nullcontext():
             torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
         nan = losses.new_full((), torch.nan)
-        return Report(nan, nan, nan, nan, nan, nan, nan)
+        return Report(*[nan] * 9)
     with critic.yardstick_kept_on_error():
         return _bootstrap_and_fit(losses, start, end, critic, alive, context, weight, fit, scale)
 
@@ -224,7 +229,7 @@ def _bootstrap_and_fit(
         synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
     if not fit:
         nan = losses.new_full((), torch.nan)
-        return Report(nan, nan, nan, nan, nan, synthetic_norm, nan)
+        return replace(Report(*[nan] * 9), synthetic_norm=synthetic_norm)
     valid: Tensor | None
     if dense:
         assert history is not None and has_future is not None
@@ -267,6 +272,8 @@ def report_of(fit: CriticFit, synthetic_norm: Tensor) -> Report:
         target_norm=fit.target_norm,
         synthetic_norm=synthetic_norm,
         norm_ratio=torch.where(fit.target_norm > 0, fit.predicted_norm / fit.target_norm, torch.nan),
+        error=fit.error,
+        target_variance=fit.target_variance,
     )
 
 

@@ -40,6 +40,11 @@ _LARGEST_RISE = 4.0  # and of whose largest mean square it counts at most so man
 _CONTEXT_BOUND = 100.0  # in units of the running RMS: 1 / sqrt(p) of a component that is there a fraction p of the time
 
 
+def explained_variance(error: Tensor, variance: Tensor) -> Tensor:
+    """1 - error / variance of scalars, NaN where there is no variance; of several windows it is that of the means of both."""
+    return torch.where(variance > 0, 1.0 - error / variance, torch.nan)
+
+
 @dataclass(frozen=True, slots=True)
 class CriticFit:
     """How well a critic met its targets; scalars without gradient except `loss`.
@@ -47,18 +52,29 @@ class CriticFit:
     Attributes:
         loss: what the critic minimises. For those that regress on gradients alone the mean squared error over rows and components,
             each component divided by the running RMS of its target.
-        explained_variance: of the target gradients, 1 - (squared error) / (variance of the targets), in the same units; 1 is
-            perfect, 0 is a constant, NaN where targets have no variance.
+        error: mean squared error of the predicted gradients over rows and components, in the same units.
+        target_variance: variance over rows of the target gradients, mean over components, in the same units.
         cosine: mean over rows of the cosine between predicted and target gradient, rows with a zero target left out; NaN if all are.
         predicted_norm: mean over rows of the norm of the prediction.
         target_norm: mean over rows of the norm of the target.
     """
 
     loss: Tensor
-    explained_variance: Tensor
+    error: Tensor
+    target_variance: Tensor
     cosine: Tensor
     predicted_norm: Tensor
     target_norm: Tensor
+
+    @property
+    def explained_variance(self) -> Tensor:
+        """1 - error / target_variance: 1 is perfect, 0 is a constant, NaN where targets have no variance."""
+        return explained_variance(self.error, self.target_variance)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """What there is to log, without gradient."""
+        names = ("loss", "explained_variance", "cosine", "predicted_norm", "target_norm")
+        return {name: getattr(self, name).detach() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -562,7 +578,8 @@ class ErrorCritic(nn.Module, ABC):
         counted = weight.squeeze(-1) * (target_norm > 0)
         return CriticFit(
             loss=loss,
-            explained_variance=torch.where(variance > 0, 1.0 - error.detach() / variance, torch.nan),
+            error=error.detach(),
+            target_variance=variance,
             cosine=(counted * cosine).sum() / counted.sum(),  # 0 / 0 where there is no target
             predicted_norm=(weight.squeeze(-1) * predicted_norm).sum(),
             target_norm=(weight.squeeze(-1) * target_norm).sum(),

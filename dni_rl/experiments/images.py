@@ -23,7 +23,6 @@ the mean over the batch, beside which that bias is enormous. Net, critic, batch 
     dni-published      both as published
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rl import data
-from dni_rl.critics import ConvGradientCritic, CriticFit, GradientCritic, dense_net
+from dni_rl.critics import ConvGradientCritic, GradientCritic, dense_net
 from dni_rl.experiments import common
 from dni_rl.feedforward import DecoupledSequential
 
@@ -538,7 +537,7 @@ class Experiment:
         }
         for i, fit in enumerate(report.fits):
             if fit is not None:
-                metrics |= {f"critic_{i + 1}/{name}": value for name, value in _scalars(fit).items()}
+                metrics |= {f"critic_{i + 1}/{name}": value for name, value in fit.as_dict().items()}
         for i, loss in enumerate(report.input_losses):
             if loss is not None:
                 metrics[f"input_{i + 1}/loss"] = loss
@@ -569,10 +568,6 @@ def _shape(num_pixels: int) -> tuple[int, int, int]:
         if channels * side**2 == num_pixels:
             return channels, side, side
     raise ValueError(f"images: found {num_pixels} numbers each, allowed square images, grey or of three colours")
-
-
-def _scalars(fit: CriticFit) -> dict[str, Tensor]:
-    return {f.name: getattr(fit, f.name).detach() for f in dataclasses.fields(fit)}
 
 
 # Run

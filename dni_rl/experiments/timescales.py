@@ -27,7 +27,6 @@ batch normalisation stands in the two layers of A below it and on the message. B
 Batch 64, Adam with the 7e-5 of the paper's other recurrent nets, and the length of training.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -319,7 +318,7 @@ class Experiment(common.Experiment):
         }
         if self.critic is not None:
             fit = decoupled.fits[self.interface]
-            metrics |= {f"critic/{f.name}": getattr(fit, f.name).detach() for f in dataclasses.fields(fit)}
+            metrics |= {f"critic/{name}": value for name, value in fit.as_dict().items()}
         self.step += T**2
         return metrics
 

@@ -254,9 +254,8 @@ def test_parameters_are_checked_before_they_are_saved(configure, monkeypatch):
 def test_a_measure_that_is_undefined_for_a_moment_does_not_stop_a_run(configure):
     trainer = Trainer(configure())
     metrics = trainer.update()
-    for name in ("sg/explained_variance", "sg/cosine", "sg/norm_ratio"):
-        for thorough in (False, True):
-            assert trainer.first_non_finite(metrics | {name: torch.tensor(-torch.inf)}, thorough=thorough) is None
+    for thorough in (False, True):
+        assert trainer.first_non_finite(metrics | {"sg/cosine": torch.tensor(torch.nan)}, thorough=thorough) is None
     assert trainer.first_non_finite(metrics | {"sg/loss": torch.tensor(torch.inf)}) == "sg/loss"
 
 
@@ -269,6 +268,21 @@ def test_means_of_measures_leave_out_what_is_undefined(configure):
     assert means["sg/cosine"] == 2.0 and means["sg/loss"].isnan()
     trainer.means.add({"sg/cosine": torch.tensor(torch.nan)})
     assert trainer.means.pop()["sg/cosine"].isnan()
+
+
+def test_ratios_of_several_updates_are_those_of_their_means(configure, monkeypatch):
+    """One window with next to no target must not stand for all."""
+    made, update = [], Trainer.update
+    monkeypatch.setattr(Trainer, "update", lambda self: made.append(update(self)) or made[-1])
+    rows = read_metrics(train(configure(total_steps=192)))
+    for row, part in zip(rows, (made[:3], made[3:]), strict=True):
+        mean = {
+            name: sum(float(each[f"sg/{name}"]) for each in part) / 3
+            for name in ("error", "target_variance", "predicted_norm")
+        }
+        assert row["sg/explained_variance"] == pytest.approx(1 - mean["error"] / mean["target_variance"], rel=1e-5)
+        assert row["sg/norm_ratio"] == pytest.approx(mean["predicted_norm"] / row["sg/target_norm"], rel=1e-5)
+        assert not {"sg/error", "sg/target_variance", "sg/predicted_norm"} & set(row)
 
 
 # What is written

@@ -1033,6 +1033,8 @@ def test_reports_are_scalars_without_gradient():
         "target_norm",
         "synthetic_norm",
         "norm_ratio",
+        "error",
+        "target_variance",
     ]
     for critic in (None, make_critic(model)):
         report, _ = run_window(model, x, y, state, critic)

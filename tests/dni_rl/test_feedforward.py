@@ -32,7 +32,7 @@ class Oracle(nn.Module):
         self.states.append(state[0])
         self.targets.append(target[0])
         zero = target[0].new_zeros(())
-        return dni_rl.CriticFit(zero, zero, zero, zero, zero)
+        return dni_rl.CriticFit(*[zero] * 6)
 
 
 def make_critic(trained=True, size=H, seed=7, **settings):

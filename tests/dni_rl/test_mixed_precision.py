@@ -206,7 +206,7 @@ class Tiny(nn.Module):
     def fit(self, state, target, context=None):
         self.target = target[0]
         zero = target[0].new_zeros(())
-        return dni_rl.CriticFit(zero, zero, zero, zero, zero)
+        return dni_rl.CriticFit(*[zero] * 6)
 
 
 def test_a_scale_saves_what_crosses_interfaces_from_vanishing_in_float16():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dni_rl import data
+from dni_rl import CriticFit, data
 from dni_rl.experiments import images
 
 GREEDY = {"model": "greedy_cnn", "num_layers": 4}
@@ -252,7 +252,7 @@ class Oracle(torch.nn.Module):
 
     def fit(self, state, target, context=None):
         torch.testing.assert_close(target[0], self.gradient)
-        return images.CriticFit(*[torch.zeros(())] * 5)
+        return CriticFit(*[torch.zeros(())] * 6)
 
 
 @pytest.mark.parametrize("num_layers", [3, 4])

@@ -103,7 +103,7 @@ class Oracle:
     def fit(self, state, target, context=None):
         (self.target,) = target
         zero = torch.zeros(())
-        return CriticFit(zero, zero, zero, zero, zero)
+        return CriticFit(*[zero] * 6)
 
 
 def recorded(arm, **settings):
