@@ -166,8 +166,7 @@ def backward(
     if critic is None:
         with end.history.unwatched() if isinstance(end, UnrolledState) else nullcontext():
             torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
-        nan = losses.new_full((), torch.nan)
-        return Report(*[nan] * 9)
+        return _report_of_no_fit(losses)
     with critic.yardstick_kept_on_error():
         return _bootstrap_and_fit(losses, start, end, critic, alive, context, weight, fit, scale)
 
@@ -228,8 +227,7 @@ def _bootstrap_and_fit(
     with torch.no_grad():
         synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
     if not fit:
-        nan = losses.new_full((), torch.nan)
-        return replace(Report(*[nan] * 9), synthetic_norm=synthetic_norm)
+        return replace(_report_of_no_fit(losses), synthetic_norm=synthetic_norm)
     valid: Tensor | None
     if dense:
         assert history is not None and has_future is not None
@@ -260,6 +258,11 @@ def _bootstrap_and_fit(
         (fitted.loss if scale is None else fitted.loss * scale).backward()
     with torch.no_grad():
         return report_of(fitted, synthetic_norm)
+
+
+def _report_of_no_fit(losses: Tensor) -> Report:
+    nan = losses.new_full((), torch.nan)
+    return Report(**{field.name: nan for field in fields(Report)})
 
 
 def report_of(fit: CriticFit, synthetic_norm: Tensor) -> Report:
