@@ -36,11 +36,12 @@ from benchmarks.measuring import write
 from benchmarks.overhead import overhead
 from benchmarks.speed import speed
 from benchmarks.workers import workers
+from commandline import OneLineParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("speed", help="steps per second beside RecurrentPPO")
     command.add_argument(

@@ -13,13 +13,13 @@ The matrix is a YAML file:
 
     title, config       of the page; a file of configs/ that all members start from
     metric, bar         what is compared, by its name in metrics.jsonl; the value from which on a task counts as solved
-    seeds               a list
+    seeds               a list, of every method on every task that has no list of its own among the overrides
     tasks, methods      settings by name, as train.py's options without the dashes
     windows             optional: windows of truncated BPTT, as a list, or with settings of their own as a mapping. Each method is then
                         run at each of them as "<method>, window <K>", but for those that set algorithm.bptt_horizon themselves
     dial                optional: the task setting that says how far credit has to reach, or that number by task. It is the x-axis of
                         the board, and solved lengths are in its unit
-    overrides           optional: settings of one "<method> / <task>"; null leaves it out
+    overrides           optional: settings of one "<method> / <task>", and its seeds; null leaves it out
 
 Statistics follow Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021): interquartile means
 over finished seeds with 95 % percentile bootstrap intervals, computed by scipy; over several tasks those of the seeds that are finished

@@ -26,6 +26,7 @@ from agents.learner import Windows, make_windows
 from agents.losses import actor_critic_loss
 from agents.rollout import Actor
 from agents.train import Trainer
+from commandline import OneLineParser
 from dni_rl.cores import State, UnrolledState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +197,7 @@ def markdown(rows: list[dict], seeds: list[int]) -> str:
 
 def main() -> None:
     """Parses the command line, runs all seeds, writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--report", type=Path, help="writes <report>.md and .json")
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from agents.metrics import read_metrics
+from commandline import OneLineParser
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {  # method: value of critic.kind, the one setting in which they differ
@@ -24,7 +25,7 @@ BAR = 0.95
 
 def main() -> int:
     """Trains both arms in parallel processes. Returns 0 if the decoupled agent reached the bar, otherwise 1."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="further options: those of train.py, for both agents, but for critic.kind, run.output_dir and run.name",

@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -28,17 +27,13 @@ from agents.evaluate import (
     result_dict,
     summarize,
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage."""
-        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
+from commandline import OneLineParser
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run, or one checkpoint in it")
     parser.add_argument("--episodes", type=_positive, default=100, metavar="N", help="episodes to play (default: 100)")
     parser.add_argument("--greedy", action="store_true", help="take the most probable action instead of drawing one")

@@ -28,6 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from commandline import OneLineParser
 from papers.entries import ENTRIES, PAGES, PRESETS, RUNS
 from papers.pages import report
 from papers.running import run_all
@@ -35,7 +36,7 @@ from papers.running import run_all
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     run = commands.add_parser("run", help="carry out what is left of the entries")
     run.add_argument("--preset", choices=PRESETS, default="smoke")

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NoReturn
+from typing import Any
 
 from agents.checkpoint import load_checkpoint
 from agents.config import TrainConfig, from_dict
@@ -32,6 +32,7 @@ from agents.credit import credit_figure, measure_credit
 from agents.evaluate import foreign_checkpoint
 from agents.metrics import read_metrics
 from agents.train import Trainer
+from commandline import OneLineParser
 from dni_rl.horizon import CreditHorizon
 
 SUCCESS, RETURN = "charts/success_rate", "charts/episodic_return"
@@ -266,13 +267,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage."""
-        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def _integer(least: int, most: int | None = None) -> Any:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
@@ -284,7 +278,7 @@ def _integer(least: int, most: int | None = None) -> Any:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="horizon.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="horizon.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or one checkpoint in it")
     parser.add_argument(
         "--length", type=_integer(4), metavar="N", help="steps of the sequences (default: run.credit_length)"

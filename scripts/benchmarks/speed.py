@@ -1,20 +1,22 @@
 """`speed`: steps per second of training, beside sb3-contrib's RecurrentPPO."""
 
+import functools
 import multiprocessing
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from agents.config import AlgorithmConfig, CriticConfig, EnvConfig, ModelConfig, RunConfig, TrainConfig
+from agents.config import AlgorithmConfig, CriticConfig, EnvConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from agents.train import Trainer
+from benchmarks.measuring import Ratio, in_turns, machine, markdown
 
+ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "sb3-contrib RecurrentPPO, 4 epochs"
 NUM_ENVS, ROLLOUT, HIDDEN = 8, 128, 128
 GOALS = {  # ratios to RecurrentPPO, from the project's issue: MiniGrid, Breakout
@@ -89,17 +91,9 @@ def recurrent_ppo(task: str) -> Update:
 
 def contenders(task: str) -> dict[str, Update]:
     """Contenders of one task, by name."""
-    none, dni = CriticConfig(kind="none"), CriticConfig(kind="dni", max_norm_ratio=1.0)
-    cdni = replace(dni, kind="cdni")
     if task == "tmaze":
-        env = EnvConfig(id="PassiveTMaze", num_envs=64, kwargs={"corridor_length": 20, "num_distractors": 4})
-        model = ModelConfig(hidden_size=32, torso_sizes=(64,))
-        a2c = AlgorithmConfig(rollout_length=ROLLOUT, bptt_horizon=8)
-        return {
-            "A2C, window 8, no critic": ours(env, model, a2c, none),
-            "A2C, window 8, synthetic gradients": ours(env, model, a2c, dni),
-            "A2C, window 8, synthetic gradients with context": ours(env, model, a2c, cdni),
-        }
+        return tmaze_contenders()
+    none, dni = CriticConfig(kind="none"), CriticConfig(kind="dni", max_norm_ratio=1.0)
     if task == "minigrid":
         env = EnvConfig(id="MiniGrid-MemoryS7-v0", num_envs=NUM_ENVS, kwargs={"encoding": "symbolic"})
         model = ModelConfig(
@@ -128,68 +122,65 @@ def contenders(task: str) -> dict[str, Update]:
     return updates
 
 
+def tmaze_contenders() -> dict[str, Update]:
+    """Our own maze in rollouts that are long, and in those of configs/tmaze.yaml, with which it is learned: 16 times as many updates."""
+    config = load_config(ROOT / "configs/tmaze.yaml")
+    critics = {
+        "": replace(config.critic, kind="none"),
+        ", synthetic gradients": replace(config.critic, kind="dni"),
+        ", synthetic gradients with context": config.critic,
+        ", synthetic gradients with past observations": replace(config.critic, kind="dni", past_steps=(10, 100)),
+    }
+    return {
+        f"A2C, window 8, rollouts of {length}{name}": ours(
+            config.env, config.model, replace(config.algorithm, rollout_length=length), critic
+        )
+        for length in (ROLLOUT, config.algorithm.rollout_length)
+        for name, critic in critics.items()
+    }
+
+
+def speed_of(update: Update) -> float:
+    """Steps per second over half a second or one update, whichever is longer."""
+    started, steps = time.perf_counter(), update()
+    while time.perf_counter() - started < 0.5:
+        steps += update()
+    return steps / (time.perf_counter() - started)
+
+
 def measure(task: str, rounds: int) -> dict[str, list[float]]:
     """Steps per second of every contender in every round, after one round of warm-up."""
     torch.set_num_threads(1)
-    updates = contenders(task)
-    speeds: dict[str, list[float]] = {name: [] for name in updates}
-    for round_ in range(rounds + 1):
-        for name, update in updates.items():
-            started = time.perf_counter()
-            steps = update()
-            while time.perf_counter() - started < 0.5:  # the short ones run long enough to be timed
-                steps += update()
-            if round_:
-                speeds[name].append(steps / (time.perf_counter() - started))
-        print(f"{task}: round {round_} of {rounds}", file=sys.stderr)
-    return speeds
+    turns = {name: functools.partial(speed_of, update) for name, update in contenders(task).items()}
+    return in_turns(turns, rounds, task)
 
 
-def table(task: str, speeds: dict[str, list[float]]) -> tuple[str, list[dict]]:
-    """Markdown table and its rows."""
-    plain_of = {name: name.split(", synthetic")[0] for name in speeds}
-    if task == "tmaze":
-        plain_of = dict.fromkeys(speeds, "A2C, window 8, no critic")
-    lines = [
-        "| contender | steps/s, median (min to max) | ratio to RecurrentPPO | goal | ratio to no critic |",
-        "|---|---|---|---|---|",
-    ]
-    rows = []
+def table(task: str, speeds: Mapping[str, Sequence[float]]) -> tuple[str, list[dict[str, Any]]]:
+    """Markdown table and its rows; ratios are those within rounds."""
+    rows, lines = [], []
     for name, values in speeds.items():
-        ratio = (
-            statistics.median(a / b for a, b in zip(values, speeds[REFERENCE], strict=True))
-            if REFERENCE in speeds
-            else None
-        )
-        against_plain = None
-        if plain_of[name] != name:
-            against_plain = statistics.median(a / b for a, b in zip(values, speeds[plain_of[name]], strict=True))
+        plain = name.split(", synthetic")[0]
+        ratios = {
+            "ratio_to_recurrent_ppo": REFERENCE if REFERENCE in speeds and name != REFERENCE else None,
+            "ratio_to_no_critic": plain if plain != name else None,
+        }
+        found = {key: Ratio.of(values, speeds[of]) if of else None for key, of in ratios.items()}
         goal = GOALS[name][task == "breakout"] if name in GOALS else None
-        median = statistics.median(values)
-        cells = [f"{x:.2f}" if x is not None else "" for x in (ratio, goal, against_plain)]
+        speed = f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
         lines.append(
-            f"| {name} | {median:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {cells[0]} | {cells[1]} | {cells[2]} |"
+            [name, speed, *(str(x) if x else "" for x in found.values()), "" if goal is None else f"{goal:.2f}"]
         )
         rows.append(
-            {
-                "task": task,
-                "contender": name,
-                "steps_per_second": values,
-                "ratio_to_recurrent_ppo": ratio,
-                "goal": goal,
-                "ratio_to_no_critic": against_plain,
-            }
+            {"task": task, "contender": name, "steps_per_second": list(values), "goal": goal}
+            | {key: vars(ratio) if ratio else None for key, ratio in found.items()}
         )
-    return "\n".join(lines), rows
+    header = ("contender", "steps/s, median (least to greatest)", "ratio to RecurrentPPO", "ratio to no critic", "goal")
+    return markdown(header, lines), rows
 
 
-def speed(tasks: list[str], rounds: int) -> dict[str, Any]:
+def speed(tasks: Sequence[str], rounds: int) -> dict[str, Any]:
     """Runs the speed benchmark; prints its tables, returns all figures."""
-    results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}, torch {torch.__version__}, 1 thread",
-        "rounds": rounds,
-        "rows": [],
-    }
+    results: dict[str, Any] = {"machine": machine(torch.device("cpu"), threads=1), "rounds": rounds, "rows": []}
     for task in tasks:
         # What one task leaves behind, imported packages and scattered memory, is no part of the next one's time.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

@@ -1,5 +1,6 @@
 """The matrix of a comparison: methods, windows, tasks and seeds of one YAML file, as runs."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,7 @@ def load_matrix(path: Path) -> dict[str, Any]:
         )
     matrix = {"windows": [], "dial": None, "overrides": {}, **matrix}
     try:
-        seeds = matrix["seeds"]
-        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-            raise ValueError(f"seeds: found {seeds!r}; allowed a list of integers")
+        _check_seeds("seeds", matrix["seeds"])
         for group in ("tasks", "methods"):  # a name without settings is one that changes nothing
             if not isinstance(matrix[group], Mapping) or not matrix[group]:
                 raise ValueError(f"{group}: found {matrix[group]!r}; allowed names with their settings")
@@ -76,18 +75,28 @@ def load_matrix(path: Path) -> dict[str, Any]:
         matrix["methods"] = _at_windows(matrix["methods"], matrix["windows"])
         matrix["dial_name"], matrix["dials"] = _dials(matrix["dial"], matrix["tasks"])
         pairs = [f"{method} / {task}" for method in matrix["methods"] for task in matrix["tasks"]]
-        for pair in matrix["overrides"]:
+        for pair, special in matrix["overrides"].items():
             if pair not in pairs:
                 raise ValueError(f"overrides: found {pair!r}; allowed '<method> / <task>' of those above")
+            _check_seeds(f"overrides: {pair}: seeds", (special or {}).get("seeds", matrix["seeds"]))
         folders = [member.name for member in members(matrix)]
         if twice := sorted({name for name in folders if folders.count(name) > 1}):
             raise ValueError(
-                f"seeds, tasks, methods: found two runs for the folder {twice[0]!r}; allowed seeds that are named once, and names that "
-                "differ in letters or digits"
+                f"tasks, methods: found two runs for the folder {twice[0]!r}; allowed names that differ in letters or digits"
             )
     except ValueError as error:
         raise SystemExit(f"compare.py: {path}: {error}") from None
     return matrix
+
+
+def _check_seeds(name: str, seeds: Any) -> None:
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(type(seed) is int for seed in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise ValueError(f"{name}: found {seeds!r}; allowed a list of integers, each named once")
 
 
 def _at_windows(methods: Mapping[str, dict[str, Any]], windows: Any) -> dict[str, dict[str, Any]]:
@@ -123,18 +132,25 @@ def _dials(dial: Any, tasks: Mapping[str, dict[str, Any]]) -> tuple[str, dict[st
 
 def members(matrix: dict[str, Any]) -> Iterator[Member]:
     """All runs, seeds outermost, so that an interrupted matrix has the same number of seeds everywhere."""
-    for seed in matrix["seeds"]:
-        for task, task_settings in matrix["tasks"].items():
-            for method, method_settings in matrix["methods"].items():
-                if is_left_out(matrix, method, task):
-                    continue
+    cells = [(method, task) for task in matrix["tasks"] for method in matrix["methods"]]
+    seeds = {cell: seeds_of(matrix, *cell) for cell in cells}
+    for seed in dict.fromkeys(itertools.chain.from_iterable(seeds.values())):
+        for method, task in cells:
+            if seed in seeds[method, task]:
                 special = matrix["overrides"].get(f"{method} / {task}", {})
-                yield Member(method, task, seed, matrix["config"], {**task_settings, **method_settings, **special})
+                settings = {**matrix["tasks"][task], **matrix["methods"][method], **special}
+                yield Member(method, task, seed, matrix["config"], {k: v for k, v in settings.items() if k != "seeds"})
+
+
+def seeds_of(matrix: dict[str, Any], method: str, task: str) -> list[int]:
+    """Of a method on a task: the matrix's, unless an override has others; none where it is left out."""
+    special = matrix["overrides"].get(f"{method} / {task}", {})
+    return [] if special is None else special.get("seeds", matrix["seeds"])
 
 
 def is_left_out(matrix: dict[str, Any], method: str, task: str) -> bool:
     """Whether a method is on purpose not run on a task."""
-    return matrix["overrides"].get(f"{method} / {task}", {}) is None
+    return not seeds_of(matrix, method, task)
 
 
 def safe_name(text: str) -> str:

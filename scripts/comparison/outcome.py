@@ -266,7 +266,7 @@ def summarise(
                 },
             }
         finished = {(r["task"], r["seed"]): r for r in rows if r["method"] == method and r["finished"]}
-        seeds = [s for s in matrix["seeds"] if all((task, s) in finished for task in matrix["tasks"])]
+        seeds = sorted(s for s in {seed for _, seed in finished} if all((t, s) in finished for t in matrix["tasks"]))
         together = {
             name: interquartile_mean([[finished[task, s][name] for s in seeds] for task in matrix["tasks"]])
             if len(seeds) >= FEWEST_VALUES

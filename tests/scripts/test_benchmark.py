@@ -13,7 +13,7 @@ from benchmarks.gpu import CPU_FORM, Form, gpu, host_reads
 from benchmarks.measuring import Ratio, _peak, in_turns, peak_bytes, tensor_bytes
 from benchmarks.methods import DUE_EVERY, PLAIN, UNFUSED, comparable, methods
 from benchmarks.overhead import StoredRollout, overhead, overhead_table, sequence_peak
-from benchmarks.speed import REFERENCE, table
+from benchmarks.speed import REFERENCE, table, tmaze_contenders
 from scripts.benchmark import main
 
 CPU = torch.device("cpu")
@@ -45,9 +45,21 @@ def test_the_speed_table_takes_ratios_within_rounds():
     }
     text, rows = table("minigrid", speeds)
     # 5, 4 and 3 times the reference in the same round, whose medians alone would also say 4; the last 4, 4 and 1.5
-    assert [row["ratio_to_recurrent_ppo"] for row in rows] == [1.0, 4.0, 4.0]
-    assert [row["ratio_to_no_critic"] for row in rows] == [None, None, 0.8]  # of 0.8, 1 and 0.5
-    assert _rows(text)["PPO, 4 epochs, window 16"] == ["800 (500 to 1,200)", "4.00", "", ""]
+    assert [row["ratio_to_recurrent_ppo"] for row in rows] == [
+        None,
+        {"median": 4.0, "least": 3.0, "greatest": 5.0},
+        {"median": 4.0, "least": 1.5, "greatest": 4.0},
+    ]
+    # of 0.8, 1 and 0.5
+    assert [row["ratio_to_no_critic"] for row in rows] == [None, None, {"median": 0.8, "least": 0.5, "greatest": 1.0}]
+    assert _rows(text)["PPO, 4 epochs, window 16"] == ["800 (500 to 1,200)", "4.00 (3.00 to 5.00)", "", ""]
+
+
+def test_the_maze_is_timed_in_the_rollouts_that_it_is_learned_with_too():
+    contenders = tmaze_contenders()
+    plain = [name for name in contenders if "synthetic" not in name]
+    assert plain == ["A2C, window 8, rollouts of 128", "A2C, window 8, rollouts of 8"] and len(contenders) == 8
+    assert [contenders[name]() for name in plain] == [128 * 64, 8 * 64]
 
 
 def test_a_ratio_is_the_median_of_those_within_rounds_and_not_the_ratio_of_medians():

@@ -99,6 +99,25 @@ def test_members_are_every_combination_with_the_most_special_setting_last(tmp_pa
     assert len(set(names)) == 6 and all("/" not in name and " " not in name for name in names)
 
 
+def test_a_method_can_have_seeds_of_its_own_on_a_task(tmp_path):
+    tasks = {**MATRIX["tasks"], "long": MATRIX["tasks"]["short"]}
+    overrides = {"critic / long": {"seeds": [1, 2, 3], "critic.scale": 0.5}}
+    matrix = load_matrix(write(tmp_path, tasks=tasks, overrides=overrides))
+    seeds = {}
+    for member in members(matrix):
+        seeds.setdefault((member.method, member.task), []).append(member.seed)
+        assert "seeds" not in member.settings
+        assert (member.settings.get("critic.scale") == 0.5) == ((member.method, member.task) == ("critic", "long"))
+    assert seeds == {
+        ("critic", "short"): [0, 1],
+        ("plain", "short"): [0, 1],
+        ("critic", "long"): [1, 2, 3],
+        ("plain", "long"): [0, 1],
+    }
+    page = markdown(matrix, [row(method="critic", task="long", seed=2)], [], {}, "COMMAND")
+    assert "1 of 9 planned" in page and "critic, long: seeds 1, 3; " in page
+
+
 def test_unknown_and_missing_keys_are_one_line(tmp_path):
     path = tmp_path / "matrix.yaml"
     path.write_text("title: x\ncolour: red\n")
@@ -576,7 +595,11 @@ def test_a_bar_of_zero_is_a_bar(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": [0, 0]}, r"found two runs for the folder 'critic_short_seed0'; allowed seeds that are named once"),
+        ({"seeds": [0, 0]}, r"seeds: found \[0, 0\]; allowed a list of integers, each named once"),
+        (
+            {"overrides": {"plain / short": {"seeds": []}}},
+            r"overrides: plain / short: seeds: found \[\]; allowed a list",
+        ),
         ({"methods": {"x+": None, "x-": None}}, r"found two runs for the folder 'x-_short_seed0'"),
         ({"seeds": 3}, r"seeds: found 3; allowed a list of integers"),
         ({"methods": None}, r"methods: found None; allowed names with their settings"),
