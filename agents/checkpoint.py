@@ -98,10 +98,23 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
                 _log.warning("%s; continuing from the previous checkpoint, step %d", "; ".join(problems), state["step"])
             return state
         problems.append(f"{file}: {problem}")
-    way_out = (
-        "start anew, or from another folder" if path.is_dir() else "give the folder to fall back on the previous one"
-    )
+    previous = path.parent / PREVIOUS_FILE
+    if path.is_dir():
+        way_out = "start anew, or from another folder"
+    elif previous.exists() and path != previous:
+        way_out = "give the folder to fall back on the previous one"
+    else:
+        way_out = "give the folder of a run, or another checkpoint"
     raise ValueError(f"no usable checkpoint: {'; '.join(problems)}; {way_out}")
+
+
+def foreign_checkpoint(path: Path, error: Exception) -> ValueError:
+    """The error for a sound checkpoint that holds something else; on one line, which those of PyTorch are not."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"{path}: found a checkpoint of another program or version ({reason}); allowed one that scripts/train.py has written as it and "
+        "the environment are now; start a new run"
+    )
 
 
 def rng_state() -> dict[str, Any]:

@@ -285,7 +285,7 @@ class AlgorithmConfig(_Section):
     learning_rate: Positive = 1e-3
     """Adam's step size for the model at the first update (prototypes)."""
     anneal_learning_rate: bool = True
-    """Whether both learning rates fall linearly to 0 at the last step of the run."""
+    """Whether both learning rates fall linearly to 0 at the last step of the run, which then cannot be made longer."""
     anneal_entropy: bool = False
     """Whether the entropy cost falls linearly over the run, to zero or to final_entropy_share. A solved task has little else to learn
     from, and a constant cost goes on pulling the policy away from it."""
@@ -344,7 +344,8 @@ class RunConfig(_Section):
     seed: Seed = 0
     """Seed of every random generator of the run."""
     total_steps: PositiveCount = 2_000_000
-    """Length of the run in agent steps, summed over environments, under torchrun over those of all processes."""
+    """Length of the run in agent steps, summed over environments, under torchrun over those of all processes. With --resume another
+    one makes a run longer, unless its rates fall with its length (algorithm.anneal_learning_rate, algorithm.anneal_entropy)."""
     device: Device = "cpu"
     """Where the model lives: cpu, cuda or cuda:<index>. Under torchrun cuda is a GPU for each process, as far as there are as many."""
     threads: PositiveCount = 1
@@ -475,7 +476,7 @@ def parse_train_config(argv: Sequence[str] | None = None) -> tuple[TrainConfig, 
     """Reads a configuration from the command line: defaults, then config files, then options.
 
         train.py --config configs/x.yaml --algorithm.learning_rate 1e-3
-        train.py --resume runs/x --run.total_steps 4000000
+        train.py --resume runs/x --run.log_every_steps 5000
 
     With --resume the base is the configuration saved in that run's folder instead of the defaults. A mistake ends the
     program with exit code 2 and one line on stderr.

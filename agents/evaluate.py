@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from agents.build import EVALUATION_KEY, build_environment, build_model, spread_seeds
-from agents.checkpoint import load_checkpoint
+from agents.checkpoint import foreign_checkpoint, load_checkpoint
 from agents.config import TrainConfig, from_dict
 from agents.model import ActorCritic
 from envs.timestep import Environment, EnvSpec, TimeStep
@@ -86,14 +86,6 @@ def load_policy(run: Path) -> tuple[Policy, Callable[[int, int], Environment]]:
     return Policy(model.eval(), config, step), make_environment
 
 
-def foreign_checkpoint(path: Path, error: Exception) -> ValueError:
-    """The error for a sound checkpoint that holds something else; on one line, which those of PyTorch are not."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return ValueError(
-        f"{path}: found a checkpoint of another program or version ({reason}); allowed one of scripts/train.py"
-    )
-
-
 @torch.no_grad()
 def evaluate(
     model: ActorCritic,
@@ -130,7 +122,7 @@ def evaluate(
 
     timestep, state = environment.reset(), model.core.initial_state(B)
     action = torch.zeros(B, dtype=torch.int64, device=environment.device)
-    boundaries = _Boundaries(environment)
+    boundaries = _Boundaries(B)
     if on_step is not None:
         on_step(timestep)
     while any(len(episodes) < wanted for episodes, wanted in zip(finished, quota, strict=True)):
@@ -162,11 +154,12 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _Boundaries:
-    """Tells where episodes end. With Atari that is where games do: there a row is also `last` and `first` when a life is lost."""
+    """Tells where episodes end. Where a step has `game_over` that is where games do: there a row is also `last` and `first` when a life
+    is lost. Training counts its scores in the same way.
+    """
 
-    def __init__(self, environment: Environment):
-        self._environment = environment
-        self._was_last = np.zeros(environment.num_envs, bool)
+    def __init__(self, num_envs: int):
+        self._was_last = np.zeros(num_envs, bool)
 
     def observe(self, timestep: TimeStep) -> tuple[np.ndarray, np.ndarray]:
         """Called with every step after the reset.
@@ -176,7 +169,7 @@ class _Boundaries:
             episode is over.
         """
         first = timestep.first.cpu().numpy()
-        game_over = getattr(self._environment, "game_over", None)
+        game_over = timestep.game_over
         last = (timestep.last if game_over is None else game_over).cpu().numpy()
         restarted = first & self._was_last
         ended = last if game_over is not None else last | (first & ~restarted)  # the latter with same-step autoreset
@@ -289,7 +282,7 @@ class Film:
         self.is_stack = is_stack
         self.frames: list[np.ndarray] = []
         self._is_over = False
-        self._boundaries = _Boundaries(environment)
+        self._boundaries = _Boundaries(environment.num_envs)
 
     def record(self, timestep: TimeStep) -> None:
         """Adds a frame until the episode is over."""

@@ -90,6 +90,8 @@ class MetricsWriter:
         progress: bool = True,
         hyperparameters: Mapping[str, Any] | None = None,
     ):
+        if tensorboard:  # first, because it may be missing, and a folder is taken once it has metrics
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
@@ -102,13 +104,12 @@ class MetricsWriter:
             )
         elif path.exists():
             raise ValueError(
-                f"{path}: found metrics of an earlier run; continue it with --resume, or choose another --run.name"
+                f"{path}: found metrics of an earlier run, allowed none; continue it with --resume, choose another --run.name, or remove "
+                "its folder"
             )
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
         self._events = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and is optional
-
             # TensorBoard hides what earlier event files hold from this step on
             purge_step = None if resume_step is None else resume_step + 1
             self._events = SummaryWriter(str(folder), purge_step=purge_step)

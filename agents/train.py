@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.build import build_critic, build_environment, build_interfaces, build_model
-from agents.checkpoint import CHECKPOINT_FILE, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from agents.checkpoint import foreign_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
-from agents.credit import credit_figure, measure_credit
+from agents.credit import check_credit, credit_figure, measure_credit
 from agents.learner import COSINE, Learner
 from agents.metrics import MetricsWriter
 from agents.parallel import ALONE, SilentWriter, Workers
@@ -30,6 +30,9 @@ from dni_rl.critics import explained_variance
 _log = logging.getLogger(__name__)
 
 _NO_RUN_ID = "none"  # torchrun's name for every run that was given neither --rdzv-id nor --standalone
+# Fields of a rollout, in the order in which data flows.
+_FROM_ENVIRONMENT = ("observation", "context", "reward", "discount")
+_FROM_MODEL = ("logits", "value", "final_value")
 
 
 class NonFiniteError(RuntimeError):
@@ -95,7 +98,7 @@ class Trainer:
 
         Args:
             metrics: what `update` returned. Cosines do not count: one may be undefined for a moment.
-            thorough: look at everything else as well where the metrics are finite.
+            thorough: look at all that a checkpoint keeps of the learner as well where the metrics are finite.
         """
         watched = {
             name: metrics[name] for name in metrics if name.startswith(("losses/", "sg/")) and not name.endswith(COSINE)
@@ -103,18 +106,15 @@ class Trainer:
         are_finite = all(math.isfinite(float(value)) for value in watched.values())
         if are_finite and not thorough:
             return None
-        flow: list[tuple[str, Tensor | None]] = []
+        flow: dict[str, Any] = {}
         if self.actor.rollout is not None:
-            names = ("observation", "context", "reward", "discount", "logits", "value", "final_value")
-            flow += [(f"rollout.{name}", getattr(self.actor.rollout, name)) for name in names]
-        flow += list(watched.items())
-        sides: dict[str, nn.Module | None] = {"model": self.learner.model, "critic": self.learner.critic}
-        sides |= {f"interface_{level}": critic for level, critic in enumerate(self.learner.interfaces, 1)}
-        for side, module in sides.items():
-            if module is not None:
-                flow += [(f"{side}.{name}", p) for name, p in module.named_parameters()]
-        for name, tensor in flow:
-            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            flow |= {
+                f"rollout.{name}": getattr(self.actor.rollout, name) for name in (*_FROM_ENVIRONMENT, *_FROM_MODEL)
+            }
+        learned = self.learner.state_dict()
+        flow |= watched | {name: learned[name] for name in ("model", "critic")} | learned
+        for name, tensor in _tensors(flow):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 return name
         return None if are_finite else "metrics"
 
@@ -178,7 +178,8 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
 
     Raises:
         ValueError: if the configuration cannot be built, the folder is taken or cannot be written, or the checkpoint is unusable, that
-            of another number of processes included; after a restart also if torchrun was given nothing to tell this run by.
+            of another number of processes or of another experiment included; after a restart also if torchrun was given nothing to
+            tell this run by.
         NonFiniteError: if a loss became NaN or infinite.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; its message says where.
     """
@@ -189,8 +190,10 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
         try:
             saved = from_dict(checkpoint["config"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise _foreign(resume or directory, error) from error
+            raise foreign_checkpoint(resume or directory, error) from error
         _check_resumable(config, saved)
+        _check_length(config, saved, checkpoint["step"])
+        _check_place(config, saved, directory)
         _check_count(workers, 1 + len(checkpoint.get("others", ())))
     trainer = Trainer(config, workers)
     try:
@@ -198,7 +201,7 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
             try:
                 trainer.load_state_dict(checkpoint)
             except (KeyError, TypeError, RuntimeError) as error:
-                raise _foreign(resume or directory, error) from error
+                raise foreign_checkpoint(resume or directory, error) from error
             if not trainer.environment.resumable:
                 _log.warning(
                     "%s: the state of this environment cannot be saved; new episodes start at step %d",
@@ -206,14 +209,18 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
                     trainer.step,
                 )
         run = config.run
+        if run.credit_every_steps is not None:
+            check_credit(config, trainer.environment.spec)  # here, where nothing has been written yet
         with (
             _writer(trainer, directory, None if checkpoint is None else trainer.step) as writer,
             _interruptible() as interrupted,
         ):
-            if checkpoint is None and workers.launch is not None:
-                _save(trainer, writer, directory)  # a restart finds out by it that this folder is its own
+            if checkpoint is None:
+                # Whatever happens before the first one of the schedule, the run can be resumed; and by it a restart finds out that
+                # this folder is its own.
+                _save(trainer, writer, directory)
             if checkpoint is None and run.credit_every_steps is not None:
-                # what the core can do before it has learned; and what cannot be measured is found out at once
+                # what the core can do before it has learned
                 writer.write(trainer.step, _credit(trainer, writer))
             was_stopped = _loop(trainer, writer, directory, interrupted)
         if was_stopped and trainer.step < run.total_steps:
@@ -227,7 +234,7 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
 
 def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Path, interrupted: Sequence[int]) -> bool:
     """Returns whether it was stopped. Whatever depends on more than the number of steps, all processes decide together."""
-    run, algorithm, workers = trainer.config.run, trainer.config.algorithm, trainer.workers
+    run, workers = trainer.config.run, trainer.workers
     started, start_step, saved_step = time.perf_counter(), trainer.step, None
     # Reading a scalar of every update is free on a CPU and a synchronisation on a GPU.
     check_every_update = trainer.device.type == "cpu"
@@ -253,7 +260,7 @@ def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Pat
                 | {
                     "charts/SPS": (trainer.step - start_step) / (time.perf_counter() - started),
                     "charts/learning_rate": trainer.learner.optimizer.param_groups[0]["lr"],
-                    "bptt/horizon": algorithm.bptt_horizon,
+                    "bptt/horizon": trainer.config.window_length,  # in steps, as the credit horizons beside it
                 }
             )
         if measures:
@@ -325,15 +332,22 @@ def _agree(trainer: Trainer, directory: Path, culprit: str | None, interrupted: 
         # What one process acted on spoils the gradients of all: the cause is where it came in.
         culprits = [(name, rank) for rank, name in enumerate(trainer.workers.all(culprit)) if name is not None]
         name, rank = min(culprits, key=lambda found: not found[0].startswith("rollout."))
+        way_out = _way_out(name, trainer.config)
         if trainer.workers.count > 1 and name.startswith("rollout."):
             name = f"{name} of process {rank}"
-        stands = f"the last good checkpoint in {directory} stands"
         raise NonFiniteError(
-            f"{name}: NaN or infinity at step {trainer.step}; stopped, "
-            f"{stands if (directory / CHECKPOINT_FILE).exists() else 'before the first checkpoint'}; "
-            "lower algorithm.learning_rate, or bound the synthetic gradient with critic.max_norm_ratio"
+            f"{name}: NaN or infinity at step {trainer.step}; stopped, the last good checkpoint in {directory} stands; {way_out}"
         )
     return stops
+
+
+def _way_out(culprit: str, config: TrainConfig) -> str:
+    """What may help against numbers that are not finite, by where they came in."""
+    if culprit in [f"rollout.{name}" for name in _FROM_ENVIRONMENT]:
+        return f"the environment returned it, so look for the cause in {config.env.id}"
+    has_bound = config.critic.kind not in ("none", "rtrl", "bp_lambda")
+    bound = ", or bound the synthetic gradient with a (smaller) critic.max_norm_ratio" if has_bound else ""
+    return f"lower algorithm.learning_rate{bound}"
 
 
 class _RunningMeans:
@@ -375,6 +389,15 @@ def _with_ratios(means: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
+def _tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts, lists and tuples, with their dotted names."""
+    if isinstance(values, Tensor):
+        yield name, values
+    elif isinstance(values, dict | list | tuple):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
 def _passes(before: int, after: int, every: int) -> bool:
     return before // every != after // every
 
@@ -394,15 +417,6 @@ def _checkpoint_to_continue(resume: Path | None, directory: Path, workers: Worke
         if state.get("launch") == workers.launch:
             return state
     return None if resume is None else load_checkpoint(resume)
-
-
-def _foreign(resume: Path | None, error: Exception) -> ValueError:
-    """The error for a sound checkpoint that holds something else; on one line, which those of PyTorch are not."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return ValueError(
-        f"{resume}: found a checkpoint of another program or version, or of another environment ({reason}); allowed one of "
-        "this very run; start a new run instead"
-    )
 
 
 def _check_workers(config: TrainConfig, workers: Workers) -> None:
@@ -465,6 +479,39 @@ def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
         raise ValueError(
             f"{key}: found {new[section][field]!r}; allowed {old[section][field]!r}, as in the run to resume; start a new run instead"
         )
+
+
+def _check_length(config: TrainConfig, saved: TrainConfig, step: int) -> None:
+    """A run may be made longer, or end earlier. Not where its rates fall with its length: they would rise again, or end too high."""
+    run, algorithm = config.run, config.algorithm
+    if run.total_steps == saved.run.total_steps:
+        return
+    if run.total_steps < step:
+        raise ValueError(
+            f"run.total_steps: found {run.total_steps}; allowed at least {step}, the step of the checkpoint to resume; leave it out, or "
+            "train longer"
+        )
+    annealed = [name for name in ("anneal_learning_rate", "anneal_entropy") if getattr(algorithm, name)]
+    if annealed:
+        raise ValueError(
+            f"run.total_steps: found {run.total_steps}; allowed {saved.run.total_steps}, as in the run to resume, by whose length its "
+            f"rates fall (algorithm.{annealed[0]}); leave it out, or start a new run, which can be made longer with "
+            f"{' and '.join(f'--algorithm.{name} false' for name in annealed)}"
+        )
+
+
+def _check_place(config: TrainConfig, saved: TrainConfig, directory: Path) -> None:
+    """A resumed run goes on in its folder. That may have been moved since: only what was set anew has to fit."""
+    there = directory.resolve()
+    for name, fits in (
+        ("output_dir", Path(config.run.output_dir).resolve() == there.parent),
+        ("name", run_directory(config).name == there.name),
+    ):
+        if getattr(config.run, name) != getattr(saved.run, name) and not fits:
+            raise ValueError(
+                f"run.{name}: found {getattr(config.run, name)!r}; allowed that of {directory}, where the run to resume goes on; leave "
+                "it out, or start a new run"
+            )
 
 
 @contextmanager

@@ -22,14 +22,12 @@ class Atari:
     """B games of one title, next-step autoreset, stepped by ale_py's vector environment.
 
     With `episodic_life` a lost life ends the episode (`last`, discount 0) but not the game: it goes on from where it
-    is, and the next step is `first`, after a no-op. Steps that ended the game itself are told apart by `game_over`, so
-    the score of a game is the sum of `raw_reward` up to a step with `game_over`. (ale_py's own option of that name
-    restarts the game on every lost life, so that the agent would never see what comes after; it is not used.)
+    is, and the next step is `first`, after a no-op. Steps that ended the game itself, or at which `max_frames` cut it,
+    are told apart by `TimeStep.game_over`, so the score of a game is the sum of `raw_reward` up to one of them. (ale_py's
+    own option of that name restarts the game on every lost life, so that the agent would never see what comes after; it is not used.)
 
     Attributes:
         game: snake-case name of the title.
-        game_over: [B] bool on the CPU, of the step returned last: the game ended or was cut by `max_frames`. Without
-            `episodic_life` this is `last`.
     """
 
     resumable = False
@@ -143,7 +141,6 @@ class Atari:
         self._lives = np.zeros(num_envs, np.int32)
         self._last: np.ndarray | None = None
         self._ended = np.zeros(num_envs, bool)  # the emulator resets itself in the next step
-        self.game_over = torch.zeros(num_envs, dtype=torch.bool)
 
     def reset(self) -> TimeStep:
         """Starts B new games. The first call seeds the emulators, later ones continue their generators."""
@@ -188,7 +185,6 @@ class Atari:
             now_black = self._flicker_generator.random(self.num_envs) < self._flicker_probability
             self._black = np.concatenate([self._black[:, 1:], now_black[:, None]], axis=1)  # [B, frame_stack]
             observation[self._black] = 0
-        self.game_over = torch.tensor(self._ended)
         raw_reward = torch.tensor(points, dtype=torch.float32, device=self.device)
         is_first = torch.tensor(first, device=self.device)
         reward = raw_reward.clamp(-1.0, 1.0) if self._clip_rewards else raw_reward
@@ -199,7 +195,7 @@ class Atari:
             first=is_first,
             last=torch.tensor(last, device=self.device),
             raw_reward=raw_reward if self._clip_rewards or self._episodic_life else None,
-            game_over=self.game_over.to(self.device) if self._episodic_life else None,
+            game_over=torch.tensor(self._ended, device=self.device) if self._episodic_life else None,
         )
 
     def state_dict(self) -> dict[str, Any]:

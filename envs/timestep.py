@@ -30,7 +30,8 @@ class TimeStep:
     Attributes:
         observation: [B, ...] what the policy sees.
         reward: [B] float32, of the transition into this step; 0 where an episode starts (see the module on same-step autoreset).
-        discount: [B] float32, 0 where the transition terminated the episode, otherwise 1: a time limit keeps it.
+        discount: [B] float32, 0 where the transition terminated the episode, otherwise 1: a time limit keeps it. What lies between is the
+            environment's own, as dm_env allows, and multiplies the agent's.
         first: [B] bool, the observation starts an episode: recurrent state must be cleared before it is used.
         last: [B] bool, the episode is over: the action taken here is ignored, and the next step is `first`.
         context: [B, Z] float32 privileged information for error critics only (the policy never sees it), or None.

@@ -43,7 +43,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--video", type=Path, metavar="FILE", help="GIF of an episode, for image observations")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all returns and the summary")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.json is not None and (not arguments.json.parent.is_dir() or arguments.json.is_dir()):
+        parser.error(f"--json: found {arguments.json}; allowed a file in a folder that exists")
+    for option in ("json", "video"):
+        file = getattr(arguments, option)
+        if file is not None and file.parent.is_dir():  # a folder that is missing is told with all else about videos
+            parser.check_writable(f"--{option}", file.parent)
+    return arguments
 
 
 def _positive(text: str) -> int:
@@ -59,8 +66,6 @@ def _seed(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and (not arguments.json.parent.is_dir() or arguments.json.is_dir()):
-        raise ValueError(f"--json: found {arguments.json}; allowed a file in a folder that exists")
     policy, make_environment = load_policy(arguments.run)
     torch.set_num_threads(policy.config.run.threads)
     num_envs = min(arguments.num_envs or policy.config.env.num_envs, arguments.episodes)

@@ -26,10 +26,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from agents.checkpoint import load_checkpoint
+from agents.checkpoint import foreign_checkpoint, load_checkpoint
 from agents.config import TrainConfig, from_dict
 from agents.credit import credit_figure, measure_credit
-from agents.evaluate import foreign_checkpoint
 from agents.metrics import read_metrics
 from agents.train import Trainer
 from commandline import OneLineParser
@@ -298,6 +297,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         file = getattr(arguments, option)
         if file is not None and (not file.parent.is_dir() or file.is_dir()):
             parser.error(f"--{option}: found {file}; allowed a file in a folder that exists")
+        if file is not None:
+            parser.check_writable(f"--{option}", file.parent)
     return arguments
 
 

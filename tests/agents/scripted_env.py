@@ -1,6 +1,6 @@
 """An environment whose episodes are known beforehand, with either kind of autoreset: the ground truth of agent tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,6 +146,30 @@ class ScriptedEnv:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+class LivesEnv(ScriptedEnv):
+    """Every episode is a life, and a game has two; rewards are clipped, raw ones kept, as by envs.atari."""
+
+    def reset(self) -> TimeStep:
+        """Starts at the first games."""
+        self._is_second = torch.zeros(self.num_envs, dtype=torch.bool)
+        return self._as_game(super().reset())
+
+    def step(self, actions: Tensor) -> TimeStep:
+        """Ignores the actions."""
+        return self._as_game(super().step(actions))
+
+    def _as_game(self, timestep: TimeStep) -> TimeStep:
+        game_over = timestep.last & self._is_second
+        self._is_second = self._is_second ^ timestep.last
+        reward = timestep.reward.clamp(-0.1, 0.1)
+        return replace(timestep, reward=reward, raw_reward=timestep.reward, game_over=game_over)
+
+    def game(self, row: int, index: int) -> tuple[float, int]:
+        """Points and length of the `index`-th game of a row: the step that goes on after a lost life is one of them."""
+        lives = [self.episode(row, 2 * index + life).rewards for life in range(2)]
+        return sum(float(rewards.sum()) for rewards in lives), 1 + sum(len(rewards) for rewards in lives)
 
 
 def make_model(core: Any = "lstm", num_layers: int = 1, *, seed: int = 0, **settings: Any) -> ActorCritic:

@@ -2,15 +2,30 @@
 
 import math
 import signal
+from typing import get_args, get_type_hints
 
 import torch
 
-from agents.config import from_dict
+from agents.config import CriticConfig, from_dict
 from agents.metrics import read_metrics
 from agents.train import Trainer
 
 A2C = {"name": "a2c", "rollout_length": 8, "bptt_horizon": 4}
 PPO = {"name": "ppo", "rollout_length": 8, "bptt_horizon": 4, "epochs": 2, "minibatches": 2}
+# Settings of a run of every kind of critic, and of what else learners may have.
+ARMS = {kind: {"critic": {"kind": kind}} for kind in get_args(get_type_hints(CriticConfig)["kind"])}
+ARMS["rtrl"]["model"] = {"core": "elementwise_lstm"}
+ARMS["bp_lambda"] = {
+    "critic": {"kind": "bp_lambda", "hidden_sizes": [], "normalize_targets": False},
+    "algorithm": A2C | {"bptt_horizon": 1},
+}
+ARMS["levels"] = {
+    "critic": {"kind": "dni", "interfaces": True},
+    "model": {"core": "multi_timescale", "periods": [1, 2]},
+    "algorithm": A2C | {"bptt_horizon": 2},
+}
+ARMS["future inputs"] = {"critic": {"kind": "cdni", "future_steps": 3}}
+ARMS["past inputs"] = {"critic": {"kind": "dni", "past_steps": [3, 20]}}
 
 
 def make_config(folder, name="run", *, env=None, model=None, critic=None, algorithm=None, update_steps=32, **run):

@@ -140,11 +140,31 @@ def test_without_a_usable_checkpoint_the_error_tells_what_is_wrong(tmp_path, dam
         f"no usable checkpoint: {path}: {problem}; {previous}: No such file or directory; "
         "start anew, or from another folder"
     )
+    for is_there, way_out in (
+        (False, "give the folder of a run, or another checkpoint"),
+        (True, "give the folder to fall back on the previous one"),
+    ):
+        if is_there:
+            previous.touch()
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(path)
+        assert str(error.value) == f"no usable checkpoint: {path}: {problem}; {way_out}"
+
+
+@pytest.mark.parametrize("missing", ["run", "run/checkpoint.pt", "run/checkpoint.previous.pt"])
+def test_of_a_folder_that_is_not_there_no_previous_checkpoint_is_offered(tmp_path, missing):
     with pytest.raises(ValueError) as error:
-        load_checkpoint(path)
+        load_checkpoint(tmp_path / missing)
     assert str(error.value) == (
-        f"no usable checkpoint: {path}: {problem}; give the folder to fall back on the previous one"
+        f"no usable checkpoint: {tmp_path / missing}: No such file or directory; give the folder of a run, or another checkpoint"
     )
+
+
+def test_the_previous_checkpoint_does_not_fall_back_on_itself(tmp_path):
+    previous = tmp_path / "checkpoint.previous.pt"
+    previous.touch()
+    with pytest.raises(ValueError, match="give the folder of a run, or another checkpoint"):
+        load_checkpoint(previous)
 
 
 def test_a_damaged_checkpoint_does_not_push_out_the_last_good_one(tmp_path):

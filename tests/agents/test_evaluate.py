@@ -23,7 +23,7 @@ from agents.evaluate import (
 from agents.parallel import Workers
 from agents.train import Trainer, run_directory, train
 from envs.timestep import EnvSpec, TimeStep
-from tests.agents.scripted_env import ScriptedEnv, make_model
+from tests.agents.scripted_env import LivesEnv, ScriptedEnv, make_model
 
 
 @pytest.mark.parametrize("same_step", [False, True])
@@ -75,29 +75,20 @@ def test_actions_are_drawn_unless_greedy():
     assert not torch.equal(one, greedy)
 
 
-class _Lives(ScriptedEnv):
-    """Every episode is a life, and a game has two; rewards are clipped, raw ones kept, as by envs.atari."""
-
-    def reset(self):
-        self._is_second = torch.zeros(self.num_envs, dtype=torch.bool)
-        self.game_over = torch.zeros(self.num_envs, dtype=torch.bool)
-        return super().reset()
-
-    def step(self, actions):
-        timestep = super().step(actions)
-        self.game_over = timestep.last & self._is_second
-        self._is_second = self._is_second ^ timestep.last
-        return replace(timestep, reward=timestep.reward.clamp(-0.1, 0.1), raw_reward=timestep.reward)
-
-
 def test_a_game_is_its_raw_points_over_all_its_lives():
-    env = _Lives(num_envs=2, seed=0)
+    env = LivesEnv(num_envs=2, seed=0)
     result = evaluate(make_model(), env, 4)
-    games = [[env.episode(row, 2 * game), env.episode(row, 2 * game + 1)] for row in range(2) for game in range(2)]
-    expected = [sum(life.rewards.sum().item() for life in game) for game in games]
-    assert result.returns.tolist() == pytest.approx(expected, rel=1e-5)
-    # the step that goes on after a lost life is one of the game's, that which starts a game is not
-    assert result.lengths.tolist() == [1 + sum(len(life.rewards) for life in game) for game in games]
+    games = [env.game(row, index) for row in range(2) for index in range(2)]
+    assert result.returns.tolist() == pytest.approx([points for points, _ in games], rel=1e-5)
+    assert result.lengths.tolist() == [length for _, length in games]
+
+
+def test_a_film_of_a_game_goes_on_after_a_lost_life():
+    env = LivesEnv(num_envs=1, seed=0)
+    film, boundaries = Film(env, is_stack=False), []
+    film._picture = lambda observation: observation.numpy()
+    evaluate(make_model(), env, 2, on_step=lambda step: (film.record(step), boundaries.append(bool(step.game_over))))
+    assert len(film.frames) == boundaries.index(True) + 1 == 1 + env.game(0, 0)[1]
 
 
 # Numbers

@@ -96,9 +96,18 @@ def test_rows_can_be_read_while_the_run_goes_on_after_a_flush(tmp_path):
 def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
     _write_run(tmp_path, [10], tensorboard=False)
     with pytest.raises(
-        ValueError, match=r"metrics\.jsonl: found metrics of an earlier run; continue it with --resume, or"
+        ValueError,
+        match=r"metrics\.jsonl: found metrics of an earlier run, allowed none; continue it with --resume, .*, or remove its folder",
     ):
         MetricsWriter(tmp_path, total_steps=100)
+
+
+def test_without_the_package_of_tensorboard_no_folder_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError):
+        MetricsWriter(tmp_path / "run", total_steps=100)
+    assert not (tmp_path / "run").exists()
+    _write_run(tmp_path / "run", [10], tensorboard=False)
 
 
 def test_a_damaged_row_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from agents.build import build_model
 from agents.config import ModelConfig
 from agents.rollout import Actor, EpisodeStatistics
 from envs.gridworlds import PassiveTMaze
-from tests.agents.scripted_env import ScriptedEnv, make_model, naive_row
+from tests.agents.scripted_env import LivesEnv, ScriptedEnv, make_model, naive_row
 
 CORES = [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)]
 
@@ -142,6 +142,22 @@ def test_statistics_prefer_raw_rewards():
     actor, _ = collect(env, make_model())
     returns, _ = _naive_statistics(env, 24)
     assert actor.statistics.pop()["charts/episodic_return"].item() == pytest.approx(sum(returns) / len(returns))
+
+
+def test_statistics_are_those_of_whole_games():
+    """The same games as in the evaluation's test of lives."""
+    env = LivesEnv(num_envs=1, seed=0)
+    first, second = env.game(0, 0), env.game(0, 1)
+    length = first[1] + 1 + second[1]  # and the step that starts the second game, which belongs to neither
+    actor, _ = collect(env, make_model(), rollouts=1, rollout_length=length, bptt_horizon=length)
+    assert {name: value.item() for name, value in actor.statistics.pop().items()} == pytest.approx(
+        {
+            "charts/episodic_return": (first[0] + second[0]) / 2,
+            "charts/episodic_length": (first[1] + second[1]) / 2,
+            "charts/episodes": 2,
+            "charts/success_rate": ((first[0] >= 0) + (second[0] >= 0)) / 2,
+        }
+    )
 
 
 def test_without_a_notion_of_success_there_is_no_success_rate():

@@ -10,10 +10,10 @@ import torch
 
 from agents import train as train_module
 from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.config import from_dict, to_dict
+from agents.config import from_dict, load_config, to_dict
 from agents.metrics import MetricsWriter, read_metrics
 from agents.train import NonFiniteError, Trainer, run_directory, train
-from tests.agents.small_runs import A2C, PPO, assert_equal, interrupt_after, make_config, rows_of
+from tests.agents.small_runs import A2C, ARMS, PPO, assert_equal, interrupt_after, make_config, rows_of
 
 SCRIPTED = "tests.agents.scripted_env:ScriptedEnv"
 
@@ -94,10 +94,86 @@ def test_the_seed_is_that_of_all_global_random_generators(configure):
     assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
 
 
+CONSTANT = {"anneal_learning_rate": False}
+
+
 def test_a_finished_run_can_be_made_longer(configure):
-    directory = train(configure(total_steps=320))
-    train(configure(total_steps=640), directory)
+    directory = train(configure(total_steps=320, algorithm=CONSTANT))
+    train(configure(total_steps=640, algorithm=CONSTANT), directory)
     assert load_checkpoint(directory)["step"] == 640
+    assert load_config(directory / "config.yaml").run.total_steps == 640
+
+
+@pytest.mark.parametrize("total_steps", [352, 640])
+@pytest.mark.parametrize(
+    ("algorithm", "found", "ways_out"),
+    [
+        ({}, "anneal_learning_rate", "--algorithm.anneal_learning_rate false"),
+        (CONSTANT | {"anneal_entropy": True}, "anneal_entropy", "--algorithm.anneal_entropy false"),
+        (
+            {"anneal_entropy": True},
+            "anneal_learning_rate",
+            "--algorithm.anneal_learning_rate false and --algorithm.anneal_entropy false",
+        ),
+    ],
+)
+def test_a_run_whose_rates_fall_keeps_its_length(configure, monkeypatch, total_steps, algorithm, found, ways_out):
+    config = configure(total_steps=480, algorithm=algorithm)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 10)
+        train(config)
+    directory = run_directory(config)
+    with pytest.raises(ValueError) as error:
+        train(configure(total_steps=total_steps, algorithm=algorithm), directory)
+    assert str(error.value) == (
+        f"run.total_steps: found {total_steps}; allowed 480, as in the run to resume, by whose length its rates fall (algorithm.{found}); "
+        f"leave it out, or start a new run, which can be made longer with {ways_out}"
+    )
+    assert load_config(directory / "config.yaml") == config
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(configure):
+    config = configure(total_steps=320, algorithm=CONSTANT)
+    directory = train(config)
+    with pytest.raises(ValueError) as error:
+        train(configure(total_steps=288, algorithm=CONSTANT), directory)
+    assert str(error.value) == (
+        "run.total_steps: found 288; allowed at least 320, the step of the checkpoint to resume; leave it out, or train longer"
+    )
+    assert load_config(directory / "config.yaml") == config
+
+
+def test_a_run_goes_on_in_its_folder(configure, tmp_path):
+    directory = train(configure())
+    for setting, value in {"name": "other", "output_dir": str(tmp_path / "other")}.items():
+        with pytest.raises(ValueError) as error:
+            train(configure(**{setting: value}), directory)
+        assert str(error.value) == (
+            f"run.{setting}: found {value!r}; allowed that of {directory}, where the run to resume goes on; leave it out, or start a "
+            "new run"
+        )
+
+
+def test_a_run_goes_on_where_it_was_moved_to(configure, tmp_path):
+    moved = train(configure()).rename(tmp_path / "moved")
+    assert train(configure(), moved) == moved
+    assert train(configure("moved"), moved) == moved
+
+
+def test_a_run_that_stops_before_the_first_checkpoint_of_its_schedule_can_be_resumed(configure, monkeypatch):
+    whole = train(configure("whole"))
+    config = configure("parts")
+
+    def crash(self):
+        raise OSError("a crash")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="a crash"):
+        patch.setattr(Trainer, "update", crash)
+        train(config)
+    directory = run_directory(config)
+    assert load_checkpoint(directory)["step"] == 0
+    train(config, directory)
+    assert rows_of(directory) == rows_of(whole)
 
 
 def test_another_experiment_cannot_continue_a_run(configure):
@@ -130,7 +206,8 @@ def test_a_foreign_checkpoint_is_refused_in_one_line(configure, state):
     "env", [{"id": "ALE/Breakout-v5", "num_envs": 2, "kwargs": {"num_threads": 1}}, {"id": SCRIPTED}]
 )
 def test_where_the_environment_cannot_be_saved_a_resumed_run_says_that_new_episodes_start(configure, caplog, env):
-    settings = {"env": {"kwargs": {}} | env, "critic": {"kind": "dni"}, "algorithm": A2C | {"rollout_length": 4}}
+    algorithm = A2C | CONSTANT | {"rollout_length": 4}
+    settings = {"env": {"kwargs": {}} | env, "critic": {"kind": "dni"}, "algorithm": algorithm}
     env_id = settings["env"]["id"]
     directory = train(configure(**settings, total_steps=16))
     step = load_checkpoint(directory)["step"]
@@ -251,6 +328,57 @@ def test_parameters_are_checked_before_they_are_saved(configure, monkeypatch):
     assert load_checkpoint(run_directory(config))["step"] == 32 * 5
 
 
+@pytest.mark.parametrize(
+    ("arm", "culprit"),
+    [
+        ("none", "model.value_head.0.bias"),
+        ("dni", "critic._target_square"),
+        ("dni", "critic_optimizer.state.0.exp_avg_sq"),
+        ("dni", "optimizer.state.0.exp_avg"),
+        ("dni_aux", "auxiliary.target_rms"),
+        ("levels", "interfaces.0._target_square"),
+        ("past inputs", "averages"),
+        ("bp_lambda", "trace"),
+        ("rtrl", "sensitivity.c"),
+    ],
+)
+def test_everything_that_was_learned_is_looked_at(configure, arm, culprit):
+    trainer = Trainer(configure(**ARMS[arm]))
+    metrics = trainer.update()
+    assert trainer.first_non_finite(metrics, thorough=True) is None
+    spoiled = dict(train_module._tensors(trainer.learner.state_dict()))[culprit]
+    with torch.no_grad():
+        spoiled.view(-1)[-1] = torch.inf
+    assert trainer.first_non_finite(metrics) is None
+    assert trainer.first_non_finite(metrics, thorough=True) == culprit
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "way_out"),
+    [
+        ("reward", "cdni", f"the environment returned it, so look for the cause in {SCRIPTED}"),
+        (None, "none", "lower algorithm.learning_rate"),
+        (
+            None,
+            "dni",
+            "lower algorithm.learning_rate, or bound the synthetic gradient with a (smaller) critic.max_norm_ratio",
+        ),
+    ],
+)
+def test_the_way_out_of_nan_is_where_it_came_from(configure, monkeypatch, field, kind, way_out):
+    kwargs = {"nan_field": field, "nan_step": 3}
+    config = configure(env={"id": SCRIPTED, "kwargs": kwargs}, critic={"kind": kind})
+    update = Trainer.update
+    if field is None:
+        monkeypatch.setattr(Trainer, "update", lambda self: update(self) | {"losses/entropy": torch.tensor(torch.nan)})
+    with pytest.raises(NonFiniteError) as error:
+        train(config)
+    stands = f"stopped, the last good checkpoint in {run_directory(config)} stands"
+    culprit = "losses/entropy" if field is None else f"rollout.{field}"
+    assert str(error.value) == f"{culprit}: NaN or infinity at step 32; {stands}; {way_out}"
+    assert load_checkpoint(run_directory(config))["step"] == 0
+
+
 def test_a_measure_that_is_undefined_for_a_moment_does_not_stop_a_run(configure):
     trainer = Trainer(configure())
     metrics = trainer.update()
@@ -309,6 +437,12 @@ def test_metrics_have_the_names_that_users_know(configure):
         assert row["charts/SPS"] > 0
 
 
+def test_the_window_is_logged_in_steps(configure):
+    """Of two levels, whose windows are counted in ticks."""
+    (row, *_) = read_metrics(train(configure(**ARMS["levels"])))
+    assert row["bptt/horizon"] == 2 * 2
+
+
 def test_without_a_critic_there_are_no_metrics_of_one(configure):
     (row, *_) = read_metrics(train(configure(critic={"kind": "none"})))
     assert not any(name.startswith("sg/") for name in row)
@@ -322,7 +456,7 @@ def test_the_folder_is_named_after_environment_method_window_and_seed(configure,
 
 def test_a_new_run_does_not_mix_with_an_old_one(configure):
     train(configure())
-    with pytest.raises(ValueError, match="found metrics of an earlier run; continue it with --resume"):
+    with pytest.raises(ValueError, match="found metrics of an earlier run, allowed none; continue it with --resume"):
         train(configure())
 
 
@@ -424,8 +558,6 @@ def test_a_running_mean_is_over_the_updates_that_had_the_scalar():
 
 
 def test_a_configuration_saved_with_a_run_rebuilds_it(configure):
-    from agents.config import load_config
-
     config = configure()
     directory = train(config)
     assert load_config(directory / "config.yaml") == config

@@ -26,12 +26,12 @@ def shared():
 
 
 def play(env, num_steps, seed=0):
-    """Random steps, with `game_over` beside each."""
+    """Random steps."""
     generator = torch.Generator().manual_seed(seed)
-    steps = [(env.reset(), env.game_over)]
+    steps = [env.reset()]
     for _ in range(num_steps):
         actions = torch.randint(env.spec.num_actions, (env.num_envs,), generator=generator)
-        steps.append((env.step(actions), env.game_over))
+        steps.append(env.step(actions))
     env.close()
     return steps
 
@@ -76,17 +76,17 @@ def test_environments_of_neighbouring_runs_differ():
 
 def test_a_game_ends_once_and_starts_again_with_the_next_step():
     steps = play(breakout(num_envs=1, noop_max=5), 400)
-    ends = [t for t, (step, _) in enumerate(steps) if step.last]
+    ends = [t for t, step in enumerate(steps) if step.last]
     assert ends
-    for t, (step, game_over) in enumerate(steps):
-        assert torch.equal(step.last, game_over)
+    for t, step in enumerate(steps):
+        assert step.game_over is None  # that is `last`
         assert step.discount == 1.0 - step.last.float()
-        assert step.first == (t == 0 or steps[t - 1][0].last)
+        assert step.first == (t == 0 or steps[t - 1].last)
 
 
 def test_a_time_limit_keeps_the_discount():
     env = breakout(num_envs=1, max_frames=40)  # ten steps of four frames
-    steps = [step for step, _ in play(env, 23)]
+    steps = play(env, 23)
     assert [t for t, step in enumerate(steps) if step.last.all()] == [10, 21]
     assert [t for t, step in enumerate(steps) if step.first.all()] == [0, 11, 22]
     assert all(step.discount.eq(1).all() for step in steps)
@@ -95,17 +95,17 @@ def test_a_time_limit_keeps_the_discount():
 def test_a_lost_life_ends_the_episode_but_not_the_game():
     whole = play(breakout(num_envs=1, sticky_actions=0.0), 60)
     steps = play(breakout(num_envs=1, sticky_actions=0.0, episodic_life=True), 400)
-    games = sum(bool(game_over) for _, game_over in steps)
-    ends = sum(bool(step.last) for step, _ in steps)
+    games = sum(bool(step.game_over) for step in steps)
+    ends = sum(bool(step.last) for step in steps)
     assert games >= 1 and 5 * games <= ends <= 5 * games + 4  # Breakout has five lives
-    for (before, game_over), (after, _) in itertools.pairwise(steps):
+    for before, after in itertools.pairwise(steps):
         if before.last:
             assert before.discount == 0 and after.first and after.reward == 0 and after.discount == 1
             # Bricks, score and lives on the screen show whether the game went on.
-            assert torch.equal(after.observation, steps[0][0].observation) == bool(game_over)
-    first_end = next(t for t, (step, _) in enumerate(steps) if step.last)
+            assert torch.equal(after.observation, steps[0].observation) == bool(before.game_over)
+    first_end = next(t for t, step in enumerate(steps) if step.last)
     for t in range(first_end + 1):  # up to there nothing is changed
-        assert torch.equal(steps[t][0].observation, whole[t][0].observation)
+        assert torch.equal(steps[t].observation, whole[t].observation)
 
 
 def test_the_score_of_a_game_can_be_added_up_over_lost_lives():
@@ -136,6 +136,7 @@ def test_the_score_of_a_game_can_be_added_up_over_lost_lives():
     assert [step.discount.item() for step in steps] == [1, 0, 1, 0, 1, 1, 0, 1]
     assert [step.reward.item() for step in steps] == [1, 1, 0, -1, 0, 1, 1, 0]
     assert [step.raw_reward.item() for step in steps] == [5, 1, 7, -4, 0, 3, 2, 0]
+    assert [step.game_over.item() for step in steps] == [False] * 6 + [True, False]
     assert env._emulators.actions == [2, 2, 0, 2, 0, 2, 2, 0]  # a no-op for every ignored action
 
 
@@ -159,17 +160,17 @@ def test_a_game_that_ends_in_the_noop_after_a_lost_life_is_not_bootstrapped_into
 
 def test_points_are_kept_beside_the_clipped_reward():
     env = Atari("ms_pacman", num_envs=1, seed=0, num_threads=1)
-    steps = [step for step, _ in play(env, 120)]
+    steps = play(env, 120)
     raw = torch.cat([step.raw_reward for step in steps])
     assert raw.max() >= 10  # a pellet
     assert torch.equal(torch.cat([step.reward for step in steps]), raw.clamp(-1, 1))
-    plain = [s for s, _ in play(Atari("ms_pacman", num_envs=1, seed=0, num_threads=1, clip_rewards=False), 120)]
+    plain = play(Atari("ms_pacman", num_envs=1, seed=0, num_threads=1, clip_rewards=False), 120)
     assert torch.equal(torch.cat([step.reward for step in plain]), raw) and plain[0].raw_reward is None
 
 
 def test_flicker_blanks_the_stated_share_of_the_frames_and_leaves_the_game_alone():
-    plain = [s for s, _ in play(breakout(num_envs=1), 200)]
-    flickering = [s for s, _ in play(breakout(num_envs=1, flicker_probability=0.5), 200)]
+    plain = play(breakout(num_envs=1), 200)
+    flickering = play(breakout(num_envs=1, flicker_probability=0.5), 200)
     black = torch.stack([step.observation.flatten(1).eq(0).all(1) for step in flickering])
     assert 0.4 < black.float().mean() < 0.6
     for clear, step, is_black in zip(plain, flickering, black, strict=True):
@@ -178,7 +179,7 @@ def test_flicker_blanks_the_stated_share_of_the_frames_and_leaves_the_game_alone
 
 
 def test_a_black_frame_stays_black_in_the_stack():
-    steps = [s for s, _ in play(breakout(num_envs=1, frame_stack=3, flicker_probability=0.5), 40)]
+    steps = play(breakout(num_envs=1, frame_stack=3, flicker_probability=0.5), 40)
     black = torch.stack([step.observation[0].flatten(1).eq(0).all(1) for step in steps[3:]])  # [T, frame_stack]
     assert black.any() and not black.all()
     assert torch.equal(black[1:, :-1], black[:-1, 1:])

@@ -97,6 +97,14 @@ def test_atari_scores_are_points_and_the_film_is_what_the_agent_saw(breakout, ca
             "--json: found no/such/folder/out.json; allowed a file in a folder that",
         ),
         (["--json", "."], "--json: found .; allowed a file in a folder that exists"),
+        (
+            ["--json", "/proc/x.json"],
+            "--json: found /proc, which cannot be made or written (No such file or directory); ",
+        ),
+        (
+            ["--video", "/proc/x.gif"],
+            "--video: found /proc, which cannot be made or written (No such file or directory); ",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(maze, capsys, arguments, message):

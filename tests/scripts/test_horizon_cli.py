@@ -175,6 +175,13 @@ def test_ctrl_c_keeps_what_has_been_measured(runs, capsys, tmp_path, monkeypatch
         (["--json", "nowhere/x.json"], "--json: found nowhere/x.json; allowed a file in a folder that exists"),
         (["--json", "."], "--json: found .; allowed a file in a folder that exists"),
         (["--plot", "."], "--plot: found .; allowed a file in a folder that exists"),
+        *(
+            (
+                [f"--{option}", "/proc/x"],
+                f"--{option}: found /proc, which cannot be made or written (No such file or directory); allowed a folder that can",
+            )
+            for option in ("json", "plot")
+        ),
     ],
 )
 def test_bad_options_end_in_one_line(capsys, option, message):

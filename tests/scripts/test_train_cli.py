@@ -55,7 +55,7 @@ def test_a_run_leaves_its_results_and_says_where(train, tmp_path):
 
 
 def test_resume_continues_a_run(train, tmp_path):
-    train()
+    train(**{"algorithm.anneal_learning_rate": "false"})
     code, out, err = train("--resume", tmp_path / "run", **{"run.total_steps": 640})
     assert (code, out, err) == (0, f"results in {tmp_path / 'run'}\n", "")
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(32, 641, 32))
@@ -135,6 +135,17 @@ def _without_config(folder):
     return "--resume: found no config.yaml in "
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("run.total_steps", 640), ("run.total_steps", 64), ("run.name", "other")]
+)
+def test_a_run_cannot_go_on_as_another_one(train, tmp_path, option, value):
+    train()
+    code, out, err = train("--resume", tmp_path / "run", **{option: value})
+    assert (code, out) == (2, "")
+    assert err.startswith(f"train.py: {option}: found {value!r}; allowed ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("spoil", [_foreign, _of_another_environment, _without_config])
 def test_what_cannot_be_resumed_is_refused_in_one_line(train, tmp_path, spoil):
     train()
@@ -149,7 +160,7 @@ def test_a_folder_that_is_taken_is_refused(train):
     train()
     code, _, err = train()
     assert code == 2
-    assert re.fullmatch(r"train.py: .*metrics.jsonl: found metrics of an earlier run; .*\n", err)
+    assert re.fullmatch(r"train.py: .*metrics.jsonl: found metrics of an earlier run, .*\n", err)
 
 
 @pytest.mark.parametrize("field", ["reward", "observation"])
