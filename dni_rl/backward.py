@@ -6,10 +6,11 @@ losses = my_losses(outputs, batch)                          # [T, B], one loss p
 report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, alive=alive)
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
 from dni_rl.critics import CriticFit, ErrorCritic, Window
-from dni_rl.targets import HALF_PRECISION, check_alive, check_weight, per_sequence
+from dni_rl.precision import HALF_PRECISION, out_of_autocast
+from dni_rl.targets import check_alive, check_weight, per_sequence, scaled_weight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +36,8 @@ def cut(state: State) -> State:
 
     Raises:
         ValueError: if `state` is not a tuple or list of floating-point tensors.
+        RuntimeError: from PyTorch, if `state` was computed under `torch.inference_mode()`, whose tensors can never take part in a graph;
+            act under `torch.no_grad()` instead, or clone the state outside of that mode.
     """
     if torch.compiler.is_compiling():  # a compiled graph must not run through the start of a window
         return torch.compiler.disable(cut)(state)
@@ -81,16 +85,13 @@ class Report:
 
 
 def in_own_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """A function of losses that runs outside of autocast, since gradients have a precision of their own, and between compiled graphs,
-    which would lose the hooks that targets come from."""
+    """A function of losses that runs outside of autocast, in which the backward passes of custom functions would be as well, and between
+    compiled graphs, which would lose the hooks that targets come from."""
 
     @wraps(function)
     def plainly(losses: Tensor, *arguments: P.args, **settings: P.kwargs) -> R:
-        is_compiling = torch.compiler.is_compiling()
-        if not is_compiling and not torch.is_autocast_enabled(losses.device.type):
-            return function(losses, *arguments, **settings)
-        as_written = torch.compiler.disable(function) if is_compiling else function
-        with torch.autocast(losses.device.type, enabled=False):
+        as_written = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        with out_of_autocast(losses.device):
             return as_written(losses, *arguments, **settings)
 
     return plainly
@@ -126,7 +127,10 @@ def backward(
         losses: [T, B], one loss per step and sequence, not reduced; multiply by 0 what must not count.
         start: the window's first state, from `cut`; what `end` was unrolled from, or targets there are zero.
         end: the state after the window, from `core.unroll`. If the core recorded the window's history, and the critic wants dense
-            targets, it learns at every step, otherwise at the start alone.
+            targets, it learns at every step, otherwise at the start alone. A plain tuple has no history, nor tells whether an
+            episode's first step clears the start: the critic is then taught target 0 there, unless the first row of an `alive`
+            [T + 1, B] is 0 for that sequence. A critic that wants dense targets warns of it. A tensor of it that has no graph, such
+            as a count of steps, receives nothing and has target 0.
         critic: the error critic, or None.
         alive: [B], 0 where the sequence ended exactly at the cut and nothing lies beyond it; None where none did. Or [T + 1, B], the
             same for the state before each step, the last row that of `end`: where there are steps between two sequences whose losses
@@ -152,23 +156,20 @@ def backward(
 
     Raises:
         ValueError: if shapes disagree, losses are reduced, in half precision or not those of the window that the core recorded, or
-            the weight is not one positive number.
+            the weight is not one positive number; if the critic is not in the states' precision and on their device.
         RuntimeError: if `start` is not from `cut`, gradients are switched off, `end` does not depend on the graph, or the core did
             not record the steps at which the critic learns.
     """
     T, B = _check(losses, start, end, critic, alive, context, weight, fit)
     if weight is None:
         weight = 1.0 / (T * B)
-    scale: Tensor | None = None
-    if scaler is not None and scaler.is_enabled():
-        scale = scaler.scale(losses.new_ones(()))
-        weight = weight * scale
+    weight = scaled_weight(weight, losses, scaler)
     if critic is None:
         with end.history.unwatched() if isinstance(end, UnrolledState) else nullcontext():
             torch.autograd.backward(losses, (torch.ones_like(losses) * weight,))
         return _report_of_no_fit(losses)
     with critic.yardstick_kept_on_error():
-        return _bootstrap_and_fit(losses, start, end, critic, alive, context, weight, fit, scale)
+        return _bootstrap_and_fit(losses, start, end, critic, alive, context, weight, fit, scaler)
 
 
 def _bootstrap_and_fit(
@@ -180,9 +181,9 @@ def _bootstrap_and_fit(
     context: Tensor | None,
     weight: float | Tensor,
     fit: bool,
-    scale: Tensor | None,
+    scaler: torch.amp.GradScaler | None,
 ) -> Report:
-    """What `backward` does where there is a critic; `scale`, that of mixed precision, is in `weight` already."""
+    """What `backward` does where there is a critic; the scaler's scale is in `weight` already."""
     T = len(losses)
     history = end.history if isinstance(end, UnrolledState) else None
     # [T, B] or None, whether there is anything to learn from at the state before each step
@@ -212,18 +213,10 @@ def _bootstrap_and_fit(
     dense = fit and history is not None and critic.dense_targets
     # A hook costs time, so there is none where nothing is learned at the start alone.
     with (
-        _gradients_of(start if fit and not dense else ()) as at_start,
+        gradients_of(start if fit and not dense else ()) as at_start,
         nullcontext() if history is None or dense else history.unwatched(),
     ):
-        # As <losses, weight> + <end, weight b>, without building the surrogate. An end that is a part of the start (a core that
-        # does not change it) is a leaf, and right to receive it.
-        torch.autograd.backward(
-            [losses, *end],
-            [
-                torch.ones_like(losses) * weight,
-                *((b * weight).to(s.dtype) for b, s in zip(synthetic, end, strict=True)),
-            ],
-        )
+        torch.autograd.backward(*surrogate(losses, end, synthetic, weight))
     with torch.no_grad():
         synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
     if not fit:
@@ -255,7 +248,7 @@ def _bootstrap_and_fit(
         )
     )
     if fitted.loss.requires_grad:  # not if the critic is frozen
-        (fitted.loss if scale is None else fitted.loss * scale).backward()
+        (fitted.loss if scaler is None else scaler.scale(fitted.loss)).backward()
     with torch.no_grad():
         return report_of(fitted, synthetic_norm)
 
@@ -280,6 +273,19 @@ def report_of(fit: CriticFit, synthetic_norm: Tensor) -> Report:
     )
 
 
+def surrogate(
+    losses: Tensor, end: State, synthetic: State, weight: float | Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Roots of a backward pass and what to send into them: <losses, weight> + <end, weight b>, without building it.
+
+    An end that is a part of the start (a core that does not change it) is a leaf, and right to receive it. One without graph, such as
+    a count of steps, sends nothing back.
+    """
+    pairs = [(losses, torch.ones_like(losses) * weight)]
+    pairs += [(s, (b * weight).to(s.dtype)) for b, s in zip(synthetic, end, strict=True) if s.requires_grad]
+    return [root for root, _ in pairs], [vector for _, vector in pairs]
+
+
 def _mixed_gradients(
     losses: Tensor,
     start: State,
@@ -301,23 +307,16 @@ def _mixed_gradients(
     inside = tuple(s.flatten(0, 1) for s in history.states)
     b = critic.synthetic_gradient(inside, None if context is None else context[:-1].flatten(0, 1), alive.flatten())
     with history.mixing(critic.target_lambda, tuple((g * weight).unflatten(0, (T, B)) for g in b)):
-        torch.autograd.grad(
-            [losses, *end],
-            [*start, *getattr(end, "leaves", ())],
-            [
-                torch.ones_like(losses) * weight,
-                *((g * weight).to(s.dtype) for g, s in zip(synthetic, end, strict=True)),
-            ],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        roots, vectors = surrogate(losses, end, synthetic, weight)
+        leaves = [*start, *getattr(end, "leaves", ())]
+        torch.autograd.grad(roots, leaves, vectors, retain_graph=True, allow_unused=True)
     gradients = history.gradients
     history.clear()
     return gradients
 
 
 @contextmanager
-def _gradients_of(leaves: State) -> Iterator[list[Tensor]]:
+def gradients_of(leaves: State) -> Iterator[list[Tensor]]:
     """Collects what one backward pass sends to `leaves`, whatever their `.grad` held before."""
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
 
@@ -331,6 +330,14 @@ def _gradients_of(leaves: State) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_start(start: State) -> None:
+    """Raises RuntimeError if it is not what `cut` returned."""
+    if not all(s.is_leaf and s.requires_grad for s in start):
+        raise RuntimeError(
+            "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
+        )
 
 
 def _check(
@@ -366,10 +373,7 @@ def _check(
         )
     if any(len(s) != B for s in start):
         raise ValueError(f"start: expected batch size {B} as in losses, got {[tuple(s.shape) for s in start]}")
-    if not all(s.is_leaf and s.requires_grad for s in start):
-        raise RuntimeError(
-            "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
-        )
+    check_start(start)
     check_alive(alive, T, B)
     history = end.history if isinstance(end, UnrolledState) else None
     if history is not None and history.valid.shape != (T, B):
@@ -379,17 +383,33 @@ def _check(
         )
     if critic is None:
         return T, B
-    if not all(s.requires_grad for s in end):
+    if not any(s.requires_grad for s in end):  # a count of steps, say, may have no graph
         raise RuntimeError("end: expected the state that `core.unroll` returned, with its graph; it was detached")
     if critic.target_rms.dtype in HALF_PRECISION:
         raise ValueError(
             f"critic: found {critic.target_rms.dtype}, allowed torch.float32 or torch.float64, since running statistics stand still in "
             "half precision; keep it in float32 and put the model under torch.autocast"
         )
+    precision = reduce(torch.promote_types, (s.dtype for s in end))
+    if precision not in HALF_PRECISION and precision != critic.target_rms.dtype:
+        raise ValueError(
+            f"critic: found {critic.target_rms.dtype}, allowed {precision} as the states; use critic.to({precision})"
+        )
+    if critic.target_rms.device != losses.device:
+        raise ValueError(
+            f"critic: found it on {critic.target_rms.device}, allowed {losses.device} as the losses; use critic.to({str(losses.device)!r})"
+        )
     if critic.target_lambda < 1.0 and T > 1 and not isinstance(end, UnrolledState):
         raise ValueError(
             f"end: target_lambda={critic.target_lambda} needs the states inside the window, which the state that `core.unroll` "
             "returned carries; use it as it is, or target_lambda=1"
+        )
+    if history is None and T > 1 and fit and critic.dense_targets:
+        warnings.warn(
+            "end: found a plain tuple, without the history of the window: the critic learns at its start alone, and where an episode's "
+            "first step clears that, it is taught 0; pass the state that `core.unroll` returned as it is, or use dense_targets=False and "
+            "alive [T + 1, B] with 0 in its first row where the start is cleared",
+            stacklevel=4,  # the line that calls backward
         )
     if history is not None and history.steps is not None and fit and critic.dense_targets:
         missing = sorted(set(critic.target_steps(T)) - set(history.steps))

@@ -9,14 +9,18 @@ costs state times critic parameters.
 import torch
 from torch import Tensor
 
-from dni_rl.backward import Report, in_own_precision, report_of
+from dni_rl.backward import Report, check_start, gradients_of, in_own_precision, report_of, surrogate
 from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.critics import GradientCritic
-from dni_rl.targets import check_alive, check_weight, per_sequence
+from dni_rl.precision import out_of_half
+from dni_rl.targets import check_alive, check_weight, per_sequence, scaled_weight
 
 
 def bp_lambda_trace(critic: GradientCritic, batch_size: int, *, max_bytes: int = 2 * 1024**3) -> Tensor:
     """The eligibility trace before the first step: zeros.
+
+    As the state it belongs to, it goes into a checkpoint, a plain tensor: without it, what the critic learns after loading differs
+    until all episodes have started anew.
 
     Args:
         critic: linear, see `bp_lambda_backward`.
@@ -55,6 +59,7 @@ def bp_lambda_backward(
     context: Tensor | None = None,
     weight: float | Tensor | None = None,
     jacobian: Tensor | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Report, Tensor]:
     """Takes one step of BP(lambda): the backward view with eligibility traces.
 
@@ -91,6 +96,8 @@ def bp_lambda_backward(
         context: [T + 1, B, Z] as in `dni_rl.backward`.
         weight: multiplies what enters the model's `.grad`, as in `dni_rl.backward`; 1 / (T B) by default.
         jacobian: [B, S, S] d end / d start, from `state_jacobian`, which is faster where steps are small.
+        scaler: of mixed precision with float16, as in `dni_rl.backward`: both sides' `.grad` carry its scale, and both optimisers are
+            stepped through it. The Jacobian, whose entries are of the order of 1, is taken without.
 
     Returns:
         The report, in which `critic_loss` is the mean square of delta, and the next trace, without gradient.
@@ -109,52 +116,46 @@ def bp_lambda_backward(
     alive = alive if had_future is None or alive is None else alive[-1]
     if weight is None:
         weight = 1.0 / (T * B)
+    weight = scaled_weight(weight, losses, scaler)
     before = tuple(s.detach() for s in start)
     after = tuple(s.detach() for s in end)
     z_before, z_after = (None, None) if context is None else (context[0], context[-1])
-    fresh = torch.zeros(B, dtype=torch.bool, device=losses.device) if first is None else first[0]
+    starts = torch.zeros(T, B, dtype=torch.bool, device=losses.device) if first is None else first
 
     if jacobian is None:
         jacobian = _jacobian(end, start)
     synthetic = critic.synthetic_gradient(after, z_after, alive)
-    arrived = [torch.zeros_like(s) for s in start]
-    handles = [
-        s.register_hook(lambda g, i=i: None if g is None else arrived.__setitem__(i, g)) for i, s in enumerate(start)
-    ]
-    try:
-        torch.autograd.backward(
-            [losses, *end],
-            [
-                torch.ones_like(losses) * weight,
-                *((b * weight).to(s.dtype) for b, s in zip(synthetic, end, strict=True)),
-            ],
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
+    with gradients_of(start) as arrived:
+        torch.autograd.backward(*surrogate(losses, end, synthetic, weight))
 
     with torch.no_grad():
         target = torch.cat(per_sequence(tuple(arrived), weight), dim=-1)  # [B, S]
         predicted = torch.cat(critic(before, z_before), dim=-1)
         # a state that an episode's start clears has no future, nor has one between two episodes
-        row = (~fresh if had_future is None else ~fresh & had_future).to(target.dtype).unsqueeze(-1)
-        # delta = 0 there, and J_t = 0 by the reset itself: the old trace neither learns nor lives on
-        delta = row * (target - predicted)
-        trace = trace.clone()
+        counts = (~starts[0] if had_future is None else ~starts[0] & had_future).unsqueeze(-1)  # [B, 1]
+        row = counts.to(target.dtype)
+        # where, not a product, here and below: what ended with an episode may be anything, not finite included
+        target, predicted = torch.where(counts, target, 0.0), torch.where(counts, predicted, 0.0)
+        delta = target - predicted
         features = torch.cat([*before, *(() if z_before is None else (z_before,)), torch.ones_like(row)], dim=-1)
+        # the old trace neither learns nor lives on there
+        trace = torch.where(counts.view(-1, 1, 1, 1), trace, 0.0)
         # dM_i / dweight[k, l] is features[l] where i = k
-        trace.diagonal(dim1=1, dim2=2).add_(features.unsqueeze(-1))
+        trace.diagonal(dim1=1, dim2=2).add_(torch.where(counts, features, 0.0).unsqueeze(-1))
         rows = row.sum().clamp_min(1.0)
         descent = torch.einsum("bi,bikl->kl", delta, trace) * (-2.0 / (rows * delta.shape[-1]))
+        if scaler is not None:
+            descent = scaler.scale(descent)
         _add_gradient(head.weight, descent[:, :-1])
         _add_gradient(head.bias, descent[:, -1])
         decay = critic.gradient_discount * critic.scale * lambda_
         # What comes after the end of a sequence is no error of its predictions, also where steps are left before the next one starts.
-        goes_on = jacobian if alive is None else jacobian * alive.to(jacobian.dtype).view(-1, 1, 1)
-        trace = torch.bmm(decay * goes_on, trace.flatten(2)).view_as(trace)
+        goes_on = ~starts.any(0) if alive is None else ~starts.any(0) & alive.bool()
+        trace = torch.bmm(decay * out_of_half(jacobian), trace.flatten(2)).view_as(trace)
+        trace = torch.where(goes_on.view(-1, 1, 1, 1), trace, 0.0)
         share = row / rows
         loss = (share * delta.square()).sum() / delta.shape[-1]
-        fit = critic.describe_fit(loss, loss, predicted * row, target * row, share)
+        fit = critic.describe_fit(loss, loss, predicted, target, share)
         report = report_of(fit, torch.cat(synthetic, dim=-1).norm(dim=-1).mean())
     return report, trace
 
@@ -182,10 +183,11 @@ def state_jacobian(core: Core, inputs: Tensor, state: State, first: Tensor | Non
     units = (
         torch.eye(S, dtype=inputs.dtype, device=inputs.device).repeat(B, 1).split([s.shape[-1] for s in end], dim=-1)
     )
+    roots = [(s, u.to(s.dtype)) for s, u in zip(end, units, strict=True) if s.requires_grad]
     rows = torch.autograd.grad(
-        tuple(end),
+        [s for s, _ in roots],
         copies,
-        [u.to(s.dtype) for u, s in zip(units, end, strict=True)],
+        [u for _, u in roots],
         allow_unused=True,
         materialize_grads=True,
     )
@@ -199,6 +201,10 @@ def _jacobian(end: State, start: State) -> Tensor:
     """
     rows = []
     for component in end:
+        if not component.requires_grad:  # such as a count of steps
+            zeros = torch.cat([torch.zeros_like(s) for s in start], dim=-1)
+            rows += [zeros] * component.shape[-1]
+            continue
         for column in range(component.shape[-1]):
             root = component[:, column].sum()
             gradient = torch.autograd.grad(root, start, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -260,6 +266,8 @@ def _check(
             f"trace: expected [B, S, S, S + Z + 1] = {(B, S, S, S + critic.context_size + 1)}, got {tuple(trace.shape)}"
         )
     check_alive(alive, T, B)
+    if first is not None and first.dtype != torch.bool:
+        raise ValueError(f"first: found {first.dtype}, allowed torch.bool; use `first.bool()`")
     for name, found, shape in (("first", first, (T, B)), ("jacobian", jacobian, (B, S, S))):
         if found is not None and found.shape != shape:
             raise ValueError(f"{name}: expected {shape}, got {tuple(found.shape)}")
@@ -270,9 +278,6 @@ def _check(
             f"context: expected [T + 1, B, Z] = {(T + 1, B, critic.context_size)}, or None where Z is 0, got "
             f"{None if context is None else tuple(context.shape)}"
         )
-    if not all(s.is_leaf and s.requires_grad for s in start):
-        raise RuntimeError(
-            "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
-        )
-    if not losses.requires_grad or not all(s.requires_grad for s in end):
+    check_start(start)
+    if not losses.requires_grad or not any(s.requires_grad for s in end):
         raise RuntimeError("losses, end: no gradient flows from them; were they computed under no_grad, or detached?")

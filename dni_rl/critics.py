@@ -22,14 +22,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import State, evenly_spaced_steps, select_steps
+from dni_rl.precision import HALF_PRECISION, out_of_autocast
 from dni_rl.statistics import update_running_mean
-from dni_rl.targets import HALF_PRECISION, lambda_targets
+from dni_rl.targets import lambda_targets
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound="ErrorCritic")
 
 _GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples, modulo 1, are spread evenly, and never repeat
 
@@ -38,6 +44,17 @@ _RECENT_LOOKS = 32  # with which the next one is compared,
 _LARGEST_RISE = 4.0  # and of whose largest mean square it counts at most so many times
 
 _CONTEXT_BOUND = 100.0  # in units of the running RMS: 1 / sqrt(p) of a component that is there a fraction p of the time
+
+
+def outside_of_autocast(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """A critic's method that users call, run in the critic's own precision: in float16, a gradient of 1e-9 is 0."""
+
+    @wraps(method)
+    def plainly(self: C, *arguments: P.args, **settings: P.kwargs) -> R:
+        with out_of_autocast(self.target_rms.device):
+            return method(self, *arguments, **settings)
+
+    return plainly
 
 
 def explained_variance(error: Tensor, variance: Tensor) -> Tensor:
@@ -234,7 +251,8 @@ def check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None
 class ErrorCritic(nn.Module, ABC):
     """What every error critic is: a prediction, the way it is applied, and the statistics that this takes.
 
-    A subclass sets `net` and says how a gradient is read off it (`_gradient`) and what it learns from a window (`fit_window`).
+    A subclass hands its predictor to `set_net`, and says how a gradient is read off it (`_gradient`) and what it learns from a window
+    (`fit_window`). One that regresses on gradients need only say the first: see `GradientRegression`.
 
     Args:
         state_sizes: width of each state tensor.
@@ -364,6 +382,7 @@ class ErrorCritic(nn.Module, ABC):
             self.register_buffer("context_rms", torch.ones(context_size))
             self.register_buffer("_context_square", torch.zeros(context_size))
             self.register_buffer("_context_weight", torch.zeros(()))
+        self.slow_net = None
         self._windows_seen = 0
         self._mean: Callable[[Tensor], Tensor] | None = None
 
@@ -379,11 +398,12 @@ class ErrorCritic(nn.Module, ABC):
             The fit; call `.loss.backward()` to fill the critic's gradients, and nothing else's.
         """
 
+    @outside_of_autocast
     def forward(self, state: State, context: Tensor | None = None) -> State:
         """Predicts the gradient of each sequence's future loss with respect to its state.
 
         Args:
-            state: tuple of [..., size] tensors, one for each of `state_sizes`.
+            state: tuple of [..., size] tensors, one for each of `state_sizes`, or of [..., C, Y, X] for a critic of feature maps.
             context: [..., Z], or None where `context_size` is 0.
 
         Returns:
@@ -394,21 +414,22 @@ class ErrorCritic(nn.Module, ABC):
         """
         return self._split(self._gradient(self.net, self._join(state), context))
 
+    @outside_of_autocast
     def synthetic_gradient(self, state: State, context: Tensor | None = None, alive: Tensor | None = None) -> State:
         """The gradient to apply at the end of a window: discounted, scaled, bounded; without gradient.
 
             b = alive * g * scale * M(s_K, z_K),   then |b| <= max_norm_ratio * RMS of |d sum_t l_t / d s_0|
 
         Args:
-            state: tuple of [B, size].
+            state: tuple of [B, size], or of [B, C, Y, X] for a critic of feature maps.
             context: [B, Z] or None.
             alive: [B], 0 where the sequence ended at this cut; None where none did.
 
         Returns:
-            Tuple of [B, size].
+            Tuple of tensors shaped as `state`.
         """
         with torch.no_grad():
-            gradient = self._gradient(self._bootstrap_net, self._join(state), context)
+            gradient = self._gradient(self._bootstrap_net(), self._join(state), context)
             factor: Tensor | float = self.gradient_discount * self.scale
             if self.max_norm_ratio is not None:
                 bound = self.max_norm_ratio * self.window_norm
@@ -495,19 +516,26 @@ class ErrorCritic(nn.Module, ABC):
         """
         self._mean = mean
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Part of `state_dict`: the count of windows, which lives on the host."""
-        return {"windows_seen": self._windows_seen}
+    def get_extra_state(self) -> Tensor:
+        """Part of `state_dict`: the count of windows, which lives on the host, as a tensor like all of its values."""
+        return torch.tensor(self._windows_seen, dtype=torch.int64, device="cpu")
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Part of `load_state_dict`."""
-        self._windows_seen = state["windows_seen"]
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        """Part of `load_state_dict`; of older files, a dict."""
+        self._windows_seen = state["windows_seen"] if isinstance(state, dict) else int(state)
 
-    @property
     def _bootstrap_net(self) -> nn.Module:
-        return self.net if self.slow_net is None else self.slow_net
+        if self.slow_net is not None:
+            return self.slow_net
+        if self.slow_copy_rate is not None:
+            raise RuntimeError(
+                f"slow_copy_rate: found {self.slow_copy_rate}, but {type(self).__name__} has no slow copy; call set_net(net) in place of "
+                "self.net = net, or use slow_copy_rate=None"
+            )
+        return self.net
 
-    def _set_net(self, net: nn.Module) -> None:
+    def set_net(self, net: nn.Module) -> None:
+        """What a subclass predicts with, and where it is asked for, its slow copy."""
         self.net = net
         # its parameters require no gradient, and so no optimiser moves them
         self.slow_net = None if self.slow_copy_rate is None else copy.deepcopy(net).requires_grad_(False)
@@ -653,13 +681,32 @@ class ErrorCritic(nn.Module, ABC):
 
 
 class GradientRegression(ErrorCritic):
-    """What critics share that regress on target gradients and on nothing else."""
+    """What critics share that regress on target gradients and on nothing else: all of a critic but its network.
+
+    One of your own has a network, with zeros in its last layer for a first synthetic gradient of 0, and says how a gradient [..., S] is
+    read off it, at states [..., S] joined to one tensor:
+
+        class MyCritic(dni_rl.GradientRegression):
+            def __init__(self, state_sizes, **settings):
+                super().__init__(state_sizes=state_sizes, **settings)
+                size = sum(state_sizes)
+                net = nn.Linear(size + self.context_size, size)
+                nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
+                self.set_net(net)
+
+            def _gradient(self, net, joined, context):
+                z = self._join_context(joined, context)          # checked and normalised; None without context
+                return self._in_target_units(net(joined if z is None else torch.cat([joined, z], dim=-1)))
+
+    `net` is the predictor, or its slow copy. Args and errors are those of `ErrorCritic`.
+    """
 
     def fit_window(self, window: Window) -> CriticFit:
         """Regresses predictions on the window's target gradients; see `fit`."""
         states, gradients, context, valid = window.rows()
         return self.fit(states, gradients, context, valid)
 
+    @outside_of_autocast
     def fit(self, state: State, target: State, context: Tensor | None = None, valid: Tensor | None = None) -> CriticFit:
         """Regresses predictions on target gradients and updates the running statistics.
 
@@ -715,7 +762,7 @@ class GradientCritic(GradientRegression):
         check_sizes(state_sizes, hidden_sizes)
         super().__init__(state_sizes=state_sizes, **settings)
         inputs, outputs = sum(self.state_sizes) + self.context_size, sum(self.state_sizes)
-        self._set_net(dense_net(inputs, hidden_sizes, outputs))
+        self.set_net(dense_net(inputs, hidden_sizes, outputs))
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
         z = self._join_context(joined, context)
@@ -761,7 +808,7 @@ class ConvGradientCritic(GradientRegression):
         self.state_shapes = shapes
         channels = sum(shape[0] for shape in shapes)
         inputs = channels + self.context_size
-        self._set_net(
+        self.set_net(
             _LinearPlusMLP(inputs, hidden_channels, channels, _conv, _zero_conv)
             if hidden_channels
             else nn.Sequential(_zero_conv(inputs, channels))
@@ -819,7 +866,7 @@ class _ValueCritic(ErrorCritic):
         check_sizes(state_sizes, hidden_sizes)
         super().__init__(state_sizes=state_sizes, **settings)
         self._value_cost, self._gradient_cost = value_cost, gradient_cost
-        self._set_net(_Potential(sum(self.state_sizes), self.context_size, hidden_sizes))
+        self.set_net(_Potential(sum(self.state_sizes), self.context_size, hidden_sizes))
         self.register_buffer("loss_mean", torch.zeros(()))
         self.register_buffer("loss_std", torch.ones(()))
         self.register_buffer("_loss_moments", torch.zeros(2))
@@ -830,6 +877,7 @@ class _ValueCritic(ErrorCritic):
     def _unit(self) -> Tensor:
         """Multiplies the network's output where targets are normalised."""
 
+    @outside_of_autocast
     def value(self, state: State, context: Tensor | None = None) -> Tensor:
         """Predicts each sequence's future loss, [...], from states [..., size] and context [..., Z]."""
         return self._value(self.net, self._join(state), context)
@@ -852,6 +900,7 @@ class _ValueCritic(ErrorCritic):
             total = self._value(net, joined, context).sum()
             return torch.autograd.grad(total, joined, create_graph=keep_graph)[0]
 
+    @outside_of_autocast
     def fit_window(self, window: Window) -> CriticFit:
         """Regresses on the window's losses to go (and gradients); see the class. Updates the running statistics."""
         states, gradients, context, valid = window.rows()
@@ -890,7 +939,7 @@ class _ValueCritic(ErrorCritic):
     def _bootstrap(self, state: State, context: Tensor | None, alive: Tensor | None) -> Tensor:
         """[N] alive * g * scale * V(s, z): the future loss whose gradient is the synthetic one, the bound apart."""
         joined = self._join(tuple(s.detach() for s in state))
-        value = self._value(self._bootstrap_net, joined, context) * (self.gradient_discount * self.scale)
+        value = self._value(self._bootstrap_net(), joined, context) * (self.gradient_discount * self.scale)
         if self.warmup_updates:
             value = value * (self.num_updates >= self.warmup_updates)
         return value if alive is None else torch.where(alive.bool(), value, 0.0)

@@ -340,7 +340,7 @@ class _Method:
         self.synthetic = torch.zeros_like(states, dtype=torch.float64)
         edges = [0]
         for s in start:
-            edges.append(edges[-1] + s.shape[-1])
+            edges.append(edges[-1] + s[0].numel())
         last: dict[int, int] = {}  # cut of a part of the state
         gaps = []
         for step, part, synthetic in self.end.cuts:
@@ -349,7 +349,7 @@ class _Method:
             columns = slice(edges[part.start], edges[part.stop])
             self.cut[step, :, columns] = True
             if synthetic is not None:
-                self.synthetic[step, :, columns] = _join(synthetic).double()
+                self.synthetic[step, :, columns] = _join(synthetic, 1).double()
         self.cut[0] = True  # the window starts with a cut of its own, at which no critic is asked
         self.phases = math.lcm(*gaps)  # steps after which all cuts come again
 
@@ -397,7 +397,7 @@ def _bootstraps(
     with torch.no_grad():
         synthetic = critic.synthetic_gradient(at_cuts, None if context is None else context[cuts].flatten(0, 1), alive)
     truth = tuple(g[cuts].flatten(0, 1) for g in total)
-    b, tail = (_join(vector).unflatten(0, (W + 1, B)).double() for vector in (synthetic, truth))  # [W + 1, B, S]
+    b, tail = (_join(vector, 1).unflatten(0, (W + 1, B)).double() for vector in (synthetic, truth))  # [W + 1, B, S]
 
     if W:  # between the cuts, by the Jacobians of each window
         by_window = [
@@ -438,9 +438,9 @@ def _gradients(
     return gradients
 
 
-def _join(state: State) -> Tensor:
-    """Tuple of [..., B, size] to one [..., B, S] of the sizes together."""
-    return torch.cat(state, dim=-1)
+def _join(state: State, leading: int = 2) -> Tensor:
+    """Tuple of [T, B, ...], or with another number of leading dimensions, to one [T, B, S] of all numbers of a state together."""
+    return torch.cat([s.flatten(leading) for s in state], dim=-1)
 
 
 def _largest_lag(cosine: Tensor) -> Tensor:

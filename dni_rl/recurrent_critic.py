@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import Core, State, UnrolledState
-from dni_rl.critics import CriticFit, CriticSettings, GradientRegression, Window, check_sizes, dense_net
+from dni_rl.critics import (
+    CriticFit,
+    CriticSettings,
+    GradientRegression,
+    Window,
+    check_sizes,
+    dense_net,
+    outside_of_autocast,
+)
 
 
 class _Reader(nn.Module):
@@ -88,7 +96,7 @@ class RecurrentGradientCritic(GradientRegression):
         self.memory_size = memory_size
         self._widths = self.state_sizes  # of the core alone, which the statistics are of
         self.state_sizes = (*self.state_sizes, memory_size)
-        self._set_net(_Reader(sum(self._widths), self.context_size, memory_size, hidden_sizes))
+        self.set_net(_Reader(sum(self._widths), self.context_size, memory_size, hidden_sizes))
 
     def watch(self, core: Core) -> "WatchedCore":
         """The core, with this critic's memory as the last tensor of its state.
@@ -99,6 +107,7 @@ class RecurrentGradientCritic(GradientRegression):
         return WatchedCore(core, self)
 
     @torch.no_grad()
+    @outside_of_autocast
     def remember(self, state: State, memory: Tensor, first: Tensor | None = None) -> Tensor:
         """The memory after each step: what `watch` does beside the core.
 
@@ -110,22 +119,25 @@ class RecurrentGradientCritic(GradientRegression):
         Returns:
             [T, B, R], without gradient.
         """
-        net = self._bootstrap_net
+        net = self._bootstrap_net()
         assert isinstance(net, _Reader)
         return net.read(torch.cat(state, dim=-1), memory, first).to(memory.dtype)
 
+    @outside_of_autocast
     def fit_window(self, window: Window) -> CriticFit:
         """Regresses on the window's target gradients, and trains the recurrent net through the window."""
         states, gradients, context, valid = window.rows()
         joined, goal, weight = self._rows(states, gradients, valid)
         z = self._join_context(joined, self._rows_of_context(context, weight))
-        net, memory = self.net, window.states[-1]  # [R, B, memory_size]
+        net, (R, B) = self.net, window.states[-1].shape[:2]
         assert isinstance(net, _Reader)
-        features = joined[:, : -self.memory_size]
+        # A row that does not count may hold anything, but one that can be read is: the rows after it remember it.
+        joined = torch.where((weight > 0) | joined.isfinite(), joined, 0.0)
+        features, memory = joined[:, : -self.memory_size], joined[:B, -self.memory_size :]
         first = None
         if window.first is not None:  # the memory stored for step 0 is the one to read with, cleared or not
-            first = torch.cat([torch.zeros_like(window.first[:1]), window.first[1 : len(memory)]])
-        memories = net.read(features.unflatten(0, memory.shape[:2]), memory[0].detach(), first)
+            first = torch.cat([torch.zeros_like(window.first[:1]), window.first[1:R]])
+        memories = net.read(features.unflatten(0, (R, B)), memory, first)
         predicted = self._in_target_units(net(features, z, memories.flatten(0, 1)))
         return self._regress(predicted, goal, weight)
 
@@ -147,9 +159,8 @@ class RecurrentGradientCritic(GradientRegression):
 class WatchedCore(Core):
     """A core with the memory of a recurrent critic as the last tensor of its state; see `RecurrentGradientCritic.watch`.
 
-    Outputs are those of the core, whatever the critic remembers. The memory carries no gradient; a state with it is nevertheless a
-    part of the graph, as every state that a critic sees. The critic is not a submodule: parameters, files and devices of the model
-    know nothing of it.
+    Outputs are those of the core, whatever the critic remembers. The memory has no graph and carries no gradient. The critic is not a
+    submodule: parameters, files and devices of the model know nothing of it.
 
     Args:
         core: any core.
@@ -161,6 +172,11 @@ class WatchedCore(Core):
 
     def __init__(self, core: Core, critic: RecurrentGradientCritic):
         super().__init__()
+        if any(len(shape) > 1 for shape in core.state_shapes):
+            raise ValueError(
+                f"core: found state_shapes {core.state_shapes}, allowed vectors, which are what its critic remembers; use "
+                "ConvGradientCritic for feature maps"
+            )
         if critic.state_sizes[:-1] != tuple(core.state_sizes):
             raise ValueError(
                 f"core: found state_sizes {tuple(core.state_sizes)}, but the critic was built for {critic.state_sizes[:-1]}; build it "
@@ -186,7 +202,7 @@ class WatchedCore(Core):
         *before, memory = state
         output, after = self.core(x, tuple(before))
         remembered = self.critic.remember(tuple(s.unsqueeze(0) for s in before), memory)[0]
-        return output, (*after, _attached(remembered, memory))
+        return output, (*after, remembered)
 
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
         """As `Core.unroll`, on the core's own path; the memory then reads what was recorded of it.
@@ -207,9 +223,4 @@ class WatchedCore(Core):
         if first is not None:
             recorded = recorded.masked_fill(first.unsqueeze(-1), 0.0)
         after.history.add_component(recorded)
-        return outputs, UnrolledState.of((*after, _attached(memories[-1], memory)), after.history)
-
-
-def _attached(memory: Tensor, earlier: Tensor) -> Tensor:
-    """The memory as a part of the graph, with a gradient of zero."""
-    return memory + 0.0 * earlier
+        return outputs, UnrolledState.of((*after, memories[-1]), after.history)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
+from dni_rl.precision import HALF_PRECISION, out_of_half
 
 
 def lambda_targets(
@@ -65,7 +65,7 @@ def lambda_targets(
 
 def per_sequence(gradients: tuple[Tensor, ...], weight: float | Tensor) -> tuple[Tensor, ...]:
     """Gradients in the units of one sequence's summed loss; out of half precision first, in which those may be too small."""
-    return tuple((g.float() if g.dtype in HALF_PRECISION else g) / weight for g in gradients)
+    return tuple(out_of_half(g) / weight for g in gradients)
 
 
 def check_weight(weight: float | Tensor | None) -> None:

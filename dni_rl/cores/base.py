@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ class UnrolledState(tuple[Tensor, ...]):
     history: StateHistory
 
     @classmethod
-    def of(cls, state: Sequence[Tensor], history: StateHistory) -> "UnrolledState":
+    def of(cls, state: Sequence[Tensor], history: StateHistory) -> Self:
         """Attaches `history` to `state`."""
         unrolled = cls(state)
         unrolled.history = history
@@ -174,19 +175,25 @@ class Core(nn.Module, ABC):
     Attributes:
         input_size: D.
         output_size: H.
-        state_sizes: width of each tensor of the state; each has shape [B, width].
+        state_sizes: width of each tensor of the state; each has shape [B, width], unless `state_shapes` says otherwise.
     """
 
     input_size: int
     output_size: int
     state_sizes: tuple[int, ...]
 
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each tensor of the state without its batch: (width,) each. A core of feature maps overrides it, with (C, Y, X) for
+        example, and has their numbers of entries for `state_sizes`."""
+        return tuple((size,) for size in self.state_sizes)
+
     @abstractmethod
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Takes one step.
 
         Args:
-            x: [B, D].
+            x: [B, D], or [B, ...] where the core reads feature maps.
             state: tuple of [B, ...].
 
         Returns:
@@ -196,13 +203,13 @@ class Core(nn.Module, ABC):
     def initial_state(self, batch_size: int) -> State:
         """Zeros, on the device and in the precision of the parameters, if there are any."""
         like = next(self.parameters(), torch.empty(()))
-        return tuple(like.new_zeros(batch_size, size) for size in self.state_sizes)
+        return tuple(like.new_zeros(batch_size, *shape) for shape in self.state_shapes)
 
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
         """Steps along time, clearing the state where an episode starts.
 
         Args:
-            inputs: [T, B, D].
+            inputs: [T, B, D], or [T, B, ...] where the core reads feature maps.
             state: tuple of [B, ...] tensors, the state before step 0.
             first: [T, B] bool, True where `inputs` starts an episode; None where no episode starts.
 
@@ -226,7 +233,7 @@ class Core(nn.Module, ABC):
             raise ValueError(f"first: expected [T, B] = {tuple(inputs.shape[:2])}, got {tuple(first.shape)}")
         if first is not None and first.dtype != torch.bool:
             raise ValueError(f"first: expected dtype torch.bool, got {first.dtype}; use `first.bool()`")
-        expected = [(inputs.shape[1], size) for size in self.state_sizes]
+        expected = [(inputs.shape[1], *shape) for shape in self.state_shapes]
         if [tuple(s.shape) for s in state] != expected:
             raise ValueError(f"state: expected shapes {expected}, got {[tuple(s.shape) for s in state]}")
 

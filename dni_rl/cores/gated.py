@@ -387,6 +387,19 @@ class _LayerRecorder:
             self.history.record(self.index + 1, dc)
 
 
+def _check_only_parameters_count(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises ValueError if calling the module does more than a `kind` does: a core reads its parameters, and never calls it."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    found = [name[1:] for name in hooks if getattr(module, name)]
+    if "forward" in vars(module) or type(module).forward is not kind.forward:
+        found.append("a forward of its own")
+    if found:
+        raise ValueError(
+            f"module: found {type(module).__name__} with {' and '.join(found)}, allowed nn.{kind.__name__} as it is, whose parameters a "
+            "core reads without calling it; use parametrizations for its weights, or dni_rl.CellCore with a step of your own"
+        )
+
+
 class _Gated(Core):
     """What LSTM and GRU cores share: a torch module holds the parameters, so that keys and initialisation are the usual ones."""
 
@@ -395,6 +408,7 @@ class _Gated(Core):
 
     def __init__(self, module: nn.LSTM | nn.GRU, chrono_max: float | None):
         super().__init__()
+        _check_only_parameters_count(module, nn.LSTM if isinstance(module, nn.LSTM) else nn.GRU)
         kind = type(module).__name__
         if module.bidirectional:
             raise ValueError(
@@ -636,13 +650,15 @@ def wrap(
 
     Args:
         module: nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, a `Core` (returned as it is), or any module that maps (x [B, D],
-            state) to (output [B, H], next state), with the three sizes below.
+            state) to (output [B, H], next state), with the three sizes below. Of nn.LSTM and nn.GRU the core reads the parameters,
+            parametrized or not, and never calls the module; cells are called.
         state_sizes: width of each tensor of the state, for a module of your own.
         input_size: D, for a module of your own.
         output_size: H, for a module of your own.
 
     Raises:
-        ValueError: if the module is bidirectional, projects its state or drops out between layers, or if sizes are missing.
+        ValueError: if the module is bidirectional, projects its state or drops out between layers, if an nn.LSTM or nn.GRU has a forward
+            of its own or hooks, which would not run, or if sizes are missing.
     """
     match module:
         case Core():

@@ -13,12 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dni_rl.cores.base import Core, State, UnrolledState, check_chrono_max, chrono_bias_, unroll_stepwise
+from dni_rl.cores.base import (
+    Core,
+    State,
+    StateHistory,
+    UnrolledState,
+    check_chrono_max,
+    chrono_bias_,
+    unroll_stepwise,
+)
+from dni_rl.precision import HALF_PRECISION, out_of_autocast
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """Derivative of an `ElementwiseLSTM`'s state with respect to its parameters, for every sequence; without gradient.
+
+    As the state it belongs to, it goes into a checkpoint: without it, what is learned after loading differs until all episodes have
+    started anew. `torch.save` takes it as it is, and `torch.load` wherever `dni_rl` has been imported.
 
     Attributes:
         h: [B, 4, H, D + 2], d h_u / d (parameters of unit u), for the gates i, f, g, o; the last dimension holds the
@@ -29,6 +41,15 @@ class Sensitivity:
 
     h: Tensor
     c: Tensor
+
+
+torch.serialization.add_safe_globals([Sensitivity])  # what torch.load reads by default
+
+
+class _DatedState(UnrolledState):
+    """A state that knows of which version the parameters were that led to it."""
+
+    versions: list[int]
 
 
 class ElementwiseLSTM(Core):
@@ -91,7 +112,15 @@ class ElementwiseLSTM(Core):
         """Same as stepping, with the inputs projected for all steps at once; see `Core.unroll`."""
         self.check_unroll(inputs, state, first)
         projected = F.linear(inputs, self.weight_ih, self.bias)
-        return unroll_stepwise(self._step, projected, state, first)  # type: ignore[arg-type]
+        outputs, end = unroll_stepwise(self._step, projected, state, first)  # type: ignore[arg-type]
+        assert isinstance(end, UnrolledState)
+        dated = _DatedState.of(end, end.history)
+        dated.versions = self._versions()
+        return outputs, dated
+
+    def _versions(self) -> list[int]:
+        """How often each parameter was written to in place."""
+        return [p._version for p in self.parameters() if not p.is_inference()]
 
     def _step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
@@ -148,14 +177,28 @@ class ElementwiseLSTM(Core):
 
         Raises:
             ValueError: if shapes disagree or `end` has no history.
+            RuntimeError: if the parameters have changed since.
         """
         if not isinstance(end, UnrolledState) or end.history.valid.shape != inputs.shape[:2]:
             raise ValueError("end: expected the state that `unroll` returned for these inputs, with its history")
-        T, B, _ = inputs.shape
-        self._check(sensitivity, B)
-        H = self.output_size
+        self._check(sensitivity, inputs.shape[1])
+        if isinstance(end, _DatedState) and end.versions != self._versions():
+            raise RuntimeError(
+                "ElementwiseLSTM.advance: its parameters changed in place since `unroll`; call it before the optimiser's step"
+            )
         inputs = inputs.detach()
-        (h, c), valid = end.history.states, end.history.valid.unsqueeze(-1)
+        with out_of_autocast(inputs.device):
+            like = self.weight_ih if inputs.dtype in HALF_PRECISION else inputs
+            return self._advance(sensitivity, inputs.to(like.dtype), end.history)
+
+    def _advance(self, sensitivity: Sensitivity, inputs: Tensor, history: StateHistory) -> Sensitivity:
+        T, B, _ = inputs.shape
+        H = self.output_size
+        valid = history.valid.unsqueeze(-1)  # [T, B, 1]
+        # What lies before an episode's start does not reach the end, and may be anything: 0 times what is not finite is no zero.
+        starts = (~valid).flip(0).cumsum(0).flip(0)  # in each step and later
+        reaches = starts == ~valid  # none later
+        inputs, h, c = (torch.where(reaches, x, 0.0) for x in (inputs, *history.states))
         v = self.weight_hh.view(4, H)
         gates = F.linear(inputs, self.weight_ih, self.bias).view(T, B, 4, H) + v * h.unsqueeze(2)
         i, f, o = (gates[:, :, q].sigmoid() for q in (0, 1, 3))
@@ -186,8 +229,10 @@ class ElementwiseLSTM(Core):
             ],
             dim=-1,
         )  # [2, B, 4, H, D + 2]
+        goes_on = (starts[0] == 0).view(-1, 1, 1, 1)
+        earlier = [torch.where(goes_on, s, 0.0) for s in (sensitivity.h, sensitivity.c)]
         for row, factors in enumerate(carried):
-            for factor, before in zip(factors, (sensitivity.h, sensitivity.c), strict=True):
+            for factor, before in zip(factors, earlier, strict=True):
                 added[row].addcmul_(factor.unsqueeze(1).unsqueeze(-1), before)
         return Sensitivity(*added)
 
@@ -210,7 +255,11 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dc = ctx.saved_tensors
+        dh, dc = (
+            # where nothing comes back, as from a state that an episode's start clears, the derivative may be anything
+            torch.where((g != 0).unsqueeze(1).unsqueeze(-1), d, 0.0)
+            for g, d in zip((grad_h, grad_c), ctx.saved_tensors, strict=True)
+        )
         total = torch.einsum("bh,bqhf->qhf", grad_h, dh) + torch.einsum("bh,bqhf->qhf", grad_c, dc)
         total = total.flatten(0, 1)  # [4 H, D + 2]
         return grad_h, grad_c, total[:, :-2], total[:, -2], total[:, -1], None, None

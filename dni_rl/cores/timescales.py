@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, chrono_bias_, unroll_stepwise
 from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
+from dni_rl.precision import out_of_half
 from dni_rl.targets import before_each_step, check_weight, per_sequence, scaled_weight
 
 
@@ -60,7 +61,7 @@ class MultiTimescaleCore(Core):
     State, each [B, size]: h_i, c_i of every level from the lowest, and after those of a level i > 0 with "mean" its
     inbox, the running mean of h_{i-1}; last a clock of one float, a count of steps in the episode that goes 0, 1,
     ..., P, 1, ..., P with P = periods[-1], exact in any precision up to P = 256. It is part of the state so that it
-    resets with the episode and travels with it; its gradient is exactly zero.
+    resets with the episode and travels with it; no gradient passes through it.
 
     Args:
         input_size: D.
@@ -156,8 +157,7 @@ class MultiTimescaleCore(Core):
             next_state += [new_h, new_c, *inbox]
             message = new_h
         wrapped = torch.where(clock == self.periods[-1], 1.0, clock + 1.0).to(clock.dtype)
-        # Zero gradient, but a part of the graph, as every state that a critic sees.
-        return next_state[0], (*next_state, wrapped + 0.0 * state[-1])
+        return next_state[0], (*next_state, wrapped)
 
     def unroll_in_ticks(
         self,
@@ -236,7 +236,7 @@ class MultiTimescaleCore(Core):
         for critic_of_level in interface_critics or ():
             check_unbounded(critic_of_level, "interface_critics")
         has_future = alive if first is None else ~first if alive is None else alive & ~first
-        bootstraps = [inputs.new_zeros(B) for _ in range(T)]
+        bootstraps = [out_of_half(inputs.new_zeros(B)) for _ in range(T)]
         messages: list[list[Tensor]] = [[] for _ in self.levels[1:]]
         heard: list[list[Tensor]] = [[] for _ in self.levels[1:]]
         cuts: list[tuple[int, slice, State | None]] = []
@@ -245,7 +245,8 @@ class MultiTimescaleCore(Core):
 
         def bootstrap(step: int, state: State, synthetic: State) -> None:
             value = torch.stack(
-                [(s * b.detach().to(s.dtype)).sum(-1) for s, b in zip(state, synthetic, strict=True)]
+                # without a cast: a prediction may be too small for the precision of an activation
+                [(s * b.detach()).sum(-1) for s, b in zip(state, synthetic, strict=True)]
             ).sum(0)
             bootstraps[step] = bootstraps[step] + (value - value.detach())
 

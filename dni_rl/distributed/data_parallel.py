@@ -28,6 +28,8 @@ forward. To wrap the model, unroll inside of it, and call the wrapper:
     losses, end = parallel(inputs, start, first, batch)             # `dni_rl.backward` as before
     dni_rl.distributed.average_gradients(critic)                    # the critic is never wrapped: it learns in no forward pass
 
+An auxiliary task is a part of the model, and may be wrapped with it; pass it, or the wrapper, to `synchronize`.
+
 With a gradient scaler, average before `scaler.step`: an overflow in one process is then skipped by all of them.
 """
 
@@ -78,9 +80,10 @@ def synchronize(*modules: nn.Module, group: dist.ProcessGroup | None = None) -> 
     _require_group(group)
     first = 0 if group is None else dist.get_global_rank(group, 0)
     for module in modules:
-        if isinstance(module, nn.parallel.DistributedDataParallel) and any(_sharing(module)):
+        inside = [type(part).__name__ for part in _sharing(module) if isinstance(part, ErrorCritic)]
+        if isinstance(module, nn.parallel.DistributedDataParallel) and inside:
             raise ValueError(
-                "modules: found a critic inside of DistributedDataParallel, which waits for gradients of forward passes that a critic "
+                f"modules: found {inside[0]} inside of DistributedDataParallel, which waits for gradients of forward passes that a critic "
                 "never makes; keep the critic out of the wrapped module and call average_gradients(critic)"
             )
         for tensor in (*module.parameters(), *module.buffers()):

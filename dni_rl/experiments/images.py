@@ -409,7 +409,7 @@ class DenseLayerCritic(GradientCritic):
         super().__init__(state_sizes=(width,), context_size=context_size)
         widths = [width + context_size, *hidden_sizes]
         last = dense_net(widths[-1], (), width)
-        self._set_net(nn.Sequential(*_hidden_layers(widths), last))
+        self.set_net(nn.Sequential(*_hidden_layers(widths), last))
 
 
 class _Synthesizer(nn.Module):
@@ -456,7 +456,7 @@ class LayerCritic(ConvGradientCritic):
         self, shape: tuple[int, int, int], hidden_channels: Sequence[int], context_size: int, config: ImagesConfig
     ):
         super().__init__(state_shapes=(shape,), context_size=context_size)
-        self._set_net(_Synthesizer(shape[0], hidden_channels, context_size, zero_bias=config.critic_start == "zero"))
+        self.set_net(_Synthesizer(shape[0], hidden_channels, context_size, zero_bias=config.critic_start == "zero"))
         self._has_fixed_unit = config.target_unit == "batch_mean"
         if self._has_fixed_unit:
             self.target_rms.fill_(config.batch_size)

@@ -237,6 +237,95 @@ def test_a_state_between_two_episodes_teaches_nothing(inputs):
     assert report.critic_loss == 0.0
 
 
+def test_alive_may_be_of_any_type_and_any_number(inputs):
+    """0 or not, as everywhere."""
+    core = LSTM(D, 2).double()
+    critic = random_critic(core)
+    found = []
+    for alive in (torch.tensor([True, False, True]), torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.0, 7.0])):
+        state = dni_rl.cut(start_state(core))
+        outputs, end = core.unroll(inputs[:1], state)
+        settings = {"trace": bp_lambda_trace(critic, B) + 0.1, "lambda_": 0.9, "alive": alive}
+        report, trace = bp_lambda_backward(losses_of(outputs), start=state, end=end, critic=critic, **settings)
+        found.append((report.as_dict(), trace, take(critic)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["first", "alive"])
+@pytest.mark.parametrize("length", [1, 3])
+def test_what_was_not_finite_is_forgotten_with_its_episode(inputs, how, length):
+    """One observation breaks one sequence; the update is thrown away, and after a reset nothing is left of it."""
+    torch.manual_seed(0)
+    core = LSTM(D, 2).double()
+    critic = random_critic(core)
+    results = []
+    for broken in (True, False):
+        state, trace = start_state(core), bp_lambda_trace(critic, B)
+        for t in range(0, 6, length):
+            x = inputs[t : t + length].clone()
+            if t == 0 and broken:
+                x[0, 1] = torch.nan
+            first = torch.zeros(length, B, dtype=torch.bool)
+            first[0, 1] = t == 3
+            state = dni_rl.cut(state)
+            outputs, end = core.unroll(x, state, first)
+            alive = torch.ones(length + 1, B)
+            if how == "alive" and t + length == 3:
+                alive[-1, 1] = 0.0
+            if t == 3:
+                take(core), take(critic)
+            _, trace = bp_lambda_backward(
+                losses_of(outputs), start=state, end=end, critic=critic, trace=trace, lambda_=0.9, alive=alive
+            )
+            state = end
+        results.append((take(core), take(critic), trace))
+    assert all(g.isfinite().all() for part in results[0][:2] for g in part) and results[0][2].isfinite().all()
+    torch.testing.assert_close(*results)
+
+
+def test_a_state_without_graph_has_no_jacobian(inputs):
+    """A count of steps in the state, which no gradient passes through."""
+
+    class Counting(Core):
+        def __init__(self):
+            super().__init__()
+            self.cell = torch.nn.Linear(D + 2, 2)
+            self.input_size, self.output_size, self.state_sizes = D, 2, (2, 1)
+
+        def forward(self, x, state):
+            h = self.cell(torch.cat([x, state[0]], -1)).tanh()
+            return h, (h, state[1].detach() + 1.0)
+
+    torch.manual_seed(0)
+    core = Counting().double()
+    critic = random_critic(core)
+    state = dni_rl.cut(start_state(core))
+    outputs, end = core.unroll(inputs[:1], state)
+    jacobian = state_jacobian(core, inputs[:1], state)
+    settings = {"start": state, "end": end, "critic": critic, "trace": bp_lambda_trace(critic, B), "lambda_": 0.9}
+    _, trace = bp_lambda_backward(losses_of(outputs), **settings)
+    assert jacobian[:, :2, :2].all() and not jacobian[:, 2].any() and not jacobian[:, :, 2].any()
+    outputs, end = core.unroll(inputs[:1], state)
+    settings |= {"end": end, "jacobian": jacobian}
+    torch.testing.assert_close(bp_lambda_backward(losses_of(outputs), **settings)[1], trace)
+
+
+def test_a_scaler_scales_both_sides_and_nothing_else(inputs):
+    core = LSTM(D, 2).double()
+    critic = random_critic(core)
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu", enabled=False)):
+        state = dni_rl.cut(start_state(core))
+        outputs, end = core.unroll(inputs[:1], state)
+        settings = {"trace": bp_lambda_trace(critic, B), "lambda_": 0.9, "scaler": scaler}
+        report, trace = bp_lambda_backward(losses_of(outputs), start=state, end=end, critic=critic, **settings)
+        scale = 1024.0 if scaler is not None and scaler.is_enabled() else 1.0
+        found.append((report.as_dict(), trace, [g / scale for g in (*take(critic), *take(core))]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
 def test_resets_of_single_sequences_at_lambda_zero(inputs):
     """Only rows whose state had a future count, as for the plain critic."""
     torch.manual_seed(0)
@@ -423,6 +512,7 @@ def test_errors(inputs):
         ({"alive": torch.ones(1)}, "alive: expected"),
         ({"context": torch.zeros(2, B, 1)}, "context: expected"),
         ({"jacobian": torch.zeros(2)}, "jacobian: expected"),
+        ({"first": torch.ones(1, B)}, r"first: found torch.float32, allowed torch.bool; use `first.bool\(\)`"),
     ]:
         with pytest.raises(ValueError, match=message):
             bp_lambda_backward(losses, **(good | change))

@@ -104,23 +104,17 @@ ALIVE = {end: torch.zeros(B) if end == T else (~FIRST[end]).double() for _, end 
 class ConvCore(Core):
     """Feature maps [B, C, Y, X] for states: what convolutional critics predict gradients for."""
 
-    shapes = ((2, 3, D), (1, 3, D))
+    state_shapes = ((2, 3, D), (1, 3, D))
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(2 + 2 + 1, 3, 3, padding=1)
-        self.input_size, self.output_size, self.state_sizes = D, 2 * 3 * D, ()
-
-    def initial_state(self, batch_size):
-        return tuple(self.conv.weight.new_zeros(batch_size, *shape) for shape in self.shapes)
+        self.input_size, self.output_size, self.state_sizes = D, 2 * 3 * D, (2 * 3 * D, 3 * D)
 
     def forward(self, x, state):
         z = self.conv(torch.cat([x, *state], 1))
         h, c = torch.tanh(z[:, :2]), 0.8 * state[1] + z[:, 2:]
         return h.flatten(1), (h, c)
-
-    def unroll(self, inputs, state, first=None):
-        return unroll_stepwise(self, inputs, state, first)
 
 
 def vector_subject(kind, **always):
@@ -141,7 +135,7 @@ CRITICS = {
     "GradientCritic": vector_subject(dni_rl.GradientCritic, hidden_sizes=(5,)),
     "ConvGradientCritic": lambda **settings: (
         ConvCore(),
-        dni_rl.ConvGradientCritic(state_shapes=ConvCore.shapes, hidden_channels=(3,), **settings),
+        dni_rl.ConvGradientCritic(state_shapes=ConvCore.state_shapes, hidden_channels=(3,), **settings),
     ),
     "RecurrentGradientCritic": watched_subject,
     "LossCritic": vector_subject(dni_rl.LossCritic, hidden_sizes=(5,)),
@@ -189,7 +183,7 @@ def data(model, critic=None, seed=1):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=DOUBLE)
 
-    inside = ConvCore.shapes[0] if isinstance(model.core, ConvCore) else (D,)
+    inside = ConvCore.state_shapes[0] if isinstance(model.core, ConvCore) else (D,)
     state = tuple(0.5 * draw(*s.shape) for s in model.core.initial_state(B))
     context = draw(T + 1, B, Z) if critic is not None and critic.context_size else None
     return draw(T, B, *inside), draw(T, B), state, context

@@ -239,7 +239,12 @@ def test_freezing_parameters_changes_no_other_gradient(name, frozen):
         x, start = inputs.clone().requires_grad_(), dni_rl.cut(state)
         outputs, end = core.unroll(x, start, first)
         objective_of(outputs, end).backward()
-        results.append([x.grad, *(s.grad for s in start), *end.history.gradients, *(p.grad for p in core.parameters())])
+        # of a clock, or a critic's memory, none comes back to the start
+        arrived = [
+            torch.zeros_like(s) if s.grad is None and not e.requires_grad else s.grad
+            for s, e in zip(start, end, strict=True)
+        ]
+        results.append([x.grad, *arrived, *end.history.gradients, *(p.grad for p in core.parameters())])
     for plain, with_frozen in zip(*results, strict=True):
         if with_frozen is not None:
             assert_same(with_frozen, plain)
@@ -369,6 +374,63 @@ def test_wrap_returns_a_core_as_it_is():
     assert dni_rl.wrap(core) is core
 
 
+class Doubled(nn.LSTM):
+    def forward(self, x, hx=None):
+        outputs, state = super().forward(x, hx)
+        return 2 * outputs, state
+
+
+def patched(module):
+    module.forward = lambda x, hx=None: None
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: Doubled(D, H), "Doubled with a forward of its own"),
+        (lambda: patched(nn.GRU(D, H)), "GRU with a forward of its own"),
+        (lambda: hooked(nn.GRU(D, H), "forward"), "GRU with forward_hooks"),
+        (lambda: hooked(nn.LSTM(D, H), "forward_pre"), "LSTM with forward_pre_hooks"),
+        (lambda: hooked(nn.LSTM(D, H), "full_backward"), "LSTM with backward_hooks"),
+        (lambda: nn.utils.weight_norm(nn.LSTM(D, H), "weight_hh_l0"), "LSTM with forward_pre_hooks"),
+    ],
+)
+def test_a_module_whose_call_would_be_left_out_is_refused(make, found):
+    module = make()
+    kind = "GRU" if isinstance(module, nn.GRU) else "LSTM"
+    refuses(
+        f"module: found {found}, allowed nn.{kind} as it is, whose parameters a core reads without calling it; use parametrizations for "
+        "its weights, or dni_rl.CellCore with a step of your own",
+        dni_rl.wrap,
+        module,
+    )
+
+
+def hooked(module, kind):
+    getattr(module, f"register_{kind}_hook")(lambda *_: None)
+    return module
+
+
+def test_parametrized_weights_and_cells_that_do_more_are_cores():
+    module = nn.utils.parametrizations.weight_norm(nn.LSTM(D, H).double(), "weight_hh_l0")
+    x = torch.randn(5, B, D, dtype=DOUBLE)
+    core = dni_rl.wrap(module)
+    with torch.no_grad():
+        module.parametrizations.weight_hh_l0.original0.mul_(2.0)  # its length
+    assert_same(core.unroll(x, core.initial_state(B))[0], module(x)[0])
+
+    class Cell(nn.GRUCell):
+        def forward(self, x, hx=None):
+            return 2 * super().forward(x, hx)
+
+    cell = hooked(Cell(D, H).double(), "forward")
+    cell.register_forward_hook(lambda module, args, output: output + 1.0)
+    core = dni_rl.wrap(cell)
+    assert_same(core(x[0], core.initial_state(B))[0], 2 * nn.GRUCell.forward(cell, x[0]) + 1.0)
+
+
 def test_sizes_are_those_of_the_module():
     for module in (nn.LSTM(D, H, 2), nn.LSTMCell(D, H), nn.GRU(D, H, 2), nn.GRUCell(D, H)):
         core = dni_rl.wrap(module)
@@ -471,6 +533,17 @@ def test_unroll_errors(name):
     found = [(2, size) for size in core.state_sizes]
     refuses(f"state: expected shapes {expected}, got {found}", core.unroll, inputs, tuple(s[:2] for s in state))
     refuses(f"state: expected shapes {expected}, got []", core.unroll, inputs, ())
+
+
+def test_a_core_says_what_shapes_its_state_has():
+    class Maps(dni_rl.ElementwiseLSTM):
+        state_shapes = ((1, 2, 2), (1, 2, 2))
+
+    assert dni_rl.LSTM(D, H).state_shapes == ((H,), (H,))
+    core = Maps(D, 4)
+    assert [tuple(s.shape) for s in core.initial_state(2)] == [(2, 1, 2, 2)] * 2
+    with pytest.raises(ValueError, match=r"state: expected shapes \[\(2, 1, 2, 2\), \(2, 1, 2, 2\)\], got"):
+        core.unroll(torch.zeros(1, 2, D), (torch.zeros(2, 4),) * 2)
 
 
 def test_a_cell_whose_next_state_is_a_tensor_is_refused():

@@ -791,6 +791,65 @@ def test_save_load_and_continue_equals_never_having_stopped(name, context_size):
     assert expected[0].any()
 
 
+@every_critic
+def test_a_state_dict_is_of_tensors_and_older_ones_load(name):
+    critic = make_critic(name, max_norm_ratio=0.5)
+    for _ in range(3):
+        critic.window_is_due()
+    values = {key: value.clone() for key, value in critic.state_dict().items()}
+    assert values["_extra_state"].equal(torch.tensor(3)) and values["_extra_state"].device.type == "cpu"
+    for extra in (values["_extra_state"], {"windows_seen": 3}):
+        loaded = CRITICS[name](max_norm_ratio=0.5).double()
+        loaded.load_state_dict(values | {"_extra_state": extra})
+        assert loaded.get_extra_state() == 3
+
+
+# Critics of one's own -------------------------------------------------------------------------------------------------
+
+
+class Own(dni_rl.GradientRegression):
+    """As the docstring of `GradientRegression` has it, with the predictor set in either way."""
+
+    def __init__(self, how, **settings):
+        super().__init__(state_sizes=(2, 1), **settings)
+        net = nn.Linear(3, 3)
+        if how == "set_net":
+            self.set_net(net)
+        elif how == "net":
+            self.net = net
+
+    def _gradient(self, net, joined, context):
+        return self._in_target_units(net(joined))
+
+
+def window_of_three():
+    states = tuple(torch.randn(1, 4, size) for size in (2, 1))
+    return dni_rl.Window(
+        states, states, valid=None, losses=torch.zeros(1, 4), first=None, end=states, alive=None, context=None
+    )
+
+
+@pytest.mark.parametrize("how", ["set_net", "net"])
+def test_a_critic_of_ones_own_needs_a_network_and_how_to_read_it(how):
+    torch.manual_seed(0)
+    critic = Own(how, max_norm_ratio=0.5)
+    assert list(critic.state_dict())[-2:] == ["net.weight", "net.bias"]
+    critic.fit_window(window_of_three()).loss.backward()
+    assert critic.net.weight.grad.any()
+    assert join(critic.synthetic_gradient((torch.randn(4, 2), torch.randn(4, 1)))).shape == (4, 3)
+
+
+def test_a_slow_copy_of_ones_own_network_needs_set_net():
+    critic, state = Own("set_net", slow_copy_rate=0.5), (torch.randn(4, 2), torch.randn(4, 1))
+    with torch.no_grad():
+        critic.net.bias.add_(1.0)
+    assert not torch.equal(join(critic.synthetic_gradient(state)), join(critic(state)))
+    with pytest.raises(RuntimeError, match=r"slow_copy_rate: found 0.5, but Own has no slow copy; call set_net\(net\)"):
+        Own("net", slow_copy_rate=0.5).synthetic_gradient(state)
+    with pytest.raises(AttributeError, match="no attribute 'net'"):
+        Own("neither").synthetic_gradient(state)
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 

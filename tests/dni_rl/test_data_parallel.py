@@ -66,7 +66,7 @@ def make_batch(model, case, update):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=DOUBLE)
 
-    inside = ConvCore.shapes[0] if isinstance(model.core, ConvCore) else (D,)
+    inside = ConvCore.state_shapes[0] if isinstance(model.core, ConvCore) else (D,)
     first = torch.rand(T, B, generator=generator) < 0.2
     first[:, 0] = True  # rows of no use to a critic, and more of them in one process than in the other
     return {
@@ -198,6 +198,7 @@ def refusals():
         with pytest.raises(ValueError) as error:
             refused()
         messages.append(str(error.value))
+    synchronize(DistributedDataParallel(nn.ModuleList(build(CASES["auxiliary task"], 0)[::2])))  # model and task
     return messages
 
 
@@ -262,7 +263,7 @@ def test_what_DistributedDataParallel_wraps_is_left_to_it(two):
     for one in two:
         averaged, synchronized = one["refusals"]
         assert averaged.startswith("modules: found DistributedDataParallel, which averages its gradients itself")
-        assert synchronized.startswith("modules: found a critic inside of DistributedDataParallel")
+        assert synchronized.startswith("modules: found GradientCritic inside of DistributedDataParallel")
 
 
 def test_without_a_group_it_is_refused():

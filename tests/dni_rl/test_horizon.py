@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dni_rl
 from dni_rl import GRU, LSTM, Core, GradientCritic
 from dni_rl.cores.timescales import MultiTimescaleCore
 from dni_rl.horizon import CreditHorizon, _Method, credit_horizon
@@ -216,6 +217,51 @@ def test_half_and_reversed_oracles(inputs):
     torch.testing.assert_close(half.delivered_norm[K:], 0.5 * half.true_norm[K:])
     torch.testing.assert_close(half.cosine, torch.ones(T).double())
     torch.testing.assert_close(reverse.cosine[K:], -torch.ones(T - K).double())
+
+
+class Maps(Core):
+    """Feature maps for states, or the same numbers in a row."""
+
+    shapes = ((2, 3, 3), (1, 3, 3))
+
+    def __init__(self, as_maps):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 3, 3, padding=1)
+        self.as_maps, self.input_size, self.output_size, self.state_sizes = as_maps, 3, 18, (18, 9)
+
+    @property
+    def state_shapes(self):
+        return self.shapes if self.as_maps else super().state_shapes
+
+    def forward(self, x, state):
+        h, c = (s.view(-1, *shape) for s, shape in zip(state, self.shapes, strict=True))
+        z = self.conv(torch.cat([x, h, c], 1))
+        h, c = torch.tanh(z[:, :2]), 0.8 * c + z[:, 2:]
+        return h.flatten(1), (h, c) if self.as_maps else (h.flatten(1), c.flatten(1))
+
+
+def test_feature_maps_have_the_horizon_of_their_numbers():
+    torch.manual_seed(0)
+    critic = dni_rl.ConvGradientCritic(state_shapes=Maps.shapes).double()
+    for p in critic.parameters():
+        torch.nn.init.normal_(p)
+
+    class Flat:
+        def synthetic_gradient(self, state, context=None, alive=None):
+            maps = tuple(s.view(-1, *shape) for s, shape in zip(state, Maps.shapes, strict=True))
+            return tuple(g.flatten(1) for g in critic.synthetic_gradient(maps, context, alive))
+
+    x, cores = torch.randn(7, 2, 1, 3, 3).double(), [Maps(True).double(), Maps(False).double()]
+    cores[1].load_state_dict(cores[0].state_dict())
+    first = torch.zeros(7, 2, dtype=torch.bool)
+    first[4, 1] = True
+    probe = torch.randn(7, 2, 1)
+    maps, flat = (
+        credit_horizon(core, lambda y: y.square().sum(-1), x, first=first, window=3, critic=asked, probe=probe)
+        for core, asked in zip(cores, (critic, Flat()), strict=True)
+    )
+    torch.testing.assert_close(dataclasses.asdict(maps), dataclasses.asdict(flat))
+    assert maps.delivered_norm[5] > 0.0
 
 
 def test_nothing_is_trained_and_no_grad_is_honoured(inputs):

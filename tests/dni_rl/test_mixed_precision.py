@@ -197,21 +197,95 @@ def test_interfaces_in_half_precision_learn_targets_in_full():
     assert critic.target_rms.dtype == torch.float32 and DOUBLE not in {p.grad.dtype for p in critic.parameters()}
 
 
-class Tiny(nn.Module):
+def tiny(*sizes):
     """A critic whose gradient is below the least number of float16, and which keeps what arrives."""
+    critic = dni_rl.GradientCritic(state_sizes=sizes, normalize_targets=False)
+    nn.init.constant_(critic.net[0].bias, 1e-9)
+    fit = critic.fit
+    critic.fit = lambda state, target, *rest: setattr(critic, "target", target[0]) or fit(state, target, *rest)
+    return critic
 
-    def synthetic_gradient(self, state, context=None):
-        return (torch.full(state[0].shape, 1e-9),)
 
-    def fit(self, state, target, context=None):
-        self.target = target[0]
-        zero = target[0].new_zeros(())
-        return dni_rl.CriticFit(*[zero] * 6)
+@HALF
+@kinds
+def test_a_critic_that_is_asked_under_autocast_answers_as_it_does_elsewhere(kind, dtype):
+    found = []
+    for enabled in (False, True):
+        _, critic, _, state = make(kind)
+        states = tuple(s.unsqueeze(0) for s in state)
+        window = dni_rl.Window(
+            states, states, valid=None, losses=state[0][:, :1].t(), first=None, end=state, alive=None, context=None
+        )
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            answers = [critic(state), critic.synthetic_gradient(state), critic.fit_window(window).as_dict()]
+            if kind is dni_rl.RecurrentGradientCritic:
+                answers.append(critic.remember(states[:-1], state[-1]))
+            elif critic.learns_gradients and not hasattr(critic, "value"):
+                answers.append(critic.fit(state, state).as_dict())
+            else:
+                answers.append(critic.value(state))
+        found.append((answers, dict(critic.named_buffers())))
+    exactly(*found)
+
+
+def test_cuts_of_levels_have_bootstraps_that_float16_would_lose():
+    core = dni_rl.MultiTimescaleCore(D, (H, 2), (1, 2))
+    critic, message_critic = tiny(*core.state_sizes), tiny(H)
+    with torch.autocast("cpu", torch.float16):
+        _, end, bootstraps = core.unroll_in_ticks(
+            torch.randn(T, B, D),
+            dni_rl.cut(core.initial_state(B)),
+            ticks=2,
+            critic=critic,
+            interface_critics=[message_critic],
+        )
+    for b in [b for _, _, part in end.cuts for b in part]:
+        exactly(b, torch.full_like(b, 1e-9, dtype=torch.float32))
+    (2.0**20 * bootstraps.sum()).backward()
+    assert core.levels[0].bias_ih.grad.any()
+
+
+def test_a_bootstrap_of_a_message_in_half_precision_keeps_the_scale_of_the_losses():
+    core = dni_rl.MultiTimescaleCore(D, (H, 2), (1, 2)).bfloat16()
+    critic = tiny(H)
+    nn.init.constant_(critic.net[0].bias, 1e-44)  # below the least number of bfloat16
+    x = torch.randn(T, B, D, dtype=torch.bfloat16)
+    _, _, bootstraps = core.unroll_in_ticks(x, dni_rl.cut(core.initial_state(B)), ticks=T, interface_critics=[critic])
+    assert bootstraps.dtype == torch.float32
+    (2.0**100 * bootstraps.sum()).backward()
+    assert core.levels[0].bias_ih.grad.any()
+
+
+def test_later_synthetic_gradients_under_autocast_are_not_lost():
+    core = dni_rl.GRU(D, H)
+    _, end = core.unroll(torch.randn(T, 2 * B, D), core.initial_state(2 * B))
+    with torch.autocast("cpu", torch.float16):
+        (target,), valid = dni_rl.later_synthetic_gradients(tiny(H), end, 2)
+    exactly(target[valid], torch.full_like(target[valid], 1e-9, dtype=torch.float32))
+
+
+def test_layers_that_update_themselves_ask_their_critics_in_full_precision():
+    layers, critic = [nn.Linear(D, H), nn.Linear(H, 1)], tiny(H)
+    optimizers = [torch.optim.SGD(layer.parameters(), 0.1) for layer in layers]
+    net = dni_rl.DecoupledSequential(layers, [critic], optimizers, [None])
+    with torch.autocast("cpu", torch.float16):
+        report = net.update(torch.randn(B, D), lambda y: 1e-3 * y.float().square().sum(-1))
+    torch.testing.assert_close(report.fits[0].predicted_norm, torch.tensor(1e-9 * H**0.5), rtol=1e-3, atol=0.0)
+
+
+def test_the_sensitivity_advances_in_full_precision():
+    torch.manual_seed(0)
+    core, x, found = dni_rl.ElementwiseLSTM(D, H), torch.randn(T, B, D), []
+    for enabled in (False, True):
+        _, end = core.unroll(x.half().float(), core.initial_state(B))
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            found.append(core.advance(core.initial_sensitivity(B), x.half() if enabled else x.half().float(), end))
+    exactly((found[0].h, found[0].c), (found[1].h, found[1].c))
 
 
 def test_a_scale_saves_what_crosses_interfaces_from_vanishing_in_float16():
     torch.manual_seed(0)
-    layer, critic, scaler = nn.Linear(D, H), Tiny(), scaler_of(2.0**24)
+    layer, critic, scaler = nn.Linear(D, H), tiny(H), scaler_of(2.0**24)
     interface, x = dni_rl.Interface(critic), torch.randn(B, D)
     with torch.autocast("cpu", torch.float16), dni_rl.DecoupledPass(weight=1.0, scaler=scaler):
         h = interface(layer(x))

@@ -101,6 +101,39 @@ def test_the_memory_has_the_precision_of_the_state(dtype):
 # Learning -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_was_not_finite_is_forgotten_with_its_episode(dense):
+    """One observation breaks one sequence; the update is thrown away, and after a reset nothing is left of it."""
+    results = []
+    for broken in (True, False):
+        watched, critic, inputs, state = problem(dense_targets=dense, normalize_targets=False)
+        if broken:
+            inputs[1, 1] = torch.nan
+        _, end, _ = run(watched, critic, inputs[:3], state)
+        assert broken != bool(end[-1][1].isfinite().all()), "the memory has read it"
+        watched.zero_grad(), critic.zero_grad()
+        report, end, _ = run(watched, critic, inputs[3:], end, resets(3, (0, 1)))
+        results.append((tuple(end), [p.grad for p in (*critic.parameters(), *watched.parameters())], report.as_dict()))
+    assert all(g.isfinite().all() for g in results[0][1])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_row_that_does_not_count_may_hold_anything(dense):
+    results = []
+    for broken in (True, False):
+        watched, critic, inputs, state = problem(dense_targets=dense)
+        if broken:  # sequence 1 ended before; what is left of it is cleared in step 1
+            for s in state:
+                s[1] = torch.nan
+        alive = torch.ones(T + 1, B)
+        alive[0, 1] = 0.0
+        run(watched, critic, inputs, state, resets(T, (1, 1)), alive=alive)
+        results.append([p.grad for p in critic.parameters()])
+    assert all(g.isfinite().all() for g in results[0])
+    assert_same(*results)
+
+
 @contexts
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_recurrent_net_is_trained_through_the_window(context_size, dense):
@@ -213,7 +246,7 @@ def test_the_slow_copy_writes_the_memory_and_bootstraps():
     _, end = watched.unroll(inputs, state)
     other = copy.deepcopy(critic)
     other.net.load_state_dict(critic.slow_net.state_dict())
-    other.slow_net = None
+    other.slow_net = other.slow_copy_rate = None
     _, expected = other.watch(watched.core).unroll(inputs, state)
     assert_same(tuple(end), tuple(expected))
     assert_same(critic.synthetic_gradient(tuple(end)), other.synthetic_gradient(tuple(end)))
@@ -317,6 +350,15 @@ def test_wrong_settings_and_cores_are_refused():
     critic = dni_rl.RecurrentGradientCritic(state_sizes=(3,))
     with pytest.raises(ValueError, match=r"core: found state_sizes \(4, 4\), but the critic was built for \(3,\)"):
         critic.watch(dni_rl.LSTM(D, 4))
+
+
+def test_a_core_of_feature_maps_is_refused():
+    class Maps(dni_rl.GRU):
+        state_shapes = ((1, 2, 2),)
+
+    critic = dni_rl.RecurrentGradientCritic(state_sizes=(4,))
+    with pytest.raises(ValueError, match=r"core: found state_shapes \(\(1, 2, 2\),\), allowed vectors"):
+        critic.watch(Maps(D, 4))
 
 
 def test_a_core_that_records_nothing_is_refused():

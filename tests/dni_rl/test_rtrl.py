@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 
@@ -112,6 +114,49 @@ def test_reset_at_an_episode_start(core, inputs, first):
     fresh = core.advance(core.initial_sensitivity(B), inputs[10:], end)
     assert carried.h[1].equal(fresh.h[1]) and carried.c[2].equal(fresh.c[2])  # reset at 10 and 15
     assert not carried.h[0].equal(fresh.h[0])
+
+
+def test_what_was_not_finite_is_forgotten_with_its_episode(core, inputs, first):
+    """One observation breaks one sequence; the update is thrown away, and after a reset nothing is left of it."""
+    results = []
+    for broken in (True, False):
+        x = inputs.clone()
+        x[5 if broken else [], 1] = (
+            torch.nan
+        )  # a step later its episode starts anew, inside the first window or right behind it
+        for length in (6, 7):
+            state, sensitivity = core.initial_state(B), core.initial_sensitivity(B)
+            for window in (slice(0, length), slice(length, T)):
+                state = dni_rl.cut(state)
+                outputs, end = core.unroll(x[window], core.attach(state, sensitivity), first[window])
+                core.zero_grad()
+                dni_rl.backward(losses_of(outputs), start=state, end=end)
+                sensitivity = core.advance(sensitivity, x[window], end)
+                state = end
+            results.append((gradients_of(core), sensitivity.h, sensitivity.c))
+    assert all(values.isfinite().all() for values in results[0] + results[1])
+    torch.testing.assert_close(results[:2], results[2:])
+
+
+def test_a_sensitivity_survives_a_file(core, inputs, first):
+    _, end = core.unroll(inputs, core.initial_state(B), first)
+    sensitivity, file = core.advance(core.initial_sensitivity(B), inputs, end), io.BytesIO()
+    torch.save({"sensitivity": sensitivity}, file)
+    file.seek(0)
+    loaded = torch.load(file)["sensitivity"]  # as it is called by default: weights_only=True
+    assert isinstance(loaded, Sensitivity) and loaded.h.equal(sensitivity.h) and loaded.c.equal(sensitivity.c)
+
+
+def test_parameters_that_have_changed_are_noticed(core, inputs, first):
+    sensitivity = core.initial_sensitivity(B)
+    _, end = core.unroll(inputs, core.initial_state(B), first)
+    core.advance(sensitivity, inputs, end)
+    with torch.no_grad():
+        core.bias.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"its parameters changed in place .*; call it before the optimiser's step"):
+        core.advance(sensitivity, inputs, end)
+    _, end = core.unroll(inputs, core.initial_state(B), first)
+    core.advance(sensitivity, inputs, end)
 
 
 def test_inputs_receive_the_gradient_of_the_window(core, inputs, first):

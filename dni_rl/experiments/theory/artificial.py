@@ -77,7 +77,7 @@ class SigmoidGradientCritic(GradientRegression):
 
     def __init__(self, state_size: int):
         super().__init__(state_sizes=(state_size,), context_size=1)
-        self._set_net(_SigmoidForm(state_size))
+        self.set_net(_SigmoidForm(state_size))
 
     def _gradient(self, net: nn.Module, joined: Tensor, context: Tensor | None) -> Tensor:
         self._check_context(joined, context)

@@ -1,0 +1,20 @@
+"""What stays in full precision where a model runs under autocast: gradients, their predictions, and statistics of them."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def out_of_half(values: Tensor) -> Tensor:
+    """In float32 if they were in half precision, otherwise as they are."""
+    return values.float() if values.dtype in HALF_PRECISION else values
+
+
+def out_of_autocast(device: torch.device) -> AbstractContextManager:
+    """While it lasts, there is no autocast on this kind of device."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
