@@ -7,10 +7,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train experiments test test-slow test-extras clean
+.PHONY: help install train experiments test test-slow test-extras clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## the virtual environment .venv, with pinned versions; every target below does it first
 
 train: $(STAMP)  ## train a decoupled and a plain agent on a memory task, and print both in a table
 	$(BIN)/python scripts/demo.py

@@ -25,7 +25,7 @@ from agents.learner import COSINE, Learner
 from agents.metrics import MetricsWriter
 from agents.parallel import ALONE, SilentWriter, Workers
 from agents.rollout import Actor
-from dni_rl.critics import explained_variance
+from dni_rl.critics import explained_variance, norm_ratio
 
 _log = logging.getLogger(__name__)
 
@@ -385,7 +385,7 @@ def _with_ratios(means: dict[str, Any]) -> dict[str, Any]:
         shown[f"{group}/explained_variance"] = explained_variance(error, variance)
     if "sg/predicted_norm" in shown:
         predicted, target = torch.as_tensor(shown.pop("sg/predicted_norm")), torch.as_tensor(shown["sg/target_norm"])
-        shown["sg/norm_ratio"] = torch.where(target > 0, predicted / target, torch.nan)
+        shown["sg/norm_ratio"] = norm_ratio(predicted, target)
     return shown
 
 

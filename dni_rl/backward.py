@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
-from dni_rl.critics import CriticFit, ErrorCritic, Window
+from dni_rl.critics import CriticFit, ErrorCritic, Window, norm_ratio
 from dni_rl.precision import HALF_PRECISION, out_of_autocast
 from dni_rl.targets import check_alive, check_weight, per_sequence, scaled_weight
 
@@ -267,7 +267,7 @@ def report_of(fit: CriticFit, synthetic_norm: Tensor) -> Report:
         predicted_norm=fit.predicted_norm,
         target_norm=fit.target_norm,
         synthetic_norm=synthetic_norm,
-        norm_ratio=torch.where(fit.target_norm > 0, fit.predicted_norm / fit.target_norm, torch.nan),
+        norm_ratio=norm_ratio(fit.predicted_norm, fit.target_norm),
         error=fit.error,
         target_variance=fit.target_variance,
     )

@@ -62,6 +62,11 @@ def explained_variance(error: Tensor, variance: Tensor) -> Tensor:
     return torch.where(variance > 0, 1.0 - error / variance, torch.nan)
 
 
+def norm_ratio(predicted: Tensor, target: Tensor) -> Tensor:
+    """predicted / target of mean norms, NaN where there is no target; of several windows it is that of the means of both."""
+    return torch.where(target > 0, predicted / target, torch.nan)
+
+
 @dataclass(frozen=True, slots=True)
 class CriticFit:
     """How well a critic met its targets; scalars without gradient except `loss`.

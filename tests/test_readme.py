@@ -1,6 +1,11 @@
-"""What the README says to run, runs, what its snippets train moves, and what documents point at is there."""
+"""The README's snippet trains, its commands and files exist, its tables say what the results say, and links lead somewhere."""
 
+import json
 import re
+import runpy
+import shlex
+import sys
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,9 +52,127 @@ def test_its_training_commands_parse():
         assert resume is None and config.algorithm.bptt_horizon == 8
 
 
+def commands(program):
+    """Arguments of every command of the README's blocks that begins with this."""
+    blocks = "".join(README.split("```")[1::2])
+    found = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.startswith(program)]
+    assert found, program
+    return [words[len(program.split()) :] for words in found]
+
+
+def test_its_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for words in commands("make"):
+        assert re.search(rf"^{words[0]}:", makefile, re.M), words
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "compare", "experiments run", "experiments report"])
+def test_the_options_of_its_commands_exist(script, monkeypatch, capsys):
+    file, *subcommand = script.split()
+    monkeypatch.setattr(sys, "argv", [f"{file}.py", *subcommand, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts" / f"{file}.py"), run_name="__main__")
+    known = set(re.findall(r"--[\w.]+(?:-\w+)*", capsys.readouterr().out))
+    for words in commands(" ".join([f".venv/bin/python scripts/{file}.py", *subcommand])):
+        assert {word for word in words if word.startswith("--")} <= known, words
+
+
+def test_every_extra_that_it_installs_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"\.\[([\w,]+)\]", README))))
+    assert {"agents", "bsuite"} <= named <= set(extras)
+
+
 def test_every_file_it_names_exists():
-    for name in set(re.findall(r"`((?:configs|scripts|envs|agents|dni_rl|docs)/[\w/.]+)`", README)):
-        assert (ROOT / name).exists(), name
+    names = set(re.findall(r"(?<![\w/.])((?:configs|scripts|envs|agents|dni_rl|docs)/[\w/.]+)", README))
+    assert len(names) > 20
+    for name in names:
+        path = ROOT / name.rstrip(".")
+        assert path.exists() or path.with_suffix(".md").exists(), name  # reports are named without their suffix
+
+
+def rows_of(title):
+    """Cells of the README's table whose header begins so, by the first of each row."""
+    lines = README[README.index(f"| {title} |") :].split("\n\n")[0].splitlines()
+    return {cells[0]: cells[1:] for line in lines[2:] for cells in [[c.strip() for c in line.strip("| ").split("|")]]}
+
+
+def finished(page, method, task):
+    content = json.loads((ROOT / f"docs/results/{page}.json").read_text(encoding="utf-8"))
+    ends = [row["end"] for row in content["rows"] if (row["method"], row["task"]) == (method, task) and row["finished"]]
+    (summary,) = [row for row in content["summary"] if row["method"] == method]
+    return ends, summary["tasks"].get(task)
+
+
+def test_its_table_of_the_maze_counts_the_seeds_of_the_results():
+    methods = {
+        "critic with privileged context, window 8": ("tmaze", "conditioned critic, window 8"),
+        "the same, small updates (privileged)": ("tmaze", "conditioned critic, window 8, small updates"),
+        "critic with past observations, nothing privileged, window 8": (
+            "tmaze",
+            "critic with past observations, window 8",
+        ),
+        "the same, small updates (past)": ("tmaze", "critic with past observations, window 8, small updates"),
+        "critic of the core's state alone, window 8": ("tmaze", "critic without context, window 8"),
+        "the same, small updates (state)": ("tmaze", "critic without context, window 8, small updates"),
+        "plain truncated BPTT, window 8": ("tmaze", "plain truncated BPTT, window 8"),
+        "BPTT, window 64, at corridor 80 128": ("tmaze", "long BPTT"),
+        "full BPTT, windows of six episodes": ("tmaze", "full BPTT"),
+        "BPTT, windows of 64, 128 and 256, small updates": ("tmaze", "long BPTT, small updates"),
+        "element-wise LSTM, exact RTRL": ("methods", "element-wise LSTM, exact RTRL"),
+        "two levels of 1 and 8 steps, window of 8 ticks, critic without context": (
+            "methods",
+            "two levels, window 8 ticks, error critic",
+        ),
+        "BP(lambda), LSTM of 16, window 1": ("methods", "BP(lambda), window 1"),
+    }
+    table = rows_of("method | corridor 20 | corridor 40 | corridor 80 | corridor 160")
+    assert set(table) == set(methods)
+    for name, cells in table.items():
+        for task, cell in zip((20, 40, 80, 160), cells, strict=True):
+            ends, _ = finished(*methods[name], f"corridor {task}")
+            assert cell == (f"{sum(end >= 0.95 for end in ends)} of {len(ends)}" if ends else "-"), (name, task)
+
+
+@pytest.mark.parametrize(
+    ("header", "pages", "methods"),
+    [
+        (
+            "method | 10 to 20 steps | 20 to 40 | 40 to 80",
+            [("variable", "corridor 10 to 20"), ("variable", "corridor 20 to 40"), ("variable", "corridor 40 to 80")],
+            {
+                "critic with privileged context, window 8": "conditioned critic, window 8",
+                "critic with past observations, window 8": "critic with past observations, window 8",
+                "plain truncated BPTT, window 8": "plain truncated BPTT, window 8",
+                "BPTT, window 64, small updates": "long BPTT, small updates",
+            },
+        ),
+        (
+            "method | KeyToDoor, two doors | MultiRoomKeyDoor, up to four rooms | bsuite memory_len 100",
+            [
+                ("gridworlds", "KeyToDoor, two doors, 55 steps"),
+                ("gridworlds", "MultiRoomKeyDoor, 2 to 4 rooms"),
+                ("bsuite", "memory_len 100"),
+            ],
+            {
+                "critic with privileged context": "conditioned critic, window {}",
+                "critic with past observations, nothing privileged": "critic with past observations, window {}",
+                "plain truncated BPTT": "plain truncated BPTT, window {}",
+                "long BPTT, window 64 or 128": "long BPTT",
+                "full BPTT, window 128": "full BPTT",
+            },
+        ),
+    ],
+)
+def test_its_tables_of_means_are_those_of_the_results(header, pages, methods):
+    table = rows_of(header)
+    table.pop("window", None)
+    assert set(table) == set(methods)
+    for name, cells in table.items():
+        for (page, task), cell in zip(pages, cells, strict=True):
+            if cell != "not run":
+                end = finished(page, methods[name].format(4 if page == "bsuite" else 8), task)[1]["end"]
+                assert cell == f"{end['value']:.2f} [{end['low']:.2f}, {end['high']:.2f}]", (name, task)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
