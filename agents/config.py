@@ -99,7 +99,7 @@ class EnvConfig(_Section):
     section: ClassVar[str] = "env"
 
     id: Text = "PassiveTMaze"
-    """Name of the environment, as `envs` registers it."""
+    """Name of the environment: a gridworld of this project, an id of ALE, MiniGrid, bsuite, POPGym or gymnasium, or module:Name."""
     num_envs: PositiveCount = 64
     """Environments stepped side by side: the batch size B. Under torchrun those of each process."""
     kwargs: dict[str, Any] = field(default_factory=dict)

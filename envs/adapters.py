@@ -16,6 +16,7 @@ No adapter is resumable: neither interface can save an environment's state, and 
 import dataclasses
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.arguments import built_with, refuse, require, require_flag
+from envs.arguments import built_with, callable_of, import_named, is_number, refuse, require, require_flag
 from envs.minigrid import (
     MINIGRID_PREFIXES,
     MINIGRID_SCALE,
@@ -385,6 +386,7 @@ def gymnasium_vector(
     device: str | torch.device = "cpu",
     vectorization: str = "sync",
     context: "str | Callable[[gymnasium.Env], np.ndarray] | None" = None,
+    success_reward: float | None = None,
     view_size: int | None = None,
     encoding: str | None = None,
     ignore_mission: bool = False,
@@ -403,7 +405,9 @@ def gymnasium_vector(
         device: of the TimeSteps.
         vectorization: "sync" steps them in this process, "async" each in a process of its own, which pays where
             a step takes much longer than the exchange of its observation (about 0.1 ms).
-        context: a function of the environment, or "grid" for `minigrid_context`; with "sync" only.
+        context: privileged state for error critics: a function of the environment, which gives [Z] numbers, or its place as
+            "module:function", or "grid" for `minigrid_context`; with "sync" only.
+        success_reward: an episode counts as a success when its undiscounted return is at least this; None where that says nothing.
         view_size: MiniGrid's view, cells to a side, odd; 7 unless given.
         encoding: of MiniGrid's view: "one_hot" (the default) or "symbolic", the small integers themselves.
         ignore_mission: take a MiniGrid environment whose mission differs between episodes, though the policy cannot
@@ -447,8 +451,17 @@ def gymnasium_vector(
                 "view_size, encoding, ignore_mission and context='grid' are for MiniGrid, and "
                 f"{_env_name(probe)} is not one of its environments"
             )
+        if isinstance(context, str) and ":" in context:
+            context = callable_of(*import_named(context))
         is_known = context is None or callable(context) or context == "grid"
-        require("context", context, is_known, "'grid' with MiniGrid, a function of the environment, or None")
+        require(
+            "context",
+            context,
+            is_known,
+            "'grid' with MiniGrid, 'module:function', a function of the environment, or None",
+        )
+        is_bar = success_reward is None or is_number(success_reward, -math.inf, math.inf)
+        require("success_reward", success_reward, is_bar, "a number, or None")
     finally:
         probe.close()
     if vectorization == "async":
@@ -463,6 +476,7 @@ def gymnasium_vector(
         built = GymnasiumEnvs(envs, seed=seed, device=device, encoder=encoder, context=context_function)
     if encoding == "symbolic":
         built.spec = dataclasses.replace(built.spec, observation_scale=MINIGRID_SCALE)
+    built.spec = dataclasses.replace(built.spec, success_reward=success_reward)
     return built
 
 

@@ -4,8 +4,11 @@ Every refusal is an `ArgumentError`, in one line that starts with the argument's
 `built_with` around somebody else's constructor, which knows best what it takes.
 """
 
+import difflib
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -51,6 +54,42 @@ def is_integer(value: object, low: int, high: int | None = None) -> bool:
 def is_number(value: object, low: float, high: float) -> bool:
     """Whether it is an int or a float in [low, high], and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def import_named(text: str) -> tuple[ModuleType, str]:
+    """The module of "package.module:name", imported, and the name.
+
+    Raises:
+        ValueError: if there is no such module; one that is there and lacks one of its own imports tells so itself.
+    """
+    module_name, _, name = text.partition(":")
+    if not module_name or module_name.startswith("."):  # relative to what?
+        raise ValueError(
+            f"{text}: found the module name {module_name!r}; allowed a full one, as in package.module:Name; write it out"
+        )
+    try:
+        return importlib.import_module(module_name), name
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"{text}: there is no module {module_name!r}; is its folder on PYTHONPATH?") from error
+
+
+def callable_of(module: ModuleType, name: str) -> Callable[..., Any]:
+    """A class or function of a module.
+
+    Raises:
+        ValueError: if it has none of this name; names the nearest.
+    """
+    if not hasattr(module, name):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        nearest = difflib.get_close_matches(name, public, n=1, cutoff=0.0)
+        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+        raise ValueError(f"{module.__name__}:{name}: module {module.__name__!r} has no {name!r}{hint}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise ValueError(f"{module.__name__}:{name}: expected a class or a function, got {type(found).__name__}")
+    return found
 
 
 def built_with(build: Callable[..., T], arguments: Mapping[str, Any], owner: str) -> T:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from envs.arguments import built_with
+from envs.arguments import built_with, callable_of, import_named
 from envs.minigrid import MINIGRID_PREFIXES
 from envs.timestep import Environment
 
@@ -41,6 +41,7 @@ _OUR_ARGUMENTS = {"self", "num_envs", "seed", "device"}
 _GYMNASIUM_OPTIONS = (
     "vectorization",
     "context",
+    "success_reward",
     "view_size",
     "encoding",
     "ignore_mission",
@@ -134,7 +135,7 @@ def _make_gymnasium(
         return make_popgym(env_id, num_envs, seed=seed, device=device, **kwargs)
     _check_arguments(env_id, kwargs, None if names is None else names.union(_GYMNASIUM_OPTIONS))
     env = gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
-    if env_id.startswith(MINIGRID_PREFIXES):
+    if env_id.startswith(MINIGRID_PREFIXES) and env.spec.success_reward is None:
         env.spec = dataclasses.replace(env.spec, success_reward=_MINIGRID_SUCCESS)
     return env
 
@@ -142,29 +143,11 @@ def _make_gymnasium(
 def _make_imported(
     env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
 ) -> Environment:
-    module_name, _, name = env_id.partition(":")
-    if not module_name or module_name.startswith("."):  # relative to what?
-        raise ValueError(
-            f"{env_id}: found the module name {module_name!r}; allowed a full one, as in package.module:Name; write it out"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that is there and lacks one of its own imports tells so itself.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"{env_id}: there is no module {module_name!r}; is its folder on PYTHONPATH?") from error
-    if not hasattr(module, name):
-        gymnasium = sys.modules.get("gymnasium")
-        if gymnasium is not None and name in gymnasium.registry:
-            return _make_gymnasium(name, num_envs, seed, device, kwargs)
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        nearest = difflib.get_close_matches(name, public, n=1, cutoff=0.0)
-        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
-        raise ValueError(f"{env_id}: module {module_name!r} has no {name!r}{hint}")
-    target = getattr(module, name)
-    if not callable(target):
-        raise ValueError(f"{env_id}: expected a class or a function, got {type(target).__name__}")
+    module, name = import_named(env_id)
+    gymnasium = sys.modules.get("gymnasium")
+    if not hasattr(module, name) and gymnasium is not None and name in gymnasium.registry:
+        return _make_gymnasium(name, num_envs, seed, device, kwargs)
+    target = callable_of(module, name)
     if _is_subclass(target, "gymnasium", "Env"):
         return _make_imported_gymnasium(env_id, target, num_envs, seed, device, kwargs)
     from envs.adapters import DmEnvs, GymnasiumVector

@@ -39,6 +39,10 @@ THEIRS = """
             return np.zeros(2, np.float32), self.speed, False, False, {}
 
 
+    def hidden(env):
+        return np.array([7.0 * env.unwrapped.speed])
+
+
     class Vector(gymnasium.vector.SyncVectorEnv):
         def __init__(self, num_envs, speed=1.0):
             super().__init__([lambda: Gym(speed)] * num_envs)
@@ -171,6 +175,17 @@ def test_environments_of_our_protocol_need_no_adapter(name):
     env = make(f"their_envs:{name}", num_envs=3, seed=8, speed=2.5)
     assert type(env).__name__ == "Ours" and env.seed == 8
     assert env.step(torch.tensor([0, 1, 0])).reward.tolist() == [2.5] * 3
+
+
+@pytest.mark.usefixtures("theirs")
+def test_context_and_success_of_an_environment_of_a_module_are_settings():
+    env = make("their_envs:Gym", num_envs=2, seed=0, context="their_envs:hidden", success_reward=1.5)
+    assert env.spec.context_size == 1 and env.spec.success_reward == 1.5
+    assert env.reset().context.tolist() == [[7.0], [7.0]]
+    with pytest.raises(ValueError, match="module 'their_envs' has no 'hiden'; the nearest is 'hidden'"):
+        make("their_envs:Gym", num_envs=2, seed=0, context="their_envs:hiden")
+    with pytest.raises(ValueError, match="success_reward: found 'much'; allowed a number, or None"):
+        make("their_envs:Gym", num_envs=2, seed=0, success_reward="much")
 
 
 @pytest.mark.usefixtures("theirs")
