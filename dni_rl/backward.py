@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ def backward(
 
     Args:
         losses: [T, B], one loss per step and sequence, not reduced; multiply by 0 what must not count.
-        start: the window's first state, from `cut`; what `end` was unrolled from, or targets there are zero.
+        start: the window's first state, from `cut`; the very tensors that `end` was unrolled from, or targets there are zero. Where the
+            critic learns at the start alone, and where its bound is measured, that is noticed, and refused or warned of.
         end: the state after the window, from `core.unroll`. If the core recorded the window's history, and the critic wants dense
             targets, it learns at every step, otherwise at the start alone. A plain tuple has no history, nor tells whether an
             episode's first step clears the start: the critic is then taught target 0 there, unless the first row of an `alive`
@@ -157,8 +158,8 @@ def backward(
     Raises:
         ValueError: if shapes disagree, losses are reduced, in half precision or not those of the window that the core recorded, or
             the weight is not one positive number; if the critic is not in the states' precision and on their device.
-        RuntimeError: if `start` is not from `cut`, gradients are switched off, `end` does not depend on the graph, or the core did
-            not record the steps at which the critic learns.
+        RuntimeError: if `start` is not from `cut`, or a second cut of the state that the window was unrolled from; if gradients are
+            switched off, `end` does not depend on the graph, or the core did not record the steps at which the critic learns.
     """
     T, B = _check(losses, start, end, critic, alive, context, weight, fit)
     if weight is None:
@@ -200,8 +201,10 @@ def _bootstrap_and_fit(
                 torch.ones_like(losses) * weight,  # the scale at which half precision does not lose it
                 retain_graph=True,
                 allow_unused=True,
-                materialize_grads=True,
             )
+        if all(g is None for g in from_losses):
+            look_for_start(losses, start, end, stacklevel=5)
+        from_losses = tuple(torch.zeros_like(s) if g is None else g for g, s in zip(from_losses, start, strict=True))
         critic.observe_window(per_sequence(from_losses, weight), stands_for)
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
@@ -213,10 +216,12 @@ def _bootstrap_and_fit(
     dense = fit and history is not None and critic.dense_targets
     # A hook costs time, so there is none where nothing is learned at the start alone.
     with (
-        gradients_of(start if fit and not dense else ()) as at_start,
+        gradients_of(start if fit and not dense else ()) as (at_start, reached),
         nullcontext() if history is None or dense else history.unwatched(),
     ):
         torch.autograd.backward(*surrogate(losses, end, synthetic, weight))
+    if fit and not dense and not reached:
+        look_for_start(losses, start, end, stacklevel=5)
     with torch.no_grad():
         synthetic_norm = torch.cat([b.flatten(1) for b in synthetic], dim=1).norm(dim=1).mean()
     if not fit:
@@ -309,24 +314,28 @@ def _mixed_gradients(
     with history.mixing(critic.target_lambda, tuple((g * weight).unflatten(0, (T, B)) for g in b)):
         roots, vectors = surrogate(losses, end, synthetic, weight)
         leaves = [*start, *getattr(end, "leaves", ())]
-        torch.autograd.grad(roots, leaves, vectors, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(roots, leaves, vectors, retain_graph=True, allow_unused=True)
+        if all(g is None for g in found):
+            look_for_start(losses, start, end, stacklevel=6)
     gradients = history.gradients
     history.clear()
     return gradients
 
 
 @contextmanager
-def gradients_of(leaves: State) -> Iterator[list[Tensor]]:
-    """Collects what one backward pass sends to `leaves`, whatever their `.grad` held before."""
+def gradients_of(leaves: State) -> Iterator[tuple[list[Tensor], set[int]]]:
+    """Collects what one backward pass sends to `leaves`, whatever their `.grad` held before, and which of them it comes to."""
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    reached: set[int] = set()
 
     def record(i: int, gradient: Tensor | None) -> None:
+        reached.add(i)
         if gradient is not None:  # autograd's undefined gradient is zero
             gradients[i] = gradient
 
     handles = [leaf.register_hook(partial(record, i)) for i, leaf in enumerate(leaves)]
     try:
-        yield gradients
+        yield gradients, reached
     finally:
         for handle in handles:
             handle.remove()
@@ -338,6 +347,45 @@ def check_start(start: State) -> None:
         raise RuntimeError(
             "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
         )
+
+
+def look_for_start(losses: Tensor, start: State, end: State, stacklevel: int) -> None:
+    """Says so where neither losses nor end come from `start`, to which a backward pass has sent nothing.
+
+    It walks the whole graph, so call it in that case alone. A core without memory, or a loop that puts another state in the place of the
+    first one, is no mistake, and only warned of; a graph that ends in another leaf over the same memory was unrolled from another cut.
+
+    Raises:
+        RuntimeError: if the window was unrolled from another cut of the same state.
+    """
+    leaves = _leaves_behind((losses, *end))
+    if any(leaf is s for leaf in leaves for s in start):
+        return  # what comes back is zero, or undefined, for reasons of the core's own
+    message = "start: no loss depends on it; unroll the core from the very tensors that `dni_rl.cut` returned"
+    others = {(leaf.data_ptr(), leaf.shape) for leaf in leaves if not isinstance(leaf, torch.nn.Parameter)}
+    if any(s.numel() and (s.data_ptr(), s.shape) in others for s in start):
+        raise RuntimeError(message)
+    warnings.warn(
+        f"{message}. What the critic learns there is 0, and so is what its bound is measured by; ignore it if the core has no memory, "
+        "or if your loop replaces the state at its first step",
+        stacklevel=stacklevel,
+    )
+
+
+def _leaves_behind(roots: State) -> list[Tensor]:
+    """All leaves that gradients of the roots would come to."""
+    leaves = [root for root in roots if root.is_leaf and root.requires_grad]
+    seen: set[Any] = set()
+    nodes: list[Any] = [root.grad_fn for root in roots]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):  # of nodes that accumulate into a leaf
+            leaves.append(leaf)
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _check(

@@ -9,7 +9,7 @@ costs state times critic parameters.
 import torch
 from torch import Tensor
 
-from dni_rl.backward import Report, check_start, gradients_of, in_own_precision, report_of, surrogate
+from dni_rl.backward import Report, check_start, gradients_of, in_own_precision, look_for_start, report_of, surrogate
 from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.critics import GradientCritic
 from dni_rl.precision import out_of_half
@@ -125,8 +125,10 @@ def bp_lambda_backward(
     if jacobian is None:
         jacobian = _jacobian(end, start)
     synthetic = critic.synthetic_gradient(after, z_after, alive)
-    with gradients_of(start) as arrived:
+    with gradients_of(start) as (arrived, reached):
         torch.autograd.backward(*surrogate(losses, end, synthetic, weight))
+    if not reached:
+        look_for_start(losses, start, end, stacklevel=4)
 
     with torch.no_grad():
         target = torch.cat(per_sequence(tuple(arrived), weight), dim=-1)  # [B, S]

@@ -169,7 +169,8 @@ class DecoupledPass:
     Args:
         weight: multiplies one example's loss in what the caller differentiates; by default 1 / len(h) at each interface, the mean
             over the batch. Above 0; of a tensor on an accelerator this is not checked, since it would have to wait.
-        context: [B, Z] given to every interface whose critic has a `context_size`, unless it is called with its own.
+        context: [B, Z] given to every interface whose critic has a `context_size`, unless it is called with its own. Where none of the
+            critics has one it is an error.
         scaler: of mixed precision with float16. What is sent below and the critics' `.grad` are then multiplied by its scale, and all
             optimisers are stepped through it; targets and predictions are not, whatever the scale was before. Update it after the
             block, not inside.
@@ -178,7 +179,7 @@ class DecoupledPass:
         fits: after the block, for each interface that was crossed, how well its critic met the gradients that arrived.
 
     Raises:
-        ValueError: if the weight is not one positive number.
+        ValueError: if the weight is not one positive number; on leaving, if there is a context and no critic that takes one.
         RuntimeError: on leaving, if no gradient arrived at an interface, a gradient sent was zeroed before it was used, or an
             activation was modified in place; on entering for the second time.
     """
@@ -231,6 +232,8 @@ class DecoupledPass:
                 "DecoupledPass: no gradient arrived at an interface; call loss.backward() inside the block, and use "
                 "what every interface returns"
             )
+        if self._context is not None:
+            _check_context_is_taken([interface.critic for interface in crossings])
         for interface, crossed in crossings.items():
             self.fits[interface] = _fit(interface, crossed, self._scaler)
 
@@ -307,6 +310,14 @@ class _Sent:
 
 def _takes_context(critic: InterfaceCritic | nn.Module) -> bool:
     return getattr(critic, "context_size", 0) > 0
+
+
+def _check_context_is_taken(critics: Sequence[InterfaceCritic | nn.Module | None]) -> None:
+    """Raises ValueError if there are critics and none takes the context that was given: they would learn without it, in silence."""
+    if any(c is not None for c in critics) and not any(c is not None and _takes_context(c) for c in critics):
+        raise ValueError(
+            "context: found one, allowed None where every critic has context_size=0; build critics with context_size=Z, or leave it out"
+        )
 
 
 def _check_critic(critic: InterfaceCritic | nn.Module | None) -> None:
@@ -454,15 +465,18 @@ class DecoupledSequential(nn.Module):
         Args:
             x: [B, ...], the input of the net.
             losses_of: maps the last layer's output [B, ...] to losses [B], one per example, not reduced.
-            context: [B, Z] for the critics that have a `context_size`, for example one-hot labels.
+            context: [B, Z] for the critics that have a `context_size`, for example one-hot labels. Where there are critics and none has
+                one it is an error.
 
         Returns:
             What happened. Nothing in it carries gradient.
 
         Raises:
-            ValueError: if losses are reduced, or a critic refuses its shapes.
+            ValueError: if losses are reduced, a critic refuses its shapes, or there is a context that no critic takes.
             RuntimeError: if gradients are switched off.
         """
+        if context is not None:
+            _check_context_is_taken([c for c, there in zip(self.critics, self._has_critic, strict=True) if there])
         if not torch.is_grad_enabled():
             raise RuntimeError("update: gradients are switched off here; call it outside of torch.no_grad()")
         activations = self._forward_pass(x, context)

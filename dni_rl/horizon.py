@@ -71,6 +71,7 @@ class CreditHorizon:
         } | ({} if expected is None else {f"{prefix}expected_horizon": expected})
 
 
+@torch.enable_grad()  # what autograd is asked below would be zeros without a word under torch.no_grad()
 def credit_horizon(
     core: Core,
     loss_fn: Callable[[Tensor], Tensor],
@@ -180,9 +181,16 @@ def credit_horizon(
         The curves, float64, on the device of the losses, without synchronising with it.
 
     Raises:
-        ValueError: if a shape, time or count is out of range, or window, critic and unroll do not go together.
-        RuntimeError: if the core records no history.
+        ValueError: if a shape, time or count is out of range, window, critic and unroll do not go together, or `core` is a module that
+            was not wrapped.
+        RuntimeError: if the core records no history, or under `torch.inference_mode()`; `torch.no_grad()` makes no difference.
     """
+    if not hasattr(core, "unroll"):
+        raise ValueError(f"core: found {type(core).__name__} without `unroll`, allowed a core; use dni_rl.wrap(module)")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "credit_horizon: found torch.inference_mode(), which records no graph, allowed torch.no_grad() or neither; call it outside"
+        )
     T = _check(inputs, window, critic, context, probe, loss_times, num_lags, margin)
     alive = before_each_step(alive, T, inputs.shape[1])
     if unroll is not None and not (window is None and context is None and alive is None):

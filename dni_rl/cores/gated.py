@@ -1,6 +1,7 @@
 """LSTM and GRU cores, and wrappers that make cores of other people's recurrent modules."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -455,6 +456,11 @@ class _Gated(Core):
             return getattr(rnn, w_ih), getattr(rnn, w_hh), None, None
         return getattr(rnn, w_ih), getattr(rnn, w_hh), getattr(rnn, b_ih), getattr(rnn, b_hh)
 
+    @staticmethod
+    def _check_step(x: Tensor) -> None:
+        if x.dim() != 2:
+            raise ValueError(f"x: expected [B, D], got {tuple(x.shape)}; a window [T, B, D] goes through core.unroll")
+
     def extra_repr(self) -> str:
         return f"state_sizes={self.state_sizes}"
 
@@ -492,6 +498,7 @@ class LSTM(_Gated):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
+        self._check_step(x)
         next_state: list[Tensor] = []
         for layer in range(self.num_layers):
             h, c = torch.lstm_cell(x, state[2 * layer : 2 * layer + 2], *self._parameters_of(layer))
@@ -578,6 +585,7 @@ class GRU(_Gated):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
+        self._check_step(x)
         next_state = []
         for layer in range(self.num_layers):
             x = torch.gru_cell(x, state[layer], *self._parameters_of(layer))
@@ -586,39 +594,65 @@ class GRU(_Gated):
 
 
 class CellCore(Core):
-    """A core of any module that maps (x [B, D], state) to (output, next state), or of nn.LSTMCell and nn.GRUCell.
+    """A core of any module that maps (x [B, D], state) to (output [B, H], next state), or of nn.LSTMCell, nn.GRUCell and nn.RNNCell.
 
     Args:
         cell: the module, registered as `cell`.
-        state_sizes: width of each state tensor.
-        input_size: D.
-        output_size: H.
-        step: calls the cell: (cell, x, state) -> (output, next_state). By default `cell(x, state)`.
+        state_sizes: width of each state tensor, or its shape without the batch, such as (C, Y, X), where it is a feature map.
+        input_size: D; of feature maps, which it is not compared with, any number.
+        output_size: H; flatten what is a feature map.
+        step: calls the cell: (cell, x, state) -> (output, next_state). By default `cell(x, state)`, or as one of PyTorch's cells wants.
     """
 
     def __init__(
         self,
         cell: nn.Module,
         *,
-        state_sizes: Sequence[int],
+        state_sizes: Sequence[int | Sequence[int]],
         input_size: int,
         output_size: int,
         step: Callable[[nn.Module, Tensor, State], tuple[Tensor, State]] | None = None,
     ):
         super().__init__()
         self.cell = cell
-        self.state_sizes = tuple(state_sizes)
+        self._state_shapes = tuple(tuple(size) if isinstance(size, (tuple, list)) else (size,) for size in state_sizes)
+        self.state_sizes = tuple(math.prod(shape) for shape in self._state_shapes)
         self.input_size, self.output_size = input_size, output_size
-        self._step = step or _step_module
+        self._step = step or _STEPS.get(type(cell).forward, _step_module)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """See `Core.state_shapes`."""
+        return self._state_shapes
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
-        output, next_state = self._step(self.cell, x, state)
+        found = self._step(self.cell, x, state)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            number = f" of {len(found)}" if isinstance(found, (tuple, list)) else ""
+            raise ValueError(
+                f"cell: found a {type(found).__name__}{number} returned, allowed the pair (output, next_state); return (output, (state,))"
+            )
+        output, next_state = found
         if not isinstance(next_state, (tuple, list)):  # a tensor would be taken apart along the batch
             raise ValueError(
                 f"cell: found a next state of type {type(next_state).__name__}, allowed a tuple of tensors; return (output, (state,))"
             )
+        if _shapes(next_state) != _shapes(state):
+            raise ValueError(
+                f"cell: found a next state {_shapes(next_state)}, allowed {_shapes(state)} as the state before it; return one tensor "
+                "for each of state_sizes, or change those"
+            )
+        if _shapes([output]) != [(len(x), self.output_size)]:
+            raise ValueError(
+                f"cell: found an output {_shapes([output])[0]}, allowed {(len(x), self.output_size)}, [B, H]; set output_size to its width"
+            )
         return output, tuple(next_state)
+
+
+def _shapes(state: Sequence[Tensor]) -> list[tuple[int, ...] | str]:
+    """For comparison and display; of what is no tensor the name of its type."""
+    return [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in state]
 
 
 def _step_module(cell: nn.Module, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -630,15 +664,23 @@ def _step_lstm_cell(cell: nn.Module, x: Tensor, state: State) -> tuple[Tensor, S
     return h, (h, c)
 
 
-def _step_gru_cell(cell: nn.Module, x: Tensor, state: State) -> tuple[Tensor, State]:
+def _step_hidden_cell(cell: nn.Module, x: Tensor, state: State) -> tuple[Tensor, State]:
     h = cell(x, state[0])
     return h, (h,)
+
+
+# by the function, so that a subclass with a forward of its own is called as any other module
+_STEPS: dict[Any, Callable[[nn.Module, Tensor, State], tuple[Tensor, State]]] = {
+    nn.LSTMCell.forward: _step_lstm_cell,
+    nn.GRUCell.forward: _step_hidden_cell,
+    nn.RNNCell.forward: _step_hidden_cell,
+}
 
 
 def wrap(
     module: nn.Module,
     *,
-    state_sizes: Sequence[int] | None = None,
+    state_sizes: Sequence[int | Sequence[int]] | None = None,
     input_size: int | None = None,
     output_size: int | None = None,
 ) -> Core:
@@ -649,10 +691,10 @@ def wrap(
     `batch_first` of a wrapped nn.LSTM or nn.GRU is ignored: cores are time-major.
 
     Args:
-        module: nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, a `Core` (returned as it is), or any module that maps (x [B, D],
+        module: nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell, a `Core` (returned as it is), or any module that maps (x [B, D],
             state) to (output [B, H], next state), with the three sizes below. Of nn.LSTM and nn.GRU the core reads the parameters,
             parametrized or not, and never calls the module; cells are called.
-        state_sizes: width of each tensor of the state, for a module of your own.
+        state_sizes: width of each tensor of the state, for a module of your own; of a feature map its shape without the batch, (C, Y, X).
         input_size: D, for a module of your own.
         output_size: H, for a module of your own.
 
@@ -672,16 +714,17 @@ def wrap(
             return CellCore(
                 module, state_sizes=(size, size), input_size=module.input_size, output_size=size, step=_step_lstm_cell
             )
-        case nn.GRUCell():
+        case nn.GRUCell() | nn.RNNCell():
             size = module.hidden_size
             return CellCore(
-                module, state_sizes=(size,), input_size=module.input_size, output_size=size, step=_step_gru_cell
+                module, state_sizes=(size,), input_size=module.input_size, output_size=size, step=_step_hidden_cell
             )
     if state_sizes is None or input_size is None or output_size is None:
         raise ValueError(
-            f"module: {type(module).__name__} is none of nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell; for a module of your own that maps "
-            "(x, state) to (output, next_state), pass state_sizes=, input_size= and output_size="
+            f"module: {type(module).__name__} is none of nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell; for a module of your own "
+            "that maps (x, state) to (output, next_state), pass state_sizes=, input_size= and output_size="
         )
-    if not state_sizes or not all(isinstance(size, int) and size > 0 for size in state_sizes):
-        raise ValueError(f"state_sizes: expected positive integers, got {tuple(state_sizes)}")
+    shapes = [size if isinstance(size, (tuple, list)) else (size,) for size in state_sizes]
+    if not shapes or not all(shape and all(isinstance(n, int) and n > 0 for n in shape) for shape in shapes):
+        raise ValueError(f"state_sizes: expected positive integers, or tuples of them, got {tuple(state_sizes)}")
     return CellCore(module, state_sizes=state_sizes, input_size=input_size, output_size=output_size)

@@ -359,6 +359,65 @@ def test_a_state_that_is_used_twice_or_has_an_old_gradient():
     exactly(critics[1].fitted["target"], critics[0].fitted["target"])
 
 
+LOST_START = "start: no loss depends on it; unroll the core from the very tensors that `dni_rl.cut` returned"
+
+
+@every_core
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_norm_ratio": 0.5}, {"dense_targets": False}, {"target_lambda": 0.5}],
+    ids=["yardstick", "target at the start", "mixed targets"],
+)
+def test_a_start_that_was_cut_anew_is_refused(name, settings):
+    model, x, y, state = problem(name)
+    critic = make_critic(model, **settings)
+    before = copy.deepcopy(critic.state_dict())
+    losses, end = model(x[:5], y[:5], dni_rl.cut(state), FIRST[:5])
+    refuses(RuntimeError, LOST_START, dni_rl.backward, losses, start=dni_rl.cut(state), end=end, critic=critic)
+    exactly(critic.state_dict(), before)
+    assert all(g is None for g in gradients(critic).values())
+
+
+@pytest.mark.parametrize("settings", [{"max_norm_ratio": 0.5}, {"dense_targets": False}])
+def test_a_start_that_nothing_was_unrolled_from_is_warned_of(settings):
+    model, x, y, state = problem()
+    for unrolled_from in (state, dni_rl.cut(tuple(s.clone() for s in state))):
+        losses, end = model(x[:5], y[:5], unrolled_from)
+        with pytest.warns(UserWarning, match=LOST_START) as caught:
+            critic = make_critic(model, **settings)
+            dni_rl.backward(losses, start=dni_rl.cut(state), end=end, critic=critic)
+        assert [w.filename for w in caught] == [__file__], "once, and it shows the line of the call"
+
+
+@every_core
+@dense
+def test_a_start_that_is_cleared_or_that_no_loss_reads_is_no_mistake(name, dense):
+    model, _, _, state = problem(name)  # warnings are errors here
+    for T, all_new in ((5, True), (1, True), (40, True), (5, False)):
+        start, first = dni_rl.cut(state), torch.zeros(T, B, dtype=torch.bool)
+        first[0] = all_new
+        inputs = torch.randn(T, B, D, dtype=DOUBLE)
+        losses, end = model(inputs, torch.zeros(T, B, dtype=DOUBLE), start, first)
+        if not all_new:  # a head behind the torso
+            losses = model.torso(inputs).sum(-1)
+        dni_rl.backward(
+            losses, start=start, end=end, critic=make_critic(model, dense_targets=dense, max_norm_ratio=0.5)
+        )
+
+
+def test_fused_kernels_send_zeros_to_a_start_that_is_cleared():
+    core = dni_rl.LSTM(D, 4)  # in float32, for which there is one
+    critic = dni_rl.GradientCritic(state_sizes=core.state_sizes, max_norm_ratio=0.5, dense_targets=False)
+    core.targets_per_window = 0
+    first = torch.zeros(40, B, dtype=torch.bool)
+    first[0] = True
+    for _ in range(2):
+        start = dni_rl.cut(core.initial_state(B))
+        outputs, end = core.unroll(torch.randn(40, B, D), start, first)
+        dni_rl.backward(outputs.sum(-1), start=start, end=end, critic=critic)  # warnings are errors here
+    assert critic.window_norm == 0.0
+
+
 def test_a_start_that_an_episode_clears_teaches_nothing():
     model, x, y, state = problem()
     critic = make_critic(model, dense_targets=False)
@@ -523,7 +582,7 @@ def test_undefined_gradients_are_zero(dense):
             return h, (h,)
 
     core = dni_rl.wrap(Cell(), state_sizes=(2,), input_size=D, output_size=2).double()
-    critic = Spy(state_sizes=(2,), dense_targets=dense).double()
+    critic = Spy(state_sizes=(2,), dense_targets=dense, max_norm_ratio=0.5).double()
     start = dni_rl.cut(core.initial_state(B))
     outputs, end = core.unroll(torch.randn(3, B, D, dtype=DOUBLE), start)
     dni_rl.backward(outputs.sum(-1), start=start, end=end, critic=critic)

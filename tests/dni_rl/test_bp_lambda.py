@@ -523,3 +523,16 @@ def test_errors(inputs):
     with pytest.raises(RuntimeError, match="no gradient flows"):
         bp_lambda_backward(losses.detach(), **good)
     assert all(dataclasses.is_dataclass(r) for r in [bp_lambda_backward(losses, **good)[0]])
+
+
+def test_a_start_that_nothing_was_unrolled_from_is_noticed(core, inputs):
+    critic, state = random_critic(core), start_state(core)
+    settings = {"critic": critic, "trace": bp_lambda_trace(critic, B), "lambda_": 0.5}
+    message = "start: no loss depends on it; unroll the core from the very tensors that `dni_rl.cut` returned"
+    outputs, end = core.unroll(inputs, dni_rl.cut(state))
+    with pytest.raises(RuntimeError, match=message):
+        bp_lambda_backward(losses_of(outputs), start=dni_rl.cut(state), end=end, **settings)
+    outputs, end = core.unroll(inputs, state)
+    with pytest.warns(UserWarning, match=message) as caught:
+        bp_lambda_backward(losses_of(outputs), start=dni_rl.cut(state), end=end, **settings)
+    assert [w.filename for w in caught] == [__file__], "once, and it shows the line of the call"

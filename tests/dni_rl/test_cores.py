@@ -500,14 +500,14 @@ def test_chrono_errors(kind):
 
 def test_wrap_errors():
     message = (
-        "module: LeakyCell is none of nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell; for a module of your own that maps "
+        "module: LeakyCell is none of nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell; for a module of your own that maps "
         "(x, state) to (output, next_state), pass state_sizes=, input_size= and output_size="
     )
     refuses(message, dni_rl.wrap, LeakyCell())
     refuses(message, dni_rl.wrap, LeakyCell(), state_sizes=(4, 2), input_size=D)
-    for sizes in ((4, 0), (4, -2), (4, 2.0), ()):
+    for sizes in ((4, 0), (4, -2), (4, 2.0), (), ((2, 5, 0),), ((),), (4, (2.0,))):
         refuses(
-            f"state_sizes: expected positive integers, got {sizes}",
+            f"state_sizes: expected positive integers, or tuples of them, got {sizes}",
             dni_rl.wrap,
             LeakyCell(),
             state_sizes=sizes,
@@ -556,6 +556,68 @@ def test_a_cell_whose_next_state_is_a_tensor_is_refused():
     refuses(
         "cell: found a next state of type Tensor, allowed a tuple of tensors", core.unroll, torch.ones(2, B, D), state
     )
+
+
+class Cell(nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x, state):
+        return self.answer(x, state[0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x, s: s, "cell: found a Tensor returned, allowed the pair (output, next_state); return (output, (state,))"),
+        (lambda x, s: (s, (s,), x), "cell: found a tuple of 3 returned, allowed the pair (output, next_state)"),
+        (lambda x, s: (s, (s, s)), "cell: found a next state [(3, 4), (3, 4)], allowed [(3, 4)] as the state before it"),
+        (lambda x, s: (s, ((s,),)), "cell: found a next state ['tuple'], allowed [(3, 4)] as the state before it"),
+        (lambda x, s: (s, (s[:, :2],)), "cell: found a next state [(3, 2)], allowed [(3, 4)]"),
+        (lambda x, s: (s[:, :2], (s,)), "cell: found an output (3, 2), allowed (3, 4), [B, H]; set output_size to its width"),
+        (lambda x, s: ((s, s), (s,)), "cell: found an output tuple, allowed (3, 4)"),
+    ],
+)  # fmt: skip
+def test_a_cell_that_returns_something_else_is_refused(answer, message):
+    core = dni_rl.wrap(Cell(answer), state_sizes=(H,), input_size=D, output_size=H)
+    refuses(message, core.unroll, torch.ones(2, B, D), core.initial_state(B))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_of_torch_are_called_as_they_want(kind):
+    cell = kind(D, H)
+    x = torch.randn(B, D)
+    wrapped = dni_rl.wrap(cell)
+    own = dni_rl.CellCore(cell, state_sizes=wrapped.state_sizes, input_size=D, output_size=H)
+    expected = cell(x)[0] if kind is nn.LSTMCell else cell(x)
+    for core in (wrapped, own):
+        assert_same(core(x, core.initial_state(B))[0], expected)
+
+
+@pytest.mark.parametrize("kind", [dni_rl.LSTM, dni_rl.GRU])
+def test_a_window_is_not_one_step(kind):
+    core = kind(D, H)
+    message = "x: expected [B, D], got (2, 3, 3); a window [T, B, D] goes through core.unroll"
+    refuses(message, core, torch.ones(2, B, D), core.initial_state(B))
+
+
+def test_a_convolutional_cell_has_shapes_for_sizes():
+    class ConvCell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+        def forward(self, x, state):
+            h = torch.tanh(self.conv(torch.cat([x, state[0]], 1)))
+            return h.flatten(1), (h, state[1] + h.mean((2, 3)))
+
+    core = dni_rl.wrap(ConvCell(), state_sizes=((2, 5, 5), 2), input_size=1, output_size=50)
+    assert core.state_shapes == ((2, 5, 5), (2,)) and core.state_sizes == (50, 2)
+    outputs, end = core.unroll(torch.randn(4, B, 1, 5, 5), core.initial_state(B))
+    assert outputs.shape == (4, B, 50) and [s.shape for s in end] == [(B, 2, 5, 5), (B, 2)]
 
 
 def test_a_linear_core_needs_no_training_to_be_exact():

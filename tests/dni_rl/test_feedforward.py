@@ -342,6 +342,28 @@ def test_conditioned_critics_get_the_label_from_the_pass_or_the_call():
         model(x)
 
 
+def test_a_context_that_no_critic_takes_is_refused():
+    labels, x, layer = F.one_hot(torch.arange(B) % Z, Z), draw(B, D), linear(D, H, 1)
+    plain, none = dni_rl.Interface(make_critic()), dni_rl.Interface(None)
+    message = (
+        r"context: found one, allowed None where every critic has context_size=0; build critics with context_size=Z"
+    )
+    with pytest.raises(ValueError, match=message), dni_rl.DecoupledPass(context=labels) as decoupled:
+        plain(none(layer(x))).sum().backward()
+    assert not decoupled.fits and all(p.grad is None for p in plain.critic.parameters())
+    with dni_rl.DecoupledPass(context=labels):  # nobody learns without it
+        none(layer(x))
+        plain.eval()(layer(x))
+    net = make_sequential()
+    before = parameters_of(net)
+    for context in (labels, labels.argmax(1)):
+        with pytest.raises(ValueError, match=message):
+            net.update(x, losses_of, context)
+    assert_same(parameters_of(net), before)
+    make_sequential(critics=[None] * 3).update(x, losses_of, labels)
+    make_sequential(critics=[make_critic(), None, make_critic(context_size=Z)]).update(x, losses_of, labels)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_before_or_after_the_pass_is_the_same_and_in_its_middle_an_error(set_to_none):
     x, found = draw(B, D), []

@@ -265,10 +265,30 @@ def test_feature_maps_have_the_horizon_of_their_numbers():
 
 
 def test_nothing_is_trained_and_no_grad_is_honoured(inputs):
-    core = LSTM(1, 2).double()
+    core, critic = LSTM(1, 2).double(), GradientCritic(state_sizes=(2, 2)).double()
+    torch.nn.init.normal_(critic.net[0].weight)
+    expected = credit_horizon(core, squared, inputs, window=2, critic=critic)
     with torch.no_grad():
-        credit_horizon(core, squared, inputs, window=2)
-    assert all(p.grad is None for p in core.parameters())
+        found = credit_horizon(core, squared, inputs, window=2, critic=critic)
+    assert found.true_norm[0] > 0.0 and found.delivered_norm[3] > 0.0
+    torch.testing.assert_close(dataclasses.asdict(found), dataclasses.asdict(expected))
+    assert all(p.grad is None for p in (*core.parameters(), *critic.parameters()))
+
+
+def test_inference_mode_is_refused(inputs):
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"credit_horizon: found torch\.inference_mode\(\), which records no graph"),
+    ):
+        credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs)
+
+
+def test_a_module_that_was_not_wrapped_is_refused(inputs):
+    for state in (None, (torch.zeros(B, 2),) * 2):
+        with pytest.raises(
+            ValueError, match=r"core: found LSTM without `unroll`, allowed a core; use dni_rl\.wrap\(module\)"
+        ):
+            credit_horizon(torch.nn.LSTM(1, 2), squared, inputs, state)
 
 
 def test_margin_leaves_out_late_states(inputs):
