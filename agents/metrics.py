@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
+
+from dni_rl.locks import hold_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +79,8 @@ class MetricsWriter:
         hyperparameters: nested dict of settings, shown in TensorBoard as text.
 
     Raises:
-        ValueError: if a new run would mix with the metrics of an earlier one, or if those to continue are missing or damaged.
+        ValueError: if another process writes there, a new run would mix with the metrics of an earlier one, or those to continue are
+            missing or damaged.
     """
 
     def __init__(
@@ -95,18 +98,27 @@ class MetricsWriter:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        if resume_step is not None and path.is_file():
-            _drop_rows_after(path, resume_step)
-        elif resume_step:  # none at step 0: a run may be cut off between its first checkpoint and its metrics
+        is_there = path.exists()
+        if (
+            resume_step and not is_there
+        ):  # none at step 0: a run may be cut off between its first checkpoint and its metrics
             raise ValueError(
                 f"{path}: not found, allowed the metrics of the run's first {resume_step} steps, which are continued; bring the file "
                 "back, or make an empty one to go on without them"
             )
-        elif path.exists():
+        if is_there and resume_step is None:
             raise ValueError(
                 f"{path}: found metrics of an earlier run, allowed none; continue it with --resume, choose another --run.name, or remove "
                 "its folder"
             )
+        rows = (
+            [row for row in read_metrics(path) if row["step"] <= resume_step]
+            if is_there and resume_step is not None
+            else []
+        )
+        self._lock = hold_run(folder)  # before anything is changed
+        if is_there:
+            _write_rows(path, rows)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
         self._events = None
         if tensorboard:
@@ -219,6 +231,8 @@ class MetricsWriter:
             if self._events is not None:
                 self._events.close()
             self._progress.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -265,9 +279,8 @@ def _layout() -> dict[str, dict[str, list[Any]]]:
     }
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Keeps the rows up to `step`. Written to a second file and renamed, so that a crash loses nothing."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+def _write_rows(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Puts these rows in the place of those there. Written to a second file and renamed, so that a crash loses nothing."""
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         for row in rows:

@@ -35,10 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from dni_rl.locks import hold
 
 ENVIRONMENT_VARIABLE = "DNI_RL_DATA"
 Split = Literal["train", "valid", "test"]
@@ -553,18 +550,14 @@ def _unpack(archive: Path, files: Iterable[DataFile], folder: Path) -> None:
 
 @contextmanager
 def _exclusive(target: Path) -> Iterator[None]:
-    """Lets one process at a time make a file; a process that dies gives it free. No protection without POSIX locks.
+    """Lets one process at a time make a file.
 
     Raises:
         DataError: in place of an OSError of the file system, here or in the block; those of the network do not get here.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            yield
-            return
-        with open(target.with_name(f"{target.name}.lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold(target.with_name(f"{target.name}.lock"), wait=True):
             yield
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({_line(error)}); make room, or set XDG_CACHE_HOME") from error

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from dni_rl import data
+from dni_rl.locks import hold_run
 
 CHECKPOINT_FILE = "checkpoint.pt"
 RESULT_FILE = "result.json"
@@ -213,12 +214,15 @@ class Log:
     Numbers that are not finite are null in metrics.jsonl.
 
     Raises:
-        ValueError: if the rows up to `first_step` are missing or damaged, or TensorBoard is wanted and not installed.
+        ValueError: if another process writes there, the rows up to `first_step` are missing or damaged, or TensorBoard is wanted and
+            not installed.
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         path = folder / "metrics.jsonl"
-        write_text(path, "".join(_rows_until(first_step, path) if first_step else ""))
+        rows = "".join(_rows_until(first_step, path) if first_step else "")
+        self._lock = hold_run(folder)  # before anything is changed
+        write_text(path, rows)
         self._events = None
         if tensorboard:
             try:
@@ -242,6 +246,8 @@ class Log:
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _rows_until(step: int, path: Path) -> Iterator[str]:

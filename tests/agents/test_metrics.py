@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.metrics import PROGRESS_METRICS, MetricsWriter, read_metrics
+from agents.metrics import METRICS_FILE, PROGRESS_METRICS, MetricsWriter, read_metrics
+from dni_rl.locks import LOCK_FILE
 
 
 def _events(folder, tag):
@@ -102,6 +103,17 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
         MetricsWriter(tmp_path, total_steps=100)
 
 
+def test_two_processes_do_not_write_to_the_same_run(tmp_path):
+    with MetricsWriter(tmp_path, total_steps=10, tensorboard=False) as writer:
+        writer.write(5, {})
+        writer.flush()
+        before = (tmp_path / METRICS_FILE).read_text()
+        with pytest.raises(ValueError, match="found another process that writes to this run, allowed one; wait for it"):
+            MetricsWriter(tmp_path, total_steps=10, resume_step=0, tensorboard=False)
+        assert (tmp_path / METRICS_FILE).read_text() == before != ""
+    MetricsWriter(tmp_path, total_steps=10, resume_step=5, tensorboard=False).close()
+
+
 def test_without_the_package_of_tensorboard_no_folder_is_taken(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError):
@@ -181,7 +193,7 @@ def test_without_tensorboard_figures_and_histograms_go_nowhere(tmp_path):
         assert not writer.has_tensorboard
         writer.write_histogram(3, "credit/x", torch.ones(2))
         writer.write_figure(3, "credit/x", Figure())
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", LOCK_FILE}
 
 
 def test_a_resumed_run_keeps_the_board_of_custom_scalars(tmp_path):

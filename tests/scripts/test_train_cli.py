@@ -50,7 +50,7 @@ def test_a_run_leaves_its_results_and_says_where(train, tmp_path):
     code, out, err = train()
     assert (code, out, err) == (0, f"results in {tmp_path / 'run'}\n", "")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt")
+        *("config.yaml", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", ".lock")
     }
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -392,7 +393,11 @@ def test_seconds_are_those_of_the_device_and_of_updates_alone(tmp_path, monkeypa
     assert clock.seconds == 6.0
 
 
-def test_tensorboard_has_every_point_once_though_a_run_was_cut_off_before_its_first_checkpoint(tmp_path):
+def test_tensorboard_has_every_point_once_though_a_run_was_cut_off_before_its_first_checkpoint(tmp_path, monkeypatch):
+    seconds = itertools.count(
+        1_800_000_000
+    )  # which order the files by name; runs that follow each other are not of the same second
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first_step, steps in ((0, (1, 2, 3)), (0, (1, 2)), (2, (3, 4))):
         with common.Log(tmp_path, first_step, tensorboard=True) as log:
@@ -402,6 +407,16 @@ def test_tensorboard_has_every_point_once_though_a_run_was_cut_off_before_its_fi
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4]
+
+
+def test_two_processes_do_not_write_to_the_same_run(tmp_path):
+    with common.Log(tmp_path, 0, tensorboard=False) as log:
+        log.write(1, {})
+        before = (tmp_path / "metrics.jsonl").read_text()
+        with pytest.raises(ValueError, match="found another process that writes to this run, allowed one; wait for it"):
+            common.Log(tmp_path, 0, tensorboard=False)
+        assert (tmp_path / "metrics.jsonl").read_text() == before != ""
+    common.Log(tmp_path, 1, tensorboard=False).__exit__()
 
 
 def test_rows_that_cannot_be_continued_are_refused_and_left_alone(tmp_path):
