@@ -99,9 +99,8 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         is_there = path.exists()
-        if (
-            resume_step and not is_there
-        ):  # none at step 0: a run may be cut off between its first checkpoint and its metrics
+        # there may be none at step 0: a run may be cut off between its first checkpoint and its metrics
+        if resume_step and not is_there:
             raise ValueError(
                 f"{path}: not found, allowed the metrics of the run's first {resume_step} steps, which are continued; bring the file "
                 "back, or make an empty one to go on without them"
@@ -111,11 +110,7 @@ class MetricsWriter:
                 f"{path}: found metrics of an earlier run, allowed none; continue it with --resume, choose another --run.name, or remove "
                 "its folder"
             )
-        rows = (
-            [row for row in read_metrics(path) if row["step"] <= resume_step]
-            if is_there and resume_step is not None
-            else []
-        )
+        rows = [row for row in read_metrics(path) if row["step"] <= (resume_step or 0)] if is_there else []
         self._lock = hold_run(folder)  # before anything is changed
         if is_there:
             _write_rows(path, rows)
