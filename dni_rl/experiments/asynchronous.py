@@ -307,7 +307,7 @@ def run_in_processes(
             bar.close()
             if reports is None:
                 continue
-            error = experiment.test_error(data.Images(test.images.to(where), test.labels.to(where)))
+            error = experiment.error(data.Images(test.images.to(where), test.labels.to(where)))
             _log(folder / run.folder, reports, error, config.log_every_steps, tensorboard)
             add_result(folder, run, row_of_processes(run, config, reports, error))
 

@@ -5,12 +5,14 @@ python -m dni_rl.experiments.images --preset laptop --arm dni --update-probabili
 python -m dni_rl.experiments.images --preset laptop --arm cdni --unlocked --run-folder runs/images/unlocked
 python -m dni_rl.experiments.images --preset laptop --model cnn --arms --run-folder runs/images/cnn
 python -m dni_rl.experiments.images --preset laptop --model greedy_cnn --arms --run-folder runs/greedy
+python -m dni_rl.experiments.images --preset laptop --arms --seeds 3 --validation-size 10000 --run-folder runs/images/rates
 
 A fully connected net, or with `--model cnn` a convolutional one (see `conv_layers`), learns by backpropagation, by its last layer
 alone ("none"), or with a synthetic gradient above every layer,
 plain ("dni") or conditioned on the label ("cdni"); decoupled layers may also learn now and then, in random order, or on synthetic inputs.
 A run's folder holds config.json, metrics.jsonl, result.json, TensorBoard events and a checkpoint, from which `--resume` continues as if the
 run had never stopped. With --arms there is one run for each arm and seed, in folders below, and a summary.json with the table of all.
+To choose settings there is --validation-size: errors are those of training images that are held out, and the test split is not read.
 
 `--model greedy_cnn` is a published negative result, run again: Belilovsky et al., "Decoupled greedy learning of CNNs" (2020),
 report that on CIFAR-10 a net of three convolutions reaches 84.7 % by backpropagation, 82.2 % with cDNI and 62.3 % with DNI. In the
@@ -90,6 +92,9 @@ class ImagesConfig:
     critic_hidden_sizes: tuple[int, ...] = ()
     critic_start: str = "zero"  # cnn, greedy_cnn: or "random_bias", of the critic's last layer
     target_unit: str = "rms"  # cnn, greedy_cnn: normalised targets, or "batch_mean", gradients of the batch's mean
+    validation_size: int = (
+        0  # the last so many training images are held out, and errors are theirs; 0 for those of the test split
+    )
     augment: bool = False  # whether training images are shifted by up to 4 pixels and mirrored
     update_probability: float = 1.0  # of each layer at each step
     unlocked: bool = False  # whether layers compute on synthetic inputs
@@ -114,6 +119,7 @@ class ImagesConfig:
         common.check_at_least(self, 1, *counts)
         if self.batch_size < 2:
             raise ValueError(f"batch_size: found {self.batch_size}, allowed 2 or more, for batch normalisation")
+        common.check_at_least(self, 0, "validation_size")
         if not self.learning_rate > 0.0:
             raise ValueError(f"learning_rate: found {self.learning_rate}, allowed above 0")
         for name in ("critic_learning_rate", "input_learning_rate"):
@@ -279,6 +285,26 @@ def make_config(preset: str, **overrides: Any) -> ImagesConfig:
 
 
 # Data
+
+
+def evaluated_split(config: ImagesConfig) -> str:
+    """Whose errors a run measures: "test", or "validation"."""
+    return "validation" if config.validation_size else "test"
+
+
+def splits(config: ImagesConfig) -> tuple[data.Images, data.Images]:
+    """The images that a run learns from, and those that it is evaluated on.
+
+    Raises:
+        ValueError: if nothing is left to learn from.
+    """
+    train, size = load(config.dataset, "train"), config.validation_size
+    if not size:
+        return train, load(config.dataset, "test")
+    if size >= len(train.labels):
+        raise ValueError(f"validation_size: found {size}, allowed less than the {len(train.labels)} training images")
+    held_out = data.Images(train.images[-size:], train.labels[-size:])
+    return data.Images(train.images[:-size], train.labels[:-size]), held_out
 
 
 @functools.cache  # the runs of one process read it once
@@ -547,7 +573,7 @@ class Experiment:
         """Sets those of `step`."""
         common.set_learning_rates(self.optimizers, self.learning_rates, self.config.learning_rate_drop_steps, step)
 
-    def test_error(self, images: data.Images) -> float:
+    def error(self, images: data.Images) -> float:
         """Share of images classified wrongly, batch normalisation in eval mode."""
         self.net.eval()
         try:
@@ -580,9 +606,9 @@ class Training(common.Experiment):
 
     def __init__(self, config: ImagesConfig):
         super().__init__(config)
-        train, test = load(config.dataset, "train"), load(config.dataset, "test")
+        train, evaluated = splits(config)
         self.batches = Batches(train, config.batch_size, config.seed, config.device, config.augment)
-        self.test = data.Images(test.images.to(config.device), test.labels.to(config.device))
+        self.evaluated = data.Images(evaluated.images.to(config.device), evaluated.labels.to(config.device))
         self.experiment = Experiment(config, train.images[0].numel())
 
     def update(self) -> dict[str, Tensor]:
@@ -592,17 +618,17 @@ class Training(common.Experiment):
         return metrics
 
     def evaluation(self) -> dict[str, float]:
-        """Tests, and appends to the curve."""
-        error = self.experiment.test_error(self.test)
+        """Classifies the images that are not learned from, and appends to the curve."""
+        error = self.experiment.error(self.evaluated)
         self.add_to_curve(error=error)
-        return {"test/error": error}
+        return {f"{evaluated_split(self.config)}/error": error}
 
     def note(self) -> str:
-        """The last test."""
-        return f"test error {self.curve[-1]['error']:.1%}" if self.curve else ""
+        """The last error."""
+        return f"{evaluated_split(self.config)} error {self.curve[-1]['error']:.1%}" if self.curve else ""
 
     def result(self) -> dict[str, Any]:
-        """The test error at the end, with its curve."""
+        """The error at the end, with its curve."""
         return {"error": self.curve[-1]["error"], **self.account()}
 
     def parts(self) -> dict[str, Any]:
@@ -611,7 +637,7 @@ class Training(common.Experiment):
 
 
 run = functools.partial(common.carry_out, Training, free=(*common.FREE_FIELDS, "eval_every_steps"))
-"""One run, of an `ImagesConfig`: see `common.carry_out`. The result's "error" is the test error at the end, 0 to 1."""
+"""One run, of an `ImagesConfig`: see `common.carry_out`. The result's "error" is that of the end, 0 to 1."""
 
 
 # Matrices
@@ -645,13 +671,15 @@ def members(preset: str, arms: Sequence[str], seeds: Sequence[int], given: Mappi
 
 
 def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The table of a matrix: every arm's test errors by seed, beside the published one."""
+    """The table of a matrix: every arm's errors by seed, beside the published one."""
     config = matrix[0].config
     rows = []
     for cell, by_seed in common.by_cell(matrix, results).items():
         errors = [result["error"] for result in by_seed.values()]
         published = PUBLISHED.get((config.model, config.dataset, cell.arm), {}).get(cell.window)
-        if config.unlocked or config.update_probability != 1.0:  # the figures are of neither
+        if (
+            config.unlocked or config.update_probability != 1.0 or config.validation_size
+        ):  # the figures are of none of these
             published = None
         rows.append(
             {
@@ -663,7 +691,13 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
                 "seconds": common.spread([result["seconds"] for result in by_seed.values()])["mean"],
             }
         )
-    return {"experiment": "images", "model": config.model, "dataset": config.dataset, "rows": rows}
+    return {
+        "experiment": "images",
+        "model": config.model,
+        "dataset": config.dataset,
+        "split": evaluated_split(config),
+        "rows": rows,
+    }
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -684,7 +718,7 @@ def table(summary: Mapping[str, Any]) -> str:
         )
         for row in summary["rows"]
     ]
-    header = ("arm", "layers", "test error by seed, %", "mean", "std", "published", "seconds")
+    header = ("arm", "layers", f"{summary['split']} error by seed, %", "mean", "std", "published", "seconds")
     return f"{summary['model']} on {summary['dataset']}\n\n{common.markdown(header, rows)}"
 
 
@@ -713,7 +747,7 @@ def plan(arguments: Sequence[str] | None = None) -> common.Plan:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a single run ends with a line on its test error."""
+    """The command line; a single run ends with a line on its error."""
     with common.one_line_errors("images"):
         asked = plan(arguments)
         option = asked.option
@@ -721,7 +755,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config = asked.matrix[0].config
             error = run(config, option.run_folder, resume=option.resume, tensorboard=option.tensorboard)["error"]
             print(
-                f"{config.arm} on {config.dataset}, {config.num_layers} layers, {config.num_steps} steps: test error {error:.2%}"
+                f"{config.arm} on {config.dataset}, {config.num_layers} layers, {config.num_steps} steps: "
+                f"{evaluated_split(config)} error {error:.2%}"
             )
             return
     common.main("images", lambda _: asked, run, summarize, table)

@@ -179,6 +179,24 @@ def test_a_run_is_tested_on_the_test_split_with_running_statistics(monkeypatch):
     assert abs(error("test") - of_test) > 0.01  # and with the statistics of batches
 
 
+def test_settings_are_chosen_by_training_images_that_are_held_out(tmp_path, monkeypatch):
+    read = []
+    load = images.load
+    monkeypatch.setattr(images, "load", lambda dataset, split: (read.append(split), load(dataset, split))[1])
+    config = images.make_config("smoke", **SMALL, validation_size=64)
+    training = images.Training(config)
+    whole = load("synthetic", "train")
+    assert torch.equal(training.evaluated.labels, whole.labels[-64:])
+    assert torch.equal(training.batches.images, whole.images[:-64]) and len(training.batches.labels) == 1024 - 64
+    images.run(config, tmp_path, tensorboard=False)
+    assert "test" not in read
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/error" in row for row in rows) and not any("test/error" in row for row in rows)
+    matrix = images.members("laptop", ("cdni",), (0,), {"validation_size": 10})
+    summary = images.summarize(matrix, {m.name: {"error": 0.1, "seconds": 1.0} for m in matrix})
+    assert summary["rows"][0]["published"] is None and "validation error by seed" in images.table(summary)
+
+
 def convolutional(arm="dni", **settings):
     config = images.make_config("smoke", **{**GREEDY, **settings}, arm=arm)
     return images.Experiment(config, 3 * 32 * 32), config
@@ -414,6 +432,8 @@ def test_presets_state_the_papers_settings():
         (["--arm", "backprop", "--unlocked"], "'backprop' is locked"),
         (["--num-layers", "1"], "num_layers: found 1"),
         (["--update-probability", "0"], "update_probability: found 0.0"),
+        (["--validation-size", "-1"], "validation_size: found -1"),
+        (["--validation-size", "1024"], "validation_size: found 1024, allowed less than the 1024 training images"),
         (["--critic-learning-rate", "0"], "critic_learning_rate: found 0.0, allowed above 0, or none"),
         (["--input-learning-rate", "0"], "input_learning_rate: found 0.0, allowed above 0, or none"),
         (["--model", "huge"], "model: found 'huge', allowed dense, cnn, greedy_cnn"),
