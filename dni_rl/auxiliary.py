@@ -76,11 +76,13 @@ def later_synthetic_gradients(
 class AuxiliaryTask(nn.Module):
     """A head on a core's output that predicts later synthetic gradients; its loss trains head, core and all below.
 
-        loss_t = cost * mean over components of ((A(y_t) - stop_gradient(b(s_{t+1+T}))) / rms)^2
+        loss_t = cost * mean over components of (A(y_t) - stop_gradient(b(s_{t+1+T})) / rms)^2
 
-    with a running RMS of the targets, so that the cost has no unit. The head starts at exactly zero, like the critic, whose
-    first synthetic gradients are zero as well: the task sets in with the critic. It is a part of the model: put its parameters into the
-    model's optimiser, and add its losses to the model's before `dni_rl.backward`. No gradient reaches the critic.
+    with a running RMS of the targets. The head predicts in units of it, as a critic does, so that neither the cost nor a step of the
+    optimiser depends on how large gradients are: one step of Adam may change a raw prediction by a thousand times its target. The head
+    starts at exactly zero, like the critic, whose first synthetic gradients are zero as well: the task sets in with the critic. It is a
+    part of the model: put its parameters into the model's optimiser, and add its losses to the model's before `dni_rl.backward`. No
+    gradient reaches the critic.
 
         targets, valid = dni_rl.later_synthetic_gradients(critic, next_state, num_windows, alive, context)
         losses = my_losses(outputs, batch) + auxiliary(outputs, targets, valid)
@@ -165,7 +167,7 @@ class AuxiliaryTask(nn.Module):
         if valid is not None:
             goal = goal.masked_fill(~valid.unsqueeze(-1), 0.0)
         self._update_statistics(goal.square().mean(-1).sum() / count.clamp_min(1.0), count)
-        losses = self.cost * ((self.head(outputs) - goal) / self.target_rms.clone()).square().mean(-1)
+        losses = self.cost * (self.head(outputs) - goal / self.target_rms).square().mean(-1)
         return losses if valid is None else losses.masked_fill(~valid, 0.0)
 
     @torch.no_grad()

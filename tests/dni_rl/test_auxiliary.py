@@ -115,10 +115,28 @@ def test_the_loss_matches_the_definition_and_its_gradient():
     torch.testing.assert_close(auxiliary.target_rms, rms)
     for t in range(2):
         for b in range(3):
-            error = (auxiliary.head(outputs[t, b]) - goal[t, b]) / rms
+            error = auxiliary.head(outputs[t, b]) - goal[t, b] / rms
             expected = 0.5 * error.square().mean() if valid[t, b] else torch.zeros((), dtype=DOUBLE)
             torch.testing.assert_close(losses[t, b], expected)
     assert torch.autograd.gradcheck(lambda y: auxiliary(y, target, valid), outputs)
+
+
+def test_neither_losses_nor_learning_depend_on_the_unit_of_the_targets():
+    found = []
+    for unit in (1.0, 1e-6):
+        torch.manual_seed(0)
+        auxiliary = dni_rl.AuxiliaryTask(output_size=4, state_sizes=(3,))
+        optimizer = torch.optim.Adam(auxiliary.parameters(), 1e-2)
+        outputs = torch.randn(50, 2, 4)
+        targets = unit * (outputs @ torch.randn(4, 3))
+        for _ in range(400):
+            losses = auxiliary(outputs, (targets,))
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+        found.append(losses)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+    assert found[1].mean() < 1e-3 * auxiliary.cost
 
 
 def test_it_starts_at_zero_and_teaches_the_core_from_its_second_update():
