@@ -223,6 +223,12 @@ class Core(nn.Module, ABC):
         self.check_unroll(inputs, state, first)
         return unroll_stepwise(self, inputs, state, first)
 
+    @staticmethod
+    def check_step(x: Tensor) -> None:
+        """Checks the input of a core's `forward` that reads vectors; raises ValueError in one line."""
+        if x.dim() != 2:
+            raise ValueError(f"x: expected [B, D], got {tuple(x.shape)}; a window [T, B, D] goes through core.unroll")
+
     def check_unroll(self, inputs: Tensor, state: State, first: Tensor | None) -> None:
         """Checks the arguments of `unroll`; raises ValueError in one line."""
         if inputs.dim() < 3 or len(inputs) == 0:

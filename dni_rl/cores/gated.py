@@ -456,11 +456,6 @@ class _Gated(Core):
             return getattr(rnn, w_ih), getattr(rnn, w_hh), None, None
         return getattr(rnn, w_ih), getattr(rnn, w_hh), getattr(rnn, b_ih), getattr(rnn, b_hh)
 
-    @staticmethod
-    def _check_step(x: Tensor) -> None:
-        if x.dim() != 2:
-            raise ValueError(f"x: expected [B, D], got {tuple(x.shape)}; a window [T, B, D] goes through core.unroll")
-
     def extra_repr(self) -> str:
         return f"state_sizes={self.state_sizes}"
 
@@ -498,7 +493,7 @@ class LSTM(_Gated):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
-        self._check_step(x)
+        self.check_step(x)
         next_state: list[Tensor] = []
         for layer in range(self.num_layers):
             h, c = torch.lstm_cell(x, state[2 * layer : 2 * layer + 2], *self._parameters_of(layer))
@@ -585,7 +580,7 @@ class GRU(_Gated):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
-        self._check_step(x)
+        self.check_step(x)
         next_state = []
         for layer in range(self.num_layers):
             x = torch.gru_cell(x, state[layer], *self._parameters_of(layer))

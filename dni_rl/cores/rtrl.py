@@ -106,6 +106,7 @@ class ElementwiseLSTM(Core):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
+        self.check_step(x)
         return self._step(F.linear(x, self.weight_ih, self.bias), state)
 
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:

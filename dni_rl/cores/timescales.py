@@ -129,6 +129,7 @@ class MultiTimescaleCore(Core):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
+        self.check_step(x)
         return self._step(x, state, lambda level, message, heard: message)
 
     def _step(

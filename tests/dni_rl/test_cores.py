@@ -597,9 +597,9 @@ def test_cells_of_torch_are_called_as_they_want(kind):
         assert_same(core(x, core.initial_state(B))[0], expected)
 
 
-@pytest.mark.parametrize("kind", [dni_rl.LSTM, dni_rl.GRU])
+@pytest.mark.parametrize("kind", [dni_rl.LSTM, dni_rl.GRU, dni_rl.ElementwiseLSTM, dni_rl.MultiTimescaleCore])
 def test_a_window_is_not_one_step(kind):
-    core = kind(D, H)
+    core = kind(D, (H, H), (1, 2)) if kind is dni_rl.MultiTimescaleCore else kind(D, H)
     message = "x: expected [B, D], got (2, 3, 3); a window [T, B, D] goes through core.unroll"
     refuses(message, core, torch.ones(2, B, D), core.initial_state(B))
 
