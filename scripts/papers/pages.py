@@ -37,6 +37,10 @@ TITLES = {
         "CIFAR-10 with every layer decoupled",
         "Fully connected nets whose layers learn from synthetic gradients. Jaderberg et al. (2017), sec. 3.1.",
     ),
+    "cnn": (
+        "Convolutional nets with every layer decoupled",
+        "Layers of 5 x 5 filters that learn from synthetic gradients of their feature maps. Jaderberg et al. (2017), sec. 3.1.",
+    ),
     "greedy_cnn": (
         "A published negative result, run again",
         "Belilovsky et al. (2020) report that on CIFAR-10 a net of three convolutions reaches with DNI far less than by backpropagation. "
