@@ -21,6 +21,7 @@ from comparison.matrix import ROOT, Member
 
 EXPERIMENT = ("env", "model", "critic", "algorithm")  # sections of a configuration that say what a run is
 NO_CRITIC = ("none", "rtrl")  # kinds of critic that have no settings
+OF_ONE_KIND = {"auxiliary_cost": "dni_aux", "trace_lambda": "bp_lambda"}  # settings that no other kind of critic reads
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
 
 
@@ -36,8 +37,8 @@ def made_with_other_settings(member: Member, runs: Path) -> str | None:
     """The first setting in which a run that exists is not the member of the matrix, in one line; None if there is none.
 
     Of a run with metrics it is also said if its settings, or the matrix's, cannot be read, as nobody knows then whether it is the member.
-    What it logs and on which device it ran make no other experiment, nor do settings of a critic that is not there. A shorter run can be
-    continued, unless its rates were to fall to zero by its end.
+    What it logs and on which device it ran make no other experiment, nor do settings of a critic that is not there or of another kind. A
+    shorter run can be continued, unless its rates were to fall to zero by its end.
     """
     folder = runs / member.name
     metrics = folder / METRICS_FILE
@@ -74,7 +75,8 @@ def other_setting(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None
     for section in EXPERIMENT:
         has_none = section == "critic" and now[section]["kind"] in NO_CRITIC
         for key in ("kind",) if has_none else now[section]:
-            if now[section][key] != then[section][key]:
+            is_read = section != "critic" or now[section]["kind"] == OF_ONE_KIND.get(key, now[section]["kind"])
+            if is_read and now[section][key] != then[section][key]:
                 return f"{section}.{key}"
     return None
 

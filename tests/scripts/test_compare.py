@@ -234,6 +234,18 @@ def test_a_run_with_other_settings_is_no_member_unless_they_are_those_of_a_criti
     assert problem is None or problem.startswith("critic.learning_rate: found a run with 0.001; allowed 0.01")
 
 
+@pytest.mark.parametrize(("kind", "is_other"), [("dni_aux", True), ("dni", False), ("cdni", False)])
+def test_settings_of_another_kind_of_critic_make_no_other_run(tmp_path, kind, is_other):
+    shape = {"critic.kind": kind, "algorithm.rollout_length": 16, "algorithm.bptt_horizon": 8}
+    method = [{"critic": {**shape, "critic.auxiliary_cost": cost}} for cost in (0.1, 0.03)]
+    then, now = (next(members(load_matrix(write(tmp_path, methods=methods)))) for methods in method)
+    save_settings(then, tmp_path)
+    assert made_with_other_settings(then, tmp_path) is None
+    problem = made_with_other_settings(now, tmp_path)
+    assert (problem is not None) == is_other
+    assert problem is None or problem.startswith("critic.auxiliary_cost: found a run with 0.1; allowed 0.03")
+
+
 @pytest.mark.parametrize(
     ("steps", "anneals", "is_other"), [(512, True, True), (512, False, False), (2048, False, True), (1024, True, False)]
 )
