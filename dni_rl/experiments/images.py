@@ -93,7 +93,7 @@ class ImagesConfig:
     critic_start: str = "zero"  # cnn, greedy_cnn: or "random_bias", of the critic's last layer
     target_unit: str = "rms"  # cnn, greedy_cnn: normalised targets, or "batch_mean", gradients of the batch's mean
     validation_size: int = (
-        0  # the last so many training images are held out, and errors are theirs; 0 for those of the test split
+        0  # so many training images, the last, are held out, and errors are theirs; 0: of the test split
     )
     augment: bool = False  # whether training images are shifted by up to 4 pixels and mirrored
     update_probability: float = 1.0  # of each layer at each step
@@ -677,9 +677,8 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
     for cell, by_seed in common.by_cell(matrix, results).items():
         errors = [result["error"] for result in by_seed.values()]
         published = PUBLISHED.get((config.model, config.dataset, cell.arm), {}).get(cell.window)
-        if (
-            config.unlocked or config.update_probability != 1.0 or config.validation_size
-        ):  # the figures are of none of these
+        # the figures are of none of these
+        if config.unlocked or config.update_probability != 1.0 or config.validation_size:
             published = None
         rows.append(
             {
