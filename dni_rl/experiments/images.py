@@ -92,9 +92,7 @@ class ImagesConfig:
     critic_hidden_sizes: tuple[int, ...] = ()
     critic_start: str = "zero"  # cnn, greedy_cnn: or "random_bias", of the critic's last layer
     target_unit: str = "rms"  # cnn, greedy_cnn: normalised targets, or "batch_mean", gradients of the batch's mean
-    validation_size: int = (
-        0  # so many training images, the last, are held out, and errors are theirs; 0: of the test split
-    )
+    validation_size: int = 0  # the last so many training images are held out, and errors are theirs
     augment: bool = False  # whether training images are shifted by up to 4 pixels and mirrored
     update_probability: float = 1.0  # of each layer at each step
     unlocked: bool = False  # whether layers compute on synthetic inputs
