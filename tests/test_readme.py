@@ -175,6 +175,14 @@ def test_its_tables_of_means_are_those_of_the_results(header, pages, methods):
                 assert cell == f"{end['value']:.2f} [{end['low']:.2f}, {end['high']:.2f}]", (name, task)
 
 
+def test_what_horizons_foretold_is_that_of_the_pages():
+    text = (ROOT / "docs/results/horizon.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\]\(\w+\.md\) \| (\d+ \| \d+ \| \d+ \| \d+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 3
+    for page, counts in rows:
+        assert f"\n| all | {counts} |" in (ROOT / f"docs/results/{page}.md").read_text(encoding="utf-8"), page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_link_leads_to_a_file(page):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
