@@ -16,8 +16,9 @@ that is more than `max_staleness` batches ahead of the gradients it has got wait
 """
 
 import collections
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,6 +59,23 @@ class StageReport:
     staleness: dict[int, int]
     cosines: tuple[float, ...]
     losses: tuple[float, ...]
+
+    @classmethod
+    def joined(cls, pieces: "Sequence[StageReport]") -> "StageReport":
+        """What one process did in consecutive calls of `train_pipeline`, as if they had been one."""
+        staleness: collections.Counter[int] = collections.Counter()
+        for piece in pieces:
+            staleness.update(piece.staleness)
+        return cls(
+            sum(piece.batches for piece in pieces),
+            sum(piece.seconds for piece in pieces),
+            sum(piece.waiting_sec for piece in pieces),
+            sum(piece.blocked_sec for piece in pieces),
+            sum(piece.cpu_sec for piece in pieces),
+            dict(sorted(staleness.items())),
+            tuple(itertools.chain.from_iterable(piece.cosines for piece in pieces)),
+            tuple(itertools.chain.from_iterable(piece.losses for piece in pieces)),
+        )
 
     @property
     def mean_staleness(self) -> float:

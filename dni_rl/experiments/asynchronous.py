@@ -12,8 +12,8 @@ error, and how late gradients really were.
 
 The command starts the processes itself; under torchrun it is one of them, and only the runs with processes are done.
 results.json and table.md in the run's folder are written after every run, and each run has a folder of its own with metrics.jsonl and
-TensorBoard events. `--resume` skips runs that are done; one in a single process goes on from its checkpoint, one with processes, which
-has none, starts again.
+TensorBoard events. `--resume` skips runs that are done and goes on from the checkpoint of one that was cut off. With processes there is
+none in flight at a checkpoint: all gradients have come back, as at the end of the data.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from dni_rl import data
 from dni_rl.distributed import Batch, ProcessError, Processes, StageReport, connect, fail, launch, train_pipeline
+from dni_rl.distributed.pipeline import on_host
 from dni_rl.experiments import common, images
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
@@ -74,7 +75,7 @@ class AsynchronousConfig:
     timeout_sec: float = 300.0  # for a message between processes
     log_every_steps: int = 100
     eval_every_steps: int = 5_000  # of runs in one process; the others are tested at their end
-    checkpoint_every_steps: int = 5_000  # of runs in one process
+    checkpoint_every_steps: int = 5_000  # runs with processes empty their pipeline there
     seeds: tuple[int, ...] = (0,)  # of every run
     device: str = "cpu"  # or "cuda", of which every process takes a GPU, if there are enough
 
@@ -282,48 +283,81 @@ def run_in_processes(
     """
     with connect(config.device, timeout_sec=config.timeout_sec) as processes:
         if todo is None:
-            todo = _agreed(processes, config, folder, resume)
+            todo = _told(
+                processes, lambda: [run for run in _start_results(config, folder, resume) if run.processes > 1]
+            )
         where, lowest = processes.device, processes.rank == 0
         test = images.load(config.dataset, "test")
         for run in todo:
-            of_net = config.net(run.arm, device=str(where), seed=run.seed)
-            experiment = images.Experiment(of_net, test.images[0].numel())
-            batches: Iterator[Batch] = iter(())
+            reports, experiment = _train(config, run, folder / run.folder, processes, resume)
             if lowest:
-                train = images.load(config.dataset, "train")
-                drawn = images.Batches(train, config.batch_size, run.seed, str(where))
-                batches = with_context(drawn, config.num_steps, run.arm)
-            bar = common.Progress(str(run), config.num_steps, wanted=lowest)
-            processes.barrier()  # so that no one's clock runs while another still builds its net
-            reports = train_pipeline(
-                experiment.net,
-                processes,
-                batches,
-                cross_entropy,
-                max_staleness=run.max_staleness or 0,
-                schedule="fixed" if config.schedule == "fixed" else "free",
-                before_update=functools.partial(_before_update, experiment, bar, config.log_every_steps),
-            )
-            bar.close()
-            if reports is None:
-                continue
-            error = experiment.error(data.Images(test.images.to(where), test.labels.to(where)))
-            _log(folder / run.folder, reports, error, config.log_every_steps, tensorboard)
-            add_result(folder, run, row_of_processes(run, config, reports, error))
+                error = experiment.error(data.Images(test.images.to(where), test.labels.to(where)))
+                _log(folder / run.folder, reports, error, config.log_every_steps, tensorboard)
+                add_result(folder, run, row_of_processes(run, config, reports, error))
 
 
-def _before_update(experiment: images.Experiment, bar: common.Progress, every: int, step: int) -> None:
+def _train(
+    config: AsynchronousConfig, run: Run, folder: Path, processes: Processes, resume: bool
+) -> tuple[list[StageReport], images.Experiment]:
+    """Trains from one checkpoint to the next; the reports, and all that was learned, are in the process of the lowest layer."""
+    of_net = config.net(run.arm, device=str(processes.device), seed=run.seed)
+    lowest, checkpoint = processes.rank == 0, folder / common.CHECKPOINT_FILE
+    test = images.load(config.dataset, "test")
+    experiment = images.Experiment(of_net, test.images[0].numel())
+    free = (*FREE_FIELDS, "device")
+    saved = _told(processes, lambda: on_host(common.load_checkpoint(checkpoint, of_net, resume=resume, free=free)))
+    step, reports = 0, list[StageReport]()
+    if saved is not None:
+        experiment.net.load_state_dict(saved["net"])
+        step, reports = saved["step"], [StageReport(**report) for report in saved["reports"]]
+    drawn: images.Batches | None = None
+    if lowest:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = images.Batches(images.load(config.dataset, "train"), config.batch_size, run.seed, str(processes.device))
+    bar = common.Progress(str(run), config.num_steps, step, wanted=lowest)
+    processes.barrier()  # so that no one's clock runs while another still builds its net
+    while step < config.num_steps:
+        stop = min((step // config.checkpoint_every_steps + 1) * config.checkpoint_every_steps, config.num_steps)
+        piece = train_pipeline(
+            experiment.net,
+            processes,
+            iter(()) if drawn is None else with_context(drawn, range(step, stop), run.arm),
+            cross_entropy,
+            max_staleness=run.max_staleness or 0,
+            schedule="fixed" if config.schedule == "fixed" else "free",
+            before_update=functools.partial(_before_update, experiment, bar, config.log_every_steps, step),
+        )
+        step = stop
+        if piece is None:
+            continue
+        before = [[report] for report in reports] or [[] for _ in piece]
+        reports = [StageReport.joined([*old, new]) for old, new in zip(before, piece, strict=True)]
+        state = {
+            "step": step,
+            "config": dataclasses.asdict(of_net),
+            "net": experiment.net.state_dict(),
+            "reports": [dataclasses.asdict(report) for report in reports],
+        }
+        common.save_checkpoint(checkpoint, state)
+    bar.close()
+    return reports, experiment
+
+
+def _before_update(
+    experiment: images.Experiment, bar: common.Progress, every: int, first_step: int, batch: int
+) -> None:
+    step = first_step + batch
     experiment.set_learning_rates(step)
     if step % every == 0:
         bar.show(step)
 
 
-def _agreed(processes: Processes, config: AsynchronousConfig, folder: Path, resume: bool) -> list[Run]:
-    """The runs with processes that are left, as rank 0 finds them before it writes; every process gets the same, or the same error."""
+def _told(processes: Processes, find: Callable[[], Any]) -> Any:
+    """What rank 0 finds; every process gets the same, or the same error."""
     told: list[Any] = [None, ""]
     if processes.rank == 0:
         try:
-            told[0] = [run for run in _start_results(config, folder, resume) if run.processes > 1]
+            told[0] = find()
         except ValueError as problem:
             told[1] = str(problem)
     try:
@@ -353,9 +387,9 @@ def _log(folder: Path, reports: Sequence[StageReport], error: float, every: int,
         log.write(len(losses), {"test/error": error})
 
 
-def with_context(batches: images.Batches, num_steps: int, arm: str) -> Iterator[Batch]:
+def with_context(batches: images.Batches, steps: Iterable[int], arm: str) -> Iterator[Batch]:
     """Batches for `train_pipeline`, with one-hot labels for critics that are conditioned."""
-    for step in range(num_steps):
+    for step in steps:
         x, labels = batches[step]
         yield x, F.one_hot(labels, images.NUM_CLASSES) if arm == "cdni" else None, labels
 

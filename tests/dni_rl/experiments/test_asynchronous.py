@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dni_rl import data
-from dni_rl.distributed import StageReport
+from dni_rl.distributed import ProcessError, StageReport, launch
 from dni_rl.experiments import asynchronous, images
 
 pytestmark = pytest.mark.timeout(60)
@@ -98,12 +98,65 @@ def test_a_run_in_one_process_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
     assert f"| cdni, 1 process | {100 * errors[0]:.2f} {100 * errors[1]:.2f} | {50 * sum(errors):.2f} |" in shown
 
 
+def cut_off_at(step, config, todo, folder):
+    """One of the processes of runs that end with an error once a checkpoint has been written at `step`."""
+    save = asynchronous.common.save_checkpoint
+
+    def save_and_end(path, state):
+        save(path, state)
+        if state["step"] == step:
+            raise ValueError("cut off")
+
+    asynchronous.common.save_checkpoint = save_and_end
+    asynchronous.run_in_processes(config, todo, folder, tensorboard=False)
+
+
+def going_on_from(step, config, todo, folder):
+    """One of the processes of runs of which no batch before `step` may be learned from."""
+    with_context = asynchronous.with_context
+
+    def later(batches, steps, arm):
+        assert steps.start >= step
+        return with_context(batches, steps, arm)
+
+    asynchronous.with_context = later
+    asynchronous.run_in_processes(config, todo, folder, resume=True, tensorboard=False)
+
+
+def test_a_run_with_processes_goes_on_from_its_checkpoint(tmp_path):
+    config = asynchronous.make_config(
+        "smoke",
+        num_steps=30,
+        checkpoint_every_steps=8,
+        learning_rate_drop_steps=(20,),
+        schedule="fixed",
+        log_every_steps=1,
+    )
+    run = asynchronous.Run(arm="cdni", processes=3, max_staleness=2)
+
+    def carry_out(folder, function, *step):
+        launch(function, 3, *step, config, [run], folder, timeout_sec=50)
+        return results(folder)[str(run)], (folder / run.folder / "metrics.jsonl").read_text()
+
+    for name in ("whole", "pieces"):
+        asynchronous._start_results(config, tmp_path / name, False)
+    whole, log = carry_out(tmp_path / "whole", asynchronous.run_in_processes)
+    with pytest.raises(ProcessError, match="cut off"):
+        carry_out(tmp_path / "pieces", cut_off_at, 16)
+    pieces, log_of_pieces = carry_out(tmp_path / "pieces", going_on_from, 16)
+    assert log_of_pieces == log and len(log.splitlines()) == 31
+    exact = ("test_error", "train_loss_at_the_end", "staleness_counts", "mean_staleness")
+    assert {name: pieces[name] for name in exact} == {name: whole[name] for name in exact}
+    # None is late at a checkpoint: of the last two batches before each of the four, gradients are used earlier.
+    assert whole["staleness_counts"] == [{"0": 4, "1": 4, "2": 22}] * 2
+
+
 def test_critics_have_a_learning_rate_of_their_own_in_every_run(tmp_path, monkeypatch):
     config = asynchronous.make_config("smoke", critic_learning_rate=0.5, learning_rate_drop_steps=(50,))
     experiment = images.Experiment(config.net("cdni"), 64)
     bar = asynchronous.common.Progress("", 1, wanted=False)
     for step, factor in ((0, 1.0), (50, 0.1)):
-        asynchronous._before_update(experiment, bar, 1, step)
+        asynchronous._before_update(experiment, bar, 1, step - step % 7, step % 7)
         rates = [group["lr"] for optimizer in experiment.optimizers for group in optimizer.param_groups]
         assert rates == pytest.approx([factor * rate for rate in [1e-2] * 3 + [0.5] * 2])  # layers, critics
     assert asynchronous.make_config("laptop").critic_learning_rate == 1e-2  # ten times the layers', as in images
@@ -118,6 +171,7 @@ def test_runs_with_processes_learn_from_the_train_split_and_are_tested_on_the_ot
     monkeypatch.setattr(images, "load", lambda _, split: splits[split])
     alone = SimpleNamespace(rank=0, device=torch.device("cpu"), barrier=lambda: None)
     monkeypatch.setattr(asynchronous, "connect", lambda *_, **__: contextlib.nullcontext(alone))
+    monkeypatch.setattr(asynchronous, "_told", lambda _, find: find())
     learned_from, found = [], []
 
     def pipeline(net, _, batches, *__, **___):
