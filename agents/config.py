@@ -28,6 +28,8 @@ from typing import get_type_hints as _get_type_hints
 import torch
 import yaml
 
+from dni_rl.files import write_text
+
 CONFIG_FILE = "config.yaml"  # the resolved configuration, beside every checkpoint and result
 
 
@@ -503,7 +505,9 @@ def parse_train_config(argv: Sequence[str] | None = None) -> tuple[TrainConfig, 
             _merge(data, _read_sections(Path(path)))
         _merge(data, _read_options(vars(options)))
         config = from_dict(data)
-        require_device(config.run.device)
+        require_device(
+            config.run.device, "" if resume is None else "resume it on a machine that has one, or start a new run"
+        )
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -534,7 +538,7 @@ def to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Writes the resolved configuration, every default included, as YAML."""
     text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -546,8 +550,8 @@ def load_config(path: str | Path) -> TrainConfig:
     return from_dict(_read_sections(Path(path)))
 
 
-def require_device(name: str) -> torch.device:
-    """The device of this name.
+def require_device(name: str, way_out: str = "") -> torch.device:
+    """The device of this name; `way_out` ends the message where it is not there and another would not do.
 
     Not checked by `RunConfig` itself, so that a configuration saved on another machine can still be read.
 
@@ -558,7 +562,7 @@ def require_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         usable = "cpu" + "".join(f", cuda:{index}" for index in range(num_gpus))
         raise ValueError(
-            f"run.device: found {name!r}, which this machine lacks; allowed {usable}; set --run.device cpu"
+            f"run.device: found {name!r}, which this machine lacks; allowed {usable}; {way_out or 'set --run.device cpu'}"
         )
     return device
 
@@ -741,7 +745,8 @@ for _tag, _number in _NUMBERS.items():
         _side.add_implicit_resolver(_tag, re.compile(rf"(?:{_number})\Z"), list("-+.0123456789"))
 
 
-def _load_yaml(text: str, source: str) -> Any:
+def load_yaml(text: str, source: str) -> Any:
+    """What a YAML text holds, see `_Loader`. ValueError in one line, which begins with `source`, if it is none."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -762,7 +767,7 @@ def _read_sections(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: found no readable file ({reason}); allowed a YAML file; the repository's are in configs/"
         ) from None
-    data = _load_yaml(text, str(path)) or {}
+    data = load_yaml(text, str(path)) or {}
     _check_keys(data, str(path))
     return {name: dict(settings or {}) for name, settings in data.items()}
 
@@ -851,7 +856,7 @@ def _read_options(options: dict[str, Any]) -> dict[str, Any]:
     for option, text in options.items():
         name, _, key = option.partition(".")
         if key:
-            data.setdefault(name, {})[key] = text if _is_text(name, key, text) else _load_yaml(text, f"--{option}")
+            data.setdefault(name, {})[key] = text if _is_text(name, key, text) else load_yaml(text, f"--{option}")
     return data
 
 

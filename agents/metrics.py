@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from dni_rl.locks import hold_run
+from dni_rl.files import hold_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dni_rl.precision import out_of_half
+
 
 def future_inputs(inputs: Tensor, first: Tensor | None, steps: int) -> Tensor:
     """The inputs that the core will read next, as a context for an error critic.
@@ -70,7 +72,7 @@ def past_inputs(inputs: Tensor, first: Tensor | None, steps: Sequence[int], *, b
         before: [B, Z] the averages before the first step, the last row of the window before; None for zero.
 
     Returns:
-        [T + 1, B, len(steps) (D + 1)] with D numbers in an input, in its dtype and without gradient.
+        [T + 1, B, len(steps) (D + 1)] with D numbers in an input, in its dtype, or in float32 where that is half of one, without gradient.
 
     Raises:
         ValueError: if shapes or types disagree, or an average goes over fewer than 2 steps.
@@ -79,7 +81,7 @@ def past_inputs(inputs: Tensor, first: Tensor | None, steps: Sequence[int], *, b
     if not steps or any(n < 2 for n in steps):
         raise ValueError(f"steps: found {tuple(steps)}, allowed one or more numbers of at least 2")
     T, B = inputs.shape[:2]
-    x = inputs.detach().reshape(T, B, -1)
+    x = out_of_half(inputs.detach()).reshape(T, B, -1)  # in which a small share of a step would be lost
     size = x.shape[-1] + 1
     if before is not None and before.shape != (B, len(steps) * size):
         raise ValueError(f"before: expected [B, Z] = ({B}, {len(steps) * size}), got {tuple(before.shape)}")

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dni_rl.locks import hold
+from dni_rl.files import hold
 
 ENVIRONMENT_VARIABLE = "DNI_RL_DATA"
 Split = Literal["train", "valid", "test"]

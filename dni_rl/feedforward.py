@@ -17,6 +17,7 @@ decoupled.fits[interface_1]                                 # leaving the block 
 `DecoupledSequential` goes further: layers that update themselves, in random order, now and then, or on predicted inputs.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -449,7 +450,7 @@ class DecoupledSequential(nn.Module):
         self._optimizers = list(optimizers)
         self._critic_optimizers = list(critic_optimizers)
         self._input_optimizers = list(input_optimizers)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def forward(self, x: Tensor) -> Tensor:
         """The composition of all layers, [B, ...] to [B, ...]; critics and input models play no part."""
@@ -495,9 +496,9 @@ class DecoupledSequential(nn.Module):
             updated = self._learn_locked(losses, weight)
         else:
             # On the host: who learns must not wait for a device.
-            drawn = (torch.rand(L, generator=self._generator) < self.update_probability).tolist()
+            drawn = (torch.rand(L, generator=self._generator, device="cpu") < self.update_probability).tolist()
             updated = [False] * L
-            for i in torch.randperm(L, generator=self._generator).tolist():
+            for i in torch.randperm(L, generator=self._generator, device="cpu").tolist():
                 if drawn[i]:
                     updated[i] = self._learn(i, activations[i], losses if i == L - 1 else None, weight)
         for i in range(L - 1):
@@ -586,7 +587,9 @@ class DecoupledSequential(nn.Module):
         for name, optimizers in self._all_optimizers().items():
             for optimizer, saved in zip(optimizers, state[name], strict=True):
                 if optimizer is not None:
-                    optimizer.load_state_dict(saved)
+                    optimizer.load_state_dict(
+                        copy.deepcopy(saved)
+                    )  # an optimiser would share the moments with those of `state`
 
     def _all_optimizers(self) -> Mapping[str, Sequence[torch.optim.Optimizer | None]]:
         return {

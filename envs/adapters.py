@@ -535,9 +535,7 @@ def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder 
         )
     spec = _spec_of(encoder(example), int(action_space.n))
     if isinstance(observation_space, spaces.Box) and observation_space.dtype == np.uint8 == example.dtype:
-        # of planes of 0 and 1, say, 255 would all but erase what they show
-        highest = float(observation_space.high.max())
-        spec = dataclasses.replace(spec, observation_scale=highest or spec.observation_scale)
+        spec = _scaled(spec, observation_space.high)
     return spec, encoder, int(action_space.start)
 
 
@@ -570,7 +568,15 @@ def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], i
         flatten = _concatenated
         example = _concatenated([np.zeros(leaf.shape, leaf.dtype) for leaf in leaves])
     encoder = _array_encoder(example)
-    return _spec_of(encoder(example[None]), num_actions), encoder, flatten, start
+    spec = _spec_of(encoder(example[None]), num_actions)
+    if example.dtype == np.uint8 and hasattr(leaves[0], "maximum"):
+        spec = _scaled(spec, leaves[0].maximum)
+    return spec, encoder, flatten, start
+
+
+def _scaled(spec: EnvSpec, highest: Any) -> EnvSpec:
+    """With the scale of bytes up to this bound: of planes of 0 and 1, say, 255 would all but erase what they show."""
+    return dataclasses.replace(spec, observation_scale=float(np.max(highest)) or spec.observation_scale)
 
 
 def _leaves(nest: Any) -> list[Any]:

@@ -34,7 +34,7 @@ from pathlib import Path
 from commandline import OneLineParser
 from comparison.board import write_board
 from comparison.matrix import load_matrix, members
-from comparison.outcome import check_nothing_is_lost, collect, kept_rows
+from comparison.outcome import check_nothing_is_lost, collect, kept_failures, kept_rows
 from comparison.report import write_report
 from comparison.running import made_with_other_settings, read_record, run_all
 
@@ -77,6 +77,7 @@ def main() -> int:
     file = report.with_name(f"{report.name}.json")
     try:
         kept = kept_rows(matrix, runs, file) if arguments.keep else {}
+        failures = kept_failures(matrix, runs, file) if arguments.keep else {}
     except ValueError as error:
         parser.error(f"--keep: {error}")
     todo = [
@@ -98,9 +99,13 @@ def main() -> int:
     except KeyboardInterrupt:
         print("compare.py: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
         return 130
-    failures = {m.name: made_with_other_settings(m, runs) for m in members(matrix)}
-    failures |= {m.name: failures[m.name] or read_record(runs / m.name).get("failure") for m in members(matrix)}
-    failures = {name: why for name, why in {**failures, **now_failed}.items() if why}
+    for member in members(matrix):
+        why = made_with_other_settings(member, runs) or read_record(runs / member.name).get("failure")
+        if why and member.name not in kept:
+            failures[member.name] = why
+        elif (runs / member.name).exists():
+            failures.pop(member.name, None)
+    failures |= now_failed
     rows = collect(matrix, runs, kept)
     command = f"python scripts/compare.py {arguments.matrix} --jobs {jobs} --report {report}"
     text = write_report(matrix, rows, failures, command, report)

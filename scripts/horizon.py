@@ -27,7 +27,7 @@ from statistics import mean, median
 from typing import Any
 
 from agents.checkpoint import foreign_checkpoint, load_checkpoint
-from agents.config import TrainConfig, from_dict
+from agents.config import TrainConfig, from_dict, to_dict
 from agents.credit import credit_figure, measure_credit
 from agents.metrics import read_metrics
 from agents.train import Trainer
@@ -206,7 +206,8 @@ def side_by_side(measured: Sequence[Measured]) -> str:
     """Success and horizon of the methods, a row for each, and a column for each task."""
     measured = [m for m in measured if not m.bare]
     tasks = _tasks(measured)
-    columns, rows = list(dict.fromkeys(tasks)), list(dict.fromkeys(m.method for m in measured))
+    methods = _methods(measured, tasks)
+    columns, rows = list(dict.fromkeys(tasks)), list(dict.fromkeys(methods))
     lines = [
         "Mean success; expected horizon (the effective one where no context tells what is to be remembered) while learning, median of the",
         "runs (every run); where training logged none, at the checkpoint, in italics. In steps.",
@@ -217,7 +218,7 @@ def side_by_side(measured: Sequence[Measured]) -> str:
     for method in rows:
         cells = []
         for task in columns:
-            chosen = [m for m, t in zip(measured, tasks, strict=True) if (m.method, t) == (method, task)]
+            chosen = [m for m, *cell in zip(measured, methods, tasks, strict=True) if cell == [method, task]]
             successes = [m.results[SUCCESS] for m in chosen if SUCCESS in m.results]
             success = "" if not successes else f"{mean(successes):.0%}; "
             learning = [m.while_learning for m in chosen]
@@ -227,6 +228,26 @@ def side_by_side(measured: Sequence[Measured]) -> str:
             cells.append(f"{success}{mark}{median(numbers):g}{mark} ({every})" if chosen else "not measured")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _methods(measured: Sequence[Measured], tasks: Sequence[str]) -> list[str]:
+    """The method of each, with those settings in which runs of the same method on the same task do not agree, but for the seed."""
+    settings = [_settings(m.config) for m in measured]
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    differing: dict[str, dict[str, None]] = {m.method: {} for m in measured}
+    for m, task, own in zip(measured, tasks, settings, strict=True):
+        first = cells.setdefault((m.method, task), own)
+        differing[m.method] |= dict.fromkeys(name for name in own if own[name] != first[name])
+    return [
+        ", ".join([m.method, *(f"{name}={own[name]}" for name in differing[m.method])])
+        for m, own in zip(measured, settings, strict=True)
+    ]
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    sections = to_dict(config)
+    of_agent = {f"{s}.{name}": value for s in ("model", "algorithm", "critic") for name, value in sections[s].items()}
+    return {"env.num_envs": config.env.num_envs, **of_agent}
 
 
 def _tasks(measured: Sequence[Measured]) -> list[str]:

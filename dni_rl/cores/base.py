@@ -229,6 +229,12 @@ class Core(nn.Module, ABC):
         if x.dim() != 2:
             raise ValueError(f"x: expected [B, D], got {tuple(x.shape)}; a window [T, B, D] goes through core.unroll")
 
+    @staticmethod
+    def check_window(inputs: Tensor) -> None:
+        """Checks the inputs of an `unroll` that reads vectors and does not step; raises ValueError in one line."""
+        if inputs.dim() != 3:  # fused kernels read past their memory otherwise
+            raise ValueError(f"inputs: expected [T, B, D], got {tuple(inputs.shape)}; flatten what a step reads")
+
     def check_unroll(self, inputs: Tensor, state: State, first: Tensor | None) -> None:
         """Checks the arguments of `unroll`; raises ValueError in one line."""
         if inputs.dim() < 3 or len(inputs) == 0:

@@ -504,6 +504,7 @@ class LSTM(_Gated):
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
         """Same as stepping, in fewer and larger operations; see `Core.unroll`. First derivatives only."""
         self.check_unroll(inputs, state, first)
+        self.check_window(inputs)
         fused = _fused_is_possible(inputs, state, list(self.rnn.parameters()))
         steps = evenly_spaced_steps(len(inputs), self.targets_per_window) if self.targets_per_window != 0 else ()
         if fused and steps and len(inputs) >= 8 * len(steps):

@@ -112,6 +112,7 @@ class ElementwiseLSTM(Core):
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
         """Same as stepping, with the inputs projected for all steps at once; see `Core.unroll`."""
         self.check_unroll(inputs, state, first)
+        self.check_window(inputs)
         projected = F.linear(inputs, self.weight_ih, self.bias)
         outputs, end = unroll_stepwise(self._step, projected, state, first)  # type: ignore[arg-type]
         assert isinstance(end, UnrolledState)

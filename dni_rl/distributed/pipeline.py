@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dni_rl.critics import CriticFit
 from dni_rl.distributed.processes import Processes
-from dni_rl.feedforward import DecoupledSequential, InterfaceCritic, _takes_context
+from dni_rl.feedforward import DecoupledSequential, InterfaceCritic, _check_context_is_taken, _takes_context
 from dni_rl.targets import per_sequence
 
 ACTIVATION, GRADIENT, END = range(3)
@@ -225,7 +225,7 @@ def train_pipeline(
         In rank 0 the reports of all processes, from the lowest layer; None in the others.
 
     Raises:
-        ValueError: if arguments are not as above, or the losses are reduced.
+        ValueError: if arguments are not as above, the losses are reduced, or there is a context that no critic takes.
         LostProcessError: if another process ends early.
     """
     if processes.world_size != len(net.layers):
@@ -241,7 +241,7 @@ def train_pipeline(
     rank = processes.rank
     stage = Stage.of(net, rank)
     run = _Run(stage, processes, losses_of, max_staleness, schedule == "free", before_update)
-    report = run(iter(batches) if rank == 0 else None)
+    report = run(_checked(batches, net) if rank == 0 else None)
     interfaces = len(net.critics)
     mine = [module for module in (stage.layer, net.critics[rank] if rank < interfaces else None) if module is not None]
     optimizers = (stage.optimizer, stage.critic_optimizer)
@@ -258,6 +258,14 @@ def train_pipeline(
             if optimizer is not None:
                 optimizer.load_state_dict(saved)
     return [report for report, _, _ in gathered]
+
+
+def _checked(batches: Iterable[Batch], net: DecoupledSequential) -> Iterator[Batch]:
+    critics = [critic for critic, there in zip(net.critics, net._has_critic, strict=True) if there]
+    for batch in batches:
+        if batch[1] is not None:
+            _check_context_is_taken(critics)
+        yield batch
 
 
 def on_host(value: Any) -> Any:

@@ -100,7 +100,7 @@ class Processes:
             for source, target in ((lower, lower + 1), (lower + 1, lower)):
                 # Every process has to take part in making every group. A group for each direction: within one, NCCL would
                 # make a message wait for one that goes the other way.
-                group = dist.new_group([lower, lower + 1])
+                group = dist.new_group([lower, lower + 1], timeout=timedelta(seconds=timeout_sec))
                 if rank == source:
                     self._outboxes[target] = queue.SimpleQueue()
                     self._start(self._deliver, target, group)
@@ -205,7 +205,7 @@ class Processes:
         """The thread that receives from one neighbour."""
         main_stream = torch.cuda.default_stream(self.device) if self.device.type == "cuda" else None
         while True:
-            header = torch.empty(_HEADER_SIZE, dtype=torch.int64)
+            header = torch.empty(_HEADER_SIZE, dtype=torch.int64, device="cpu")
             dist.recv(header, peer, group=group)
             kind, tag, shapes = _read_header(header)
             if kind == _CLOSE:
@@ -386,6 +386,14 @@ def _end_at_once() -> None:
     os._exit(1)
 
 
+def _end_with_parent() -> None:
+    """A killed parent ends none of those that it has started."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _member(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -405,6 +413,7 @@ def _member(
         TORCHELASTIC_USE_AGENT_STORE="True",  # the store is there already, none of us serves it
     )
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         result = function(*arguments)
         connection.send_bytes(pickle.dumps((None, result if rank == 0 else None)))
@@ -468,7 +477,7 @@ def _header(kind: int, tag: int, tensors: Sequence[Tensor | None]) -> Tensor:
         raise ValueError(
             f"tensors: found {len(tensors)} whose shapes take {len(numbers)} numbers, allowed {_HEADER_SIZE}"
         )
-    return torch.tensor(numbers + [0] * (_HEADER_SIZE - len(numbers)))
+    return torch.tensor(numbers + [0] * (_HEADER_SIZE - len(numbers)), device="cpu")
 
 
 def _read_header(header: Tensor) -> tuple[int, int, list[tuple[list[int], torch.dtype] | None]]:

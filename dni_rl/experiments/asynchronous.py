@@ -18,6 +18,7 @@ none in flight at a checkpoint: all gradients have come back, as at the end of t
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,6 +41,7 @@ from dni_rl import data
 from dni_rl.distributed import Batch, ProcessError, Processes, StageReport, connect, fail, launch, train_pipeline
 from dni_rl.distributed.pipeline import on_host
 from dni_rl.experiments import common, images
+from dni_rl.files import write_text
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 NUM_LAST_LOSSES = 100  # whose mean is the training loss at the end
@@ -281,42 +283,58 @@ def run_in_processes(
         resume: whether some may be done, where it has to find out.
         tensorboard: whether to write TensorBoard events.
     """
-    with connect(config.device, timeout_sec=config.timeout_sec) as processes:
+    with connect(config.device, timeout_sec=config.timeout_sec) as processes, contextlib.ExitStack() as whole:
+
+        def left() -> list[Run]:
+            whole.enter_context(common.held(folder))
+            return [run for run in _start_results(config, folder, resume) if run.processes > 1]
+
         if todo is None:
-            todo = _told(
-                processes, lambda: [run for run in _start_results(config, folder, resume) if run.processes > 1]
-            )
+            todo = _told(processes, left)
         where, lowest = processes.device, processes.rank == 0
         test = images.load(config.dataset, "test")
         for run in todo:
-            reports, experiment = _train(config, run, folder / run.folder, processes, resume)
-            if lowest:
-                error = experiment.error(data.Images(test.images.to(where), test.labels.to(where)))
-                _log(folder / run.folder, reports, error, config.log_every_steps, tensorboard)
-                add_result(folder, run, row_of_processes(run, config, reports, error))
+            with contextlib.ExitStack() as lock:
+                reports, experiment = _train(config, run, folder / run.folder, processes, resume, lock)
+                if lowest:
+                    error = experiment.error(data.Images(test.images.to(where), test.labels.to(where)))
+                    _log(folder / run.folder, reports, error, config.log_every_steps, tensorboard)
+                    add_result(folder, run, row_of_processes(run, config, reports, error))
 
 
 def _train(
-    config: AsynchronousConfig, run: Run, folder: Path, processes: Processes, resume: bool
+    config: AsynchronousConfig,
+    run: Run,
+    folder: Path,
+    processes: Processes,
+    resume: bool,
+    lock: contextlib.ExitStack,
 ) -> tuple[list[StageReport], images.Experiment]:
-    """Trains from one checkpoint to the next; the reports, and all that was learned, are in the process of the lowest layer."""
+    """Trains from one checkpoint to the next; the reports, and all that was learned, are in the process of the lowest layer.
+
+    That process holds the run's folder as long as `lock` does.
+    """
     of_net = config.net(run.arm, device=str(processes.device), seed=run.seed)
     lowest, checkpoint = processes.rank == 0, folder / common.CHECKPOINT_FILE
     test = images.load(config.dataset, "test")
     experiment = images.Experiment(of_net, test.images[0].numel())
-    free = (*FREE_FIELDS, "device")
-    saved = _told(processes, lambda: on_host(common.load_checkpoint(checkpoint, of_net, resume=resume, free=free)))
+
+    def begun() -> Any:
+        lock.enter_context(common.held(folder))
+        free = (*FREE_FIELDS, "device")
+        return on_host(common.load_checkpoint(checkpoint, of_net, resume=resume, free=free))
+
+    saved = _told(processes, begun)
     step, reports = 0, list[StageReport]()
     if saved is not None:
         experiment.net.load_state_dict(saved["net"])
         step, reports = saved["step"], [StageReport(**report) for report in saved["reports"]]
     drawn: images.Batches | None = None
     if lowest:
-        folder.mkdir(parents=True, exist_ok=True)
         drawn = images.Batches(images.load(config.dataset, "train"), config.batch_size, run.seed, str(processes.device))
     bar = common.Progress(str(run), config.num_steps, step, wanted=lowest)
-    processes.barrier()  # so that no one's clock runs while another still builds its net
     while step < config.num_steps:
+        processes.barrier()  # so that no one's clock runs while another still builds its net, or writes a checkpoint
         stop = min((step // config.checkpoint_every_steps + 1) * config.checkpoint_every_steps, config.num_steps)
         piece = train_pipeline(
             experiment.net,
@@ -444,12 +462,18 @@ def add_result(folder: Path, run: Run, result: Mapping[str, Any]) -> None:
     results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     results["runs"][str(run)] = common.finite(result)
     common.write_json(folder / RESULTS_FILE, results)
-    (folder / TABLE_FILE).write_text(table(results) + "\n", encoding="utf-8")
+    _write_table(folder)
     print(
         f"{run}: test error {result['test_error']:.2%}, {result['updates_per_sec']:.1f} updates/s",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _write_table(folder: Path) -> str:
+    shown = table(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")))
+    write_text(folder / TABLE_FILE, shown + "\n")
+    return shown
 
 
 def by_label(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -513,9 +537,8 @@ def _start_results(config: AsynchronousConfig, folder: Path, resume: bool) -> li
                 f"{path}: results are there already; continue with --resume, or choose another --run-folder"
             )
         results = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(
-            name for name in settings if name not in FREE_FIELDS and results["config"].get(name) != settings[name]
-        )
+        found = {**json.loads(json.dumps(common.defaults(config))), **results["config"]}
+        different = sorted(name for name in settings if name not in FREE_FIELDS and found.get(name) != settings[name])
         if different:
             raise ValueError(
                 f"{path}: the runs there have other settings ({', '.join(different)}); choose another --run-folder"
@@ -548,14 +571,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_a_process:
             run_in_processes(config, None, folder, **how)
         else:
-            todo = _start_results(config, folder, how["resume"])
-            for run in todo:
-                if run.processes == 1:
-                    add_result(folder, run, run_in_one_process(config, run, folder, **how))
-            together = [run for run in todo if run.processes > 1]
-            if together:
-                process = functools.partial(run_in_processes, **how)
-                launch(process, config.num_layers, config, together, folder, timeout_sec=7 * 24 * 3600.0)
+            with common.held(folder):
+                todo = _start_results(config, folder, how["resume"])
+                for run in todo:
+                    if run.processes == 1:
+                        add_result(folder, run, run_in_one_process(config, run, folder, **how))
+                together = [run for run in todo if run.processes > 1]
+                if together:
+                    process = functools.partial(run_in_processes, **how)
+                    launch(process, config.num_layers, config, together, folder, timeout_sec=7 * 24 * 3600.0)
     except (ValueError, OSError, data.DataError, ProcessError) as problem:
         if is_a_process:
             fail(f"asynchronous: {problem}")
@@ -563,7 +587,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, "\nasynchronous: stopped; continue with --resume\n")
     if int(os.environ.get("RANK", 0)) == 0:
-        print(table(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))))
+        print(_write_table(folder))
 
 
 if __name__ == "__main__":

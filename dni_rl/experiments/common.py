@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dni_rl import data
-from dni_rl.locks import hold_run
+from dni_rl.files import hold_run, write_text
 
 CHECKPOINT_FILE = "checkpoint.pt"
 RESULT_FILE = "result.json"
@@ -211,17 +211,15 @@ class Clock:
 class Log:
     """metrics.jsonl, one row a line, and TensorBoard; rows after `first_step`, from a run that was cut off, are dropped.
 
-    Numbers that are not finite are null in metrics.jsonl.
+    Numbers that are not finite are null in metrics.jsonl. The folder should be held, see `held`.
 
     Raises:
-        ValueError: if another process writes there, the rows up to `first_step` are missing or damaged, or TensorBoard is wanted and
-            not installed.
+        ValueError: if the rows up to `first_step` are missing or damaged, or TensorBoard is wanted and not installed.
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         path = folder / "metrics.jsonl"
         rows = "".join(_rows_until(first_step, path) if first_step else "")
-        self._lock = hold_run(folder)  # before anything is changed
         write_text(path, rows)
         self._events = None
         if tensorboard:
@@ -246,8 +244,18 @@ class Log:
         self._file.close()
         if self._events is not None:
             self._events.close()
-        if self._lock is not None:
-            self._lock.close()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While it lasts, the folder, made if there is none, is this writer's alone.
+
+    Raises:
+        ValueError: if another process, or another writer of this one, holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_run(folder) or contextlib.nullcontext():
+        yield
 
 
 def _rows_until(step: int, path: Path) -> Iterator[str]:
@@ -300,6 +308,7 @@ def load_checkpoint(path: Path, config: Any, *, resume: bool, free: Iterable[str
         found = state["config"]
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: found no checkpoint that can be read; remove it to begin that run anew") from error
+    found = {**defaults(config), **found}  # of a setting that the run is older than
     wanted = dataclasses.asdict(config)
     different = sorted(name for name in wanted if name not in free and found.get(name) != wanted[name])
     if different:
@@ -308,16 +317,14 @@ def load_checkpoint(path: Path, config: Any, *, resume: bool, free: Iterable[str
     return state
 
 
+def defaults(config: Any) -> dict[str, Any]:
+    """Of a dataclass, those settings that have one: what a run that is older than a setting had."""
+    return {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a whole file or none."""
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 # Progress
@@ -462,10 +469,24 @@ def carry_out(
         The result, as in result.json; None in place of numbers that are not finite.
 
     Raises:
-        ValueError: if the folder holds another run or a longer one, the settings do not fit the data, or there is no such device.
+        ValueError: if the folder holds another run or a longer one, or another process writes there, the settings do not fit the data, or
+            there is no such device.
         dni_rl.data.DataError: if the data cannot be had.
     """
     check_device(config.device)
+    with held(folder):
+        return _carry_out(make_experiment, config, folder, free, resume, tensorboard, progress)
+
+
+def _carry_out(
+    make_experiment: Callable[[Any], Experiment],
+    config: Any,
+    folder: Path,
+    free: Iterable[str],
+    resume: bool,
+    tensorboard: bool,
+    progress: bool,
+) -> dict[str, Any]:
     state = load_checkpoint(folder / CHECKPOINT_FILE, config, resume=resume, free=free)
     result_file = folder / RESULT_FILE
     if state is not None and state["step"] >= config.num_steps:
@@ -477,7 +498,6 @@ def carry_out(
     experiment = make_experiment(config)
     if state is not None:
         experiment.load_state_dict(state)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(config))
     bar = Progress(folder.name, config.num_steps, experiment.step, wanted=progress)
     with Log(folder, experiment.step, tensorboard) as log:
@@ -810,7 +830,7 @@ def main(
             draw(json.loads(json.dumps(summary)), folder)
     shown = table(summary)
     if draw is not None:
-        (folder / TABLE_FILE).write_text(shown + "\n", encoding="utf-8")
+        write_text(folder / TABLE_FILE, shown + "\n")
     print(shown)
 
 

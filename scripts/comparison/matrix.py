@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from agents.config import from_dict, load_config, to_dict
+from agents.config import from_dict, load_config, load_yaml, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
 OPTIONAL = {"windows", "dial", "overrides"}
 WINDOW = "algorithm.bptt_horizon"
+METRICS = ("charts/", "losses/", "sg/", "credit/")  # groups of what train.py logs
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,17 @@ class Member:
     @property
     def total_steps(self) -> int:
         """Length of the run in agent steps."""
-        return int(self.settings["run.total_steps"])
+        return self.resolved()["run"]["total_steps"]
 
     def resolved(self) -> dict[str, dict[str, Any]]:
         """The full configuration. ValueError if a setting is unknown or bad."""
         data = to_dict(load_config(ROOT / self.config))
         for name, value in {**self.settings, "run.seed": self.seed}.items():
-            section, *inner, key = name.split(".")
+            section, *inner, key = name.split(".") if "." in name else ("", name)
+            if not section:
+                raise ValueError(
+                    f"{name}: found a setting without a section; allowed <section>.<name>, as train.py's options"
+                )
             target = data.setdefault(section, {})
             for step in inner:
                 target = target.setdefault(step, {})
@@ -55,8 +58,8 @@ def load_matrix(path: Path) -> dict[str, Any]:
         SystemExit: with one line, if keys are unknown or missing, or say what cannot be.
     """
     try:
-        matrix = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        matrix = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError) as error:  # which text that is not UTF-8 is
         raise SystemExit(f"compare.py: {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(matrix, Mapping):
         raise SystemExit(f"compare.py: {path}: found no keys; allowed {sorted(REQUIRED | OPTIONAL)}")
@@ -68,6 +71,12 @@ def load_matrix(path: Path) -> dict[str, Any]:
     matrix = {"windows": [], "dial": None, "overrides": {}, **matrix}
     try:
         _check_seeds("seeds", matrix["seeds"])
+        if isinstance(matrix["bar"], bool) or not isinstance(matrix["bar"], int | float):
+            raise ValueError(f"bar: found {matrix['bar']!r}; allowed a number, in the metric's unit")
+        if not str(matrix["metric"]).startswith(METRICS):
+            raise ValueError(
+                f"metric: found {matrix['metric']!r}; allowed a name of metrics.jsonl, beginning with {' or '.join(METRICS)}"
+            )
         for group in ("tasks", "methods"):  # a name without settings is one that changes nothing
             if not isinstance(matrix[group], Mapping) or not matrix[group]:
                 raise ValueError(f"{group}: found {matrix[group]!r}; allowed names with their settings")
@@ -84,6 +93,11 @@ def load_matrix(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"tasks, methods: found two runs for the folder {twice[0]!r}; allowed names that differ in letters or digits"
             )
+        for (method, task), cell in {(m.method, m.task): m for m in members(matrix)}.items():
+            try:
+                cell.resolved()
+            except ValueError as error:
+                raise ValueError(f"{method} / {task}: {error}") from None
     except ValueError as error:
         raise SystemExit(f"compare.py: {path}: {error}") from None
     return matrix

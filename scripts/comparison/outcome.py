@@ -16,6 +16,7 @@ from comparison.running import (
     EXPERIMENT,
     full_settings,
     is_done,
+    is_finished,
     made_with_other_settings,
     measured,
     other_setting,
@@ -48,7 +49,7 @@ class Estimate:
 
 
 def kept_rows(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier report has of finished members that have no run here, by name.
+    """What an earlier report has of finished members that have no finished run here, by name.
 
     Args:
         matrix: of `load_matrix`.
@@ -58,7 +59,7 @@ def kept_rows(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, dict[
     Raises:
         ValueError: if there is no such file, or it is not that of a report.
     """
-    rows, settings = _earlier_report(matrix, runs, file)
+    rows, settings, _ = _earlier_report(matrix, runs, file)
     kept = {}
     for member in members(matrix):
         row, sections = rows.get(member.name), settings.get(f"{member.method} / {member.task}")
@@ -85,7 +86,7 @@ def check_nothing_is_lost(matrix: dict[str, Any], runs: Path, file: Path, found:
     Raises:
         ValueError: if finished members of the earlier report would be missing from the new one, or nobody can tell.
     """
-    if not file.exists() or all(member.name in found or (runs / member.name).exists() for member in members(matrix)):
+    if not file.exists() or all(member.name in found or is_finished(member, runs) for member in members(matrix)):
         return
     lost = [name for name in _earlier_report(matrix, runs, file)[0] if name not in found]
     if not lost:
@@ -104,14 +105,20 @@ def check_nothing_is_lost(matrix: dict[str, Any], runs: Path, file: Path, found:
     )
 
 
+def kept_failures(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, str]:
+    """Why members failed that have no folder here, by name, as an earlier report has it; see `kept_rows`."""
+    failures = _earlier_report(matrix, runs, file)[2]
+    return {m.name: failures[m.name] for m in members(matrix) if m.name in failures and not (runs / m.name).exists()}
+
+
 def _earlier_report(
     matrix: dict[str, Any], runs: Path, file: Path
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Of the JSON of a report: rows of finished members that have no run here by name, and settings by "<method> / <task>"."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]], dict[str, str]]:
+    """Of the JSON of a report: rows of members that have no finished run here, by name, settings by "<method> / <task>", failures."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         earlier = {(row["method"], row["task"], row["seed"]): row for row in content["rows"] if row["finished"]}
-        settings = dict(content["settings"])
+        settings, failures = dict(content["settings"]), dict(content.get("failures", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         way_out = "remove it to start anew" if file.exists() else "leave --keep out"
         raise ValueError(
@@ -121,9 +128,9 @@ def _earlier_report(
     rows = {
         member.name: earlier[member.method, member.task, member.seed]
         for member in members(matrix)
-        if (member.method, member.task, member.seed) in earlier and not (runs / member.name).exists()
+        if (member.method, member.task, member.seed) in earlier and not is_finished(member, runs)
     }
-    return rows, settings
+    return rows, settings, failures
 
 
 def settings_of(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

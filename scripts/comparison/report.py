@@ -9,6 +9,7 @@ import numpy as np
 
 from comparison.matrix import is_left_out, members
 from comparison.outcome import REACHES, settings_of, summarise
+from dni_rl.files import write_text
 from intervals import CONFIDENCE, FEWEST_VALUES, NUM_RESAMPLES
 
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
@@ -370,12 +371,12 @@ def write_report(
         pictures += f"\n![against the {matrix['dial_name']}]({report.name}_dial.png)\n"
     earlier = page.read_text(encoding="utf-8") if page.exists() else ""
     _, found, reading = earlier.partition(READING)
-    page.write_text(f"{text}\n{pictures}" + (f"\n{found}{reading}" if found else ""), encoding="utf-8")
+    write_text(page, f"{text}\n{pictures}" + (f"\n{found}{reading}" if found else ""))
     content = {
         "rows": rows,
         "settings": settings_of(matrix, rows),
         "summary": summary,
         "failures": dict(failures),
     }
-    report.with_name(f"{report.name}.json").write_text(json.dumps(content, default=vars), encoding="utf-8")
+    write_text(report.with_name(f"{report.name}.json"), json.dumps(content, default=vars))
     return text

@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
-from agents.checkpoint import CHECKPOINT_FILE
+from agents.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from agents.config import CONFIG_FILE, from_dict, load_config, to_dict
 from agents.metrics import METRICS_FILE, read_metrics
 from comparison.matrix import ROOT, Member
+from dni_rl.files import write_text
 
 EXPERIMENT = ("env", "model", "critic", "algorithm")  # sections of a configuration that say what a run is
 NO_CRITIC = ("none", "rtrl")  # kinds of critic that have no settings
@@ -31,6 +32,11 @@ def is_done(folder: Path, total_steps: int) -> bool:
         return read_metrics(folder)[-1]["step"] >= total_steps
     except (ValueError, IndexError):
         return False
+
+
+def is_finished(member: Member, runs: Path) -> bool:
+    """Whether the member has a run here that is done, and is it."""
+    return is_done(runs / member.name, member.total_steps) and made_with_other_settings(member, runs) is None
 
 
 def made_with_other_settings(member: Member, runs: Path) -> str | None:
@@ -73,12 +79,17 @@ def made_with_other_settings(member: Member, runs: Path) -> str | None:
 def other_setting(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
     """The first setting that makes two full configurations different experiments, as <section>.<name>; None if none does."""
     for section in EXPERIMENT:
-        has_none = section == "critic" and now[section]["kind"] in NO_CRITIC
+        has_none = section == "critic" and not (_has_critic(now[section]) or _has_critic(then[section]))
         for key in ("kind",) if has_none else now[section]:
             is_read = section != "critic" or now[section]["kind"] == OF_ONE_KIND.get(key, now[section]["kind"])
             if is_read and now[section][key] != then[section][key]:
                 return f"{section}.{key}"
     return None
+
+
+def _has_critic(critic: Mapping[str, Any]) -> bool:
+    """Whether a section of a configuration has one: interfaces between levels do without one of the whole state."""
+    return critic.get("kind") not in NO_CRITIC or bool(critic.get("interfaces"))
 
 
 def _settings_of_run(file: Path) -> dict[str, dict[str, Any]]:
@@ -106,7 +117,7 @@ def full_settings(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     except ValueError:
         counted = {name: sections[name] for name in EXPERIMENT if name in sections}
         critic, of_run = sections.get("critic"), sections.get("run")
-        if isinstance(critic, Mapping) and critic.get("kind") in NO_CRITIC:
+        if isinstance(critic, Mapping) and "kind" in critic and not _has_critic(critic):
             counted["critic"] = {"kind": critic["kind"]}
         if isinstance(of_run, Mapping) and "total_steps" in of_run:
             counted["run"] = {"total_steps": of_run["total_steps"]}
@@ -129,7 +140,7 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
     problem = made_with_other_settings(member, runs)
     if problem is None and not is_done(folder, member.total_steps):
         command = [sys.executable, str(ROOT / "scripts" / "train.py")]
-        if (folder / CHECKPOINT_FILE).exists():
+        if (folder / CHECKPOINT_FILE).exists() or (folder / PREVIOUS_FILE).exists():
             command += ["--resume", str(folder), "--run.total_steps", str(member.total_steps)]
         else:
             (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
@@ -142,6 +153,7 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
         code, problem, memory = execute(command)
         record = read_record(folder)
         record["peak_memory_bytes"] = max(memory, record.get("peak_memory_bytes", 0))
+        record.pop("horizon", None)  # of the run when it was shorter
         record["failure"] = None if code in (130, -2, -15) else problem  # an interrupted run has not failed
         write_record(folder, record)
     if problem is None and measure and "horizon" not in read_record(folder) and not has_logged_horizons(folder):
@@ -180,7 +192,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Notes something of a run, also of one that has left nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD_FILE).write_text(json.dumps(dict(record)), encoding="utf-8")
+    write_text(folder / RECORD_FILE, json.dumps(dict(record)))
 
 
 def run_all(

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from dni_rl.experiments.common import write_text
+from dni_rl.files import write_text
 from papers.entries import ENTRIES, PRESETS, Entry
 from papers.figures import curves_figure, windows_figure
 from papers.findings import FREE_FIELDS, fits, planned_runs, section

@@ -470,3 +470,10 @@ def test_a_missing_device_is_refused_when_a_run_starts_but_its_configuration_can
         "run.device: found 'cuda', which this machine lacks; allowed cpu; set --run.device cpu"
     )
     assert from_dict({"run": {"device": "cuda"}}).run.device == "cuda"
+
+
+def test_a_run_of_a_missing_device_is_not_sent_to_another(tmp_path, capsys):
+    save_config(from_dict({"run": {"device": "cuda:99"}}), tmp_path / "config.yaml")
+    with pytest.raises(SystemExit):
+        parse_train_config(["--resume", str(tmp_path)])
+    assert "resume it on a machine that has one, or start a new run" in capsys.readouterr().err

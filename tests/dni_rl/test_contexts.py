@@ -155,6 +155,15 @@ def test_past_inputs_are_a_constant_and_do_not_cross_episodes():
     assert not context.requires_grad and not context[2].any() and context[2:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_past_inputs_of_half_precision_are_averaged_in_full(dtype):
+    inputs = torch.randn(600, B, D).to(dtype)
+    expected = dni_rl.past_inputs(inputs.float(), None, (100, 1000))
+    head = dni_rl.past_inputs(inputs[:300], None, (100, 1000))
+    tail = dni_rl.past_inputs(inputs[300:], None, (100, 1000), before=head[-1])
+    torch.testing.assert_close(torch.cat([head[:-1], tail]), expected)
+
+
 def test_past_inputs_remember_what_the_state_has_lost():
     """The last component tells the age of the episode, and the sum over many steps still holds the first input."""
     inputs = torch.zeros(30, 2, 1)

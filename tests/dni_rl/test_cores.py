@@ -643,6 +643,19 @@ def test_inputs_of_another_width_are_refused(name, num_steps, width):
             core.unroll(torch.randn(num_steps, B, width), core.initial_state(B))
 
 
+@every_core
+@pytest.mark.parametrize("num_steps", [4, 40])
+def test_inputs_of_another_number_of_dimensions_are_refused(name, num_steps):
+    core = make_core(name, torch.float32)
+    if isinstance(core, dni_rl.CellCore):
+        pytest.skip("cells may read feature maps")
+    for targets_per_window in (None, 0, 3):
+        if isinstance(core, dni_rl.LSTM):
+            core.targets_per_window = targets_per_window
+        with pytest.raises(ValueError, match=rf"expected \[(T, )?B, D\], got \(({num_steps}, )?{B}, 7, {D}\)"):
+            core.unroll(torch.randn(num_steps, B, 7, D), core.initial_state(B))
+
+
 @pytest.mark.parametrize("first", [None, torch.tensor([[False, True], [True, False], [False, False]])])
 def test_a_state_of_half_precision_starts_a_window(first):
     core = dni_rl.LSTM(2, 3)

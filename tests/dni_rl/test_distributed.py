@@ -1,12 +1,15 @@
 """Real processes: they do what one process does, number for number; staleness keeps its bound; and whatever fails ends all."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dni_rl import DecoupledSequential, GradientCritic, MultiTimescaleCore, cut
@@ -378,6 +381,62 @@ def test_whatever_fails_in_one_process_ends_all_with_one_line(how, line):
     with pytest.raises(ProcessError, match=line):
         launch(failing, 3, how, timeout_sec=40)
     assert time.monotonic() - start < 35
+
+
+def with_context_for_none():
+    with connect(timeout_sec=20) as processes:
+        train_pipeline(make_net(), processes, make_batches(context_size=2), losses_of)
+
+
+def test_a_context_that_no_critic_takes_is_refused_as_in_one_process():
+    with pytest.raises(ProcessError, match="context: found one, allowed None where every critic has context_size=0"):
+        launch(with_context_for_none, 3, timeout_sec=40)
+    with pytest.raises(ValueError, match="context: found one, allowed None"):
+        in_one_process(make_net(), context_size=2)
+
+
+def idle_for_longer_than_pytorch_waits():
+    default = dist.distributed_c10d.default_pg_timeout
+    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+    try:
+        with connect(timeout_sec=20) as processes:
+            time.sleep(2.5)
+            train_pipeline(make_net(), processes, make_batches(steps=2), losses_of)
+    finally:
+        dist.distributed_c10d.default_pg_timeout = default
+
+
+def test_links_wait_as_long_as_they_were_told():
+    launch(idle_for_longer_than_pytorch_waits, 3, timeout_sec=40)
+
+
+def outlived(folder):
+    (folder / f"{os.environ['RANK']}").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    parent = multiprocessing.get_context("spawn").Process(target=launch, args=(outlived, 2, tmp_path))
+    parent.start()
+    pids = [tmp_path / "0", tmp_path / "1"]
+    waited_for(lambda: all(path.exists() and path.read_text() for path in pids))
+    parent.kill()
+    waited_for(lambda: not any(is_alive(int(path.read_text())) for path in pids))
+
+
+def waited_for(condition, timeout_sec=30.0):
+    deadline = time.monotonic() + timeout_sec
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wrong_number():

@@ -727,6 +727,30 @@ def test_sequential_saved_and_loaded_continues_as_if_never_stopped(mode):
             assert torch.equal(a, b)
 
 
+def test_sequential_shares_nothing_with_the_one_whose_state_it_took():
+    settings = {"mode": "decoupled", "optimizer": torch.optim.Adam, "learning_rate": 0.01}
+    net, first, second = (make_sequential(**settings) for _ in range(3))
+    net.update(draw(B, D), losses_of)
+    state = net.state_dict()
+    first.load_state_dict(state)
+    second.load_state_dict(copy.deepcopy(state))
+    net.update(draw(B, D, seed=1), losses_of)  # which moves the moments that `state` refers to
+    for step in (2, 3):
+        for other in (first, second):
+            other.update(draw(B, D, seed=step), losses_of)
+    assert_same(parameters_of(first), parameters_of(second))
+
+
+def test_sequential_draws_on_the_host_whatever_the_default_device(device_without_values):
+    drawn = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            net = make_sequential("decoupled", update_probability=0.5)
+            x = torch.ones(B, D, dtype=torch.float64)
+            drawn.append([net.update(x, lambda h: h.square().sum(-1)).updated for _ in range(5)])
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize("mode", ["decoupled", "unlocked"])
 def test_sequential_conditioned_on_labels_learns(mode):
     labels = torch.arange(64) % Y

@@ -502,6 +502,13 @@ def test_dm_images_stay_bytes():
     assert env.reset().observation.shape == (1, 3, 4, 5) and env.spec.observation_dtype == torch.uint8
 
 
+@pytest.mark.parametrize(("highest", "scale"), [(1, 1.0), (255, 255.0), (0, 255.0)])
+def test_dm_images_are_to_be_divided_by_the_largest_of_their_values(highest, scale):
+    spec = specs.BoundedArray((4, 5, 3), np.uint8, 0, highest)
+    env = DmEnvs([Catch(observe=lambda ball, paddle: np.zeros((4, 5, 3), np.uint8), spec=spec)])
+    assert env.spec.observation_scale == scale
+
+
 def test_discrete_dm_observations_become_one_hot():
     spec = specs.DiscreteArray(5)
     env = DmEnvs([Catch(observe=lambda ball, paddle: np.int64(3), spec=spec)])

@@ -1,5 +1,6 @@
 """The matrix runner: what runs, what is skipped, what is reported."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from agents.checkpoint import CHECKPOINT_FILE
+from agents.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from comparison.board import write_board
 from comparison.matrix import WINDOW, load_matrix, members
 from comparison.outcome import area_under, collect, interquartile_mean, kept_rows, summarise
@@ -86,14 +87,15 @@ def row(method="critic", seed=0, curve=(0.5, 0.97), finished=True, total=1000, t
 
 
 def test_members_are_every_combination_with_the_most_special_setting_last(tmp_path):
-    tasks = {"a": {"x": 1, "y": 1}, "b": {"x": 2, "y": 2}}
-    methods = {"m": {"y": 3}, "n": {}}
-    matrix = load_matrix(write(tmp_path, tasks=tasks, methods=methods, overrides={"m / b": {"y": 4}, "n / a": None}))
+    x, y = "env.kwargs.corridor_length", "model.hidden_size"
+    tasks = {"a": {x: 1, y: 1}, "b": {x: 2, y: 2}}
+    methods = {"m": {y: 3}, "n": {}}
+    matrix = load_matrix(write(tmp_path, tasks=tasks, methods=methods, overrides={"m / b": {y: 4}, "n / a": None}))
     found = [(m.seed, m.task, m.method, m.settings) for m in members(matrix)]
     assert found == [
         (seed, *rest)
         for seed in (0, 1)
-        for rest in (("a", "m", {"x": 1, "y": 3}), ("b", "m", {"x": 2, "y": 4}), ("b", "n", {"x": 2, "y": 2}))
+        for rest in (("a", "m", {x: 1, y: 3}), ("b", "m", {x: 2, y: 4}), ("b", "n", {x: 2, y: 2}))
     ]  # fmt: skip
     names = [m.name for m in members(matrix)]
     assert len(set(names)) == 6 and all("/" not in name and " " not in name for name in names)
@@ -187,11 +189,11 @@ def test_until_the_bar_are_medians_of_the_finished_seeds_that_reached_it(tmp_pat
 
 def test_a_matrix_runs_survives_a_failing_member_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
     tasks = {"short": {**MATRIX["tasks"]["short"], **TINY}}
-    methods = {**MATRIX["methods"], "broken": {"critic.kind": "dnl"}}
+    methods = {**MATRIX["methods"], "broken": {"env.id": "no_such_module:Maze"}}
     path = write(tmp_path, seeds=[0], tasks=tasks, methods=methods, dial="env.kwargs.corridor_length")
     runs = tmp_path / "runs"
     assert main(monkeypatch, path, "--runs", runs, "--jobs", 2) == 1
-    failure = "Failed: broken_short_seed0: train.py: critic.kind: found 'dnl'"
+    failure = "Failed: broken_short_seed0: train.py: env: no_such_module:Maze: there is no module 'no_such_module'"
     page = (runs / "report.md").read_text()
     assert failure in page and "1 failed" in page
     content = json.loads((runs / "report.json").read_text())
@@ -232,6 +234,27 @@ def test_a_run_with_other_settings_is_no_member_unless_they_are_those_of_a_criti
     problem = made_with_other_settings(now, tmp_path)
     assert (problem is not None) == is_other
     assert problem is None or problem.startswith("critic.learning_rate: found a run with 0.001; allowed 0.01")
+
+
+def test_interfaces_between_levels_are_critics_also_where_the_whole_state_has_none(tmp_path):
+    levels = {"critic.kind": "none", "model.core": "multi_timescale", "algorithm.bptt_horizon": 1}
+    method = [{"levels": {**levels, "critic.interfaces": wanted}} for wanted in (False, True)]
+    then, now = (next(members(load_matrix(write(tmp_path, methods=methods)))) for methods in method)
+    save_settings(then, tmp_path)
+    assert made_with_other_settings(then, tmp_path) is None
+    assert made_with_other_settings(now, tmp_path).startswith("critic.interfaces: found a run with False; allowed True")
+
+
+@pytest.mark.parametrize("file", [CHECKPOINT_FILE, PREVIOUS_FILE])
+def test_a_run_is_resumed_where_train_would(tmp_path, monkeypatch, file):
+    member = next(members(load_matrix(write(tmp_path, seeds=[0]))))
+    folder = save_settings(member, tmp_path)
+    (folder / file).touch()
+    (folder / "metrics.jsonl").write_text('{"step": 512}\n')
+    commands = []
+    monkeypatch.setattr("comparison.running.execute", lambda command: (commands.append(command), (0, None, 0))[1])
+    run(member, tmp_path)
+    assert commands[0][2:4] == ["--resume", str(folder)] and (folder / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(("kind", "is_other"), [("dni_aux", True), ("dni", False), ("cdni", False)])
@@ -293,7 +316,8 @@ def test_what_a_newer_version_refuses_does_no_harm_where_it_makes_no_other_exper
 
 
 def test_a_matrix_with_bad_settings_has_no_members_among_the_runs(tmp_path):
-    (member,) = members(load_matrix(write(tmp_path, seeds=[0], methods={"bad": {"critic.kind": "dnl"}})))
+    (member,) = members(load_matrix(write(tmp_path, seeds=[0], methods={"bad": {"critic.kind": "dni"}})))
+    member = dataclasses.replace(member, settings={**member.settings, "critic.kind": "dnl"})
     folder = tmp_path / member.name
     folder.mkdir()
     assert made_with_other_settings(member, tmp_path) is None  # there is no run, and train.py will say it
@@ -324,8 +348,18 @@ def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_thos
     rows = json.loads(file.read_text())["rows"]
     assert [(r["method"], r["seed"]) for r in rows] == [("critic", 0), ("plain", 0)]
 
-    (runs / "plain_short_seed0").mkdir()  # a run that is here counts, even if it has nothing to show yet
-    assert list(kept_rows(matrix, runs, file)) == ["critic_short_seed0"]
+    there = runs / "plain_short_seed0"
+    there.mkdir()  # begun, and perhaps cut off at once
+    assert list(kept_rows(matrix, runs, file)) == ["critic_short_seed0", "plain_short_seed0"]
+    main(monkeypatch, path, "--runs", runs, "--report", report, "--keep", "--report-only")
+    assert [(r["method"], r["seed"]) for r in json.loads(file.read_text())["rows"]] == [("critic", 0), ("plain", 0)]
+    with pytest.raises(SystemExit):
+        main(monkeypatch, path, "--runs", runs, "--report", report, "--report-only")
+    assert "finished runs that the new report would lack (2" in capsys.readouterr().err
+    plain = next(m for m in members(matrix) if m.name == there.name)
+    (there / "metrics.jsonl").write_text('{"step": 1024}\n')
+    save_settings(plain, runs)
+    assert list(kept_rows(matrix, runs, file)) == ["critic_short_seed0"]  # a finished run that is here comes first
     longer = {"short": {**MATRIX["tasks"]["short"], "run.total_steps": 2048}}
     assert not kept_rows(load_matrix(write(tmp_path, tasks=longer)), runs, file)
     other = {"short": {**MATRIX["tasks"]["short"], "critic.learning_rate": 0.5}}
@@ -333,6 +367,19 @@ def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_thos
     with pytest.raises(SystemExit):
         main(monkeypatch, path, "--runs", runs, "--report", tmp_path / "none", "--keep")
     assert "--keep: found " in capsys.readouterr().err
+
+
+def test_a_report_keeps_failures_of_members_that_have_no_run_here(tmp_path, monkeypatch):
+    path, report = write(tmp_path, dial={"short": 7}), tmp_path / "report"
+    failure = {"critic_short_seed1": "train.py: NaN"}
+    write_report(load_matrix(path), [row(total=1024, curve=(1.0,))], failure, "COMMAND", report)
+    main(monkeypatch, path, "--runs", tmp_path / "none", "--report", report, "--report-only", "--keep")
+    page, content = report.with_suffix(".md").read_text(), json.loads(report.with_suffix(".json").read_text())
+    assert "Failed: critic_short_seed1: train.py: NaN" in page and "| none (none) |" in page
+    assert content["failures"] == failure
+    (tmp_path / "none" / "critic_short_seed1").mkdir()  # run again, and not failed
+    main(monkeypatch, path, "--runs", tmp_path / "none", "--report", report, "--report-only", "--keep")
+    assert not json.loads(report.with_suffix(".json").read_text())["failures"]
 
 
 def test_a_report_with_less_than_the_one_in_its_place_is_refused_before_anything_is_run(tmp_path, monkeypatch, capsys):
@@ -466,12 +513,13 @@ def test_ctrl_c_starts_no_further_member(tmp_path, monkeypatch, capsys):
 
 
 def test_methods_are_run_at_every_window_but_for_those_with_their_own(tmp_path):
-    methods = {"plain": {"critic.kind": "none"}, "full BPTT": {WINDOW: 64}}
+    of_its_own = {WINDOW: 16, "algorithm.rollout_length": 16, "env.num_envs": 8}
+    methods = {"plain": {"critic.kind": "none"}, "full BPTT": of_its_own}
     matrix = load_matrix(write(tmp_path, methods=methods, windows=[4, 8]))
     assert matrix["methods"] == {
         "plain, window 4": {"critic.kind": "none", WINDOW: 4},
         "plain, window 8": {"critic.kind": "none", WINDOW: 8},
-        "full BPTT": {WINDOW: 64},
+        "full BPTT": of_its_own,
     }
     windows = {4: None, 16: {"algorithm.rollout_length": 16}}
     matrix = load_matrix(write(tmp_path, methods={"plain": None}, windows=windows))
@@ -555,8 +603,9 @@ def test_the_area_under_a_curve_is_its_mean_over_the_whole_run():
 
 
 def summary_of(tmp_path, rows, failures=()):
-    tasks = {name: {"run.total_steps": 1000, "n": n} for name, n in (("short", 2), ("middle", 4), ("long", 8))}
-    matrix = load_matrix(write(tmp_path, tasks=tasks, dial="n", seeds=list(range(10))))
+    dial = "env.kwargs.corridor_length"
+    tasks = {name: {"run.total_steps": 1000, dial: n} for name, n in (("short", 2), ("middle", 4), ("long", 8))}
+    matrix = load_matrix(write(tmp_path, tasks=tasks, dial=dial, seeds=list(range(10))))
     return matrix, {row["method"]: row for row in summarise(matrix, rows, dict.fromkeys(failures, "why"))}
 
 
@@ -615,11 +664,28 @@ def test_a_bar_of_zero_is_a_bar(tmp_path):
         ({"methods": {"x+": None, "x-": None}}, r"found two runs for the folder 'x-_short_seed0'"),
         ({"seeds": 3}, r"seeds: found 3; allowed a list of integers"),
         ({"methods": None}, r"methods: found None; allowed names with their settings"),
+        ({"methods": {"bad": {"critic.kind": "dnl"}}}, r"bad / short: critic.kind: found 'dnl'"),
+        ({"tasks": {"short": {"run.total_steps": 0}}}, r"critic / short: run.total_steps: found 0"),
+        ({"tasks": {"short": {"delay": 3}}}, r"delay: found a setting without a section; allowed <section>.<name>"),
+        ({"bar": "95 %"}, r"bar: found '95 %'; allowed a number"),
+        ({"metric": "success"}, r"metric: found 'success'; allowed a name of metrics.jsonl, beginning with charts/"),
     ],
 )
 def test_a_matrix_that_cannot_be_is_refused_in_one_line(tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
         load_matrix(write(tmp_path, **changes))
+
+
+def test_a_matrix_has_numbers_and_names_as_configuration_files_have_them(tmp_path):
+    path = write(tmp_path, methods={"m": {"algorithm.learning_rate": 1e-3}}, tasks={"short": {}}, seeds=[0])
+    text = path.read_text()
+    path.write_text(text.replace("0.001", "1e-3"))
+    (member,) = members(load_matrix(path))
+    assert member.settings["algorithm.learning_rate"] == 1e-3
+    assert member.total_steps == 2_000_000  # of the configuration file
+    path.write_text(text.replace("  m:\n", "  m:\n    critic.kind: none\n  m:\n"))
+    with pytest.raises(SystemExit, match="the key 'm' appears twice"):
+        load_matrix(path)
 
 
 def test_a_file_that_is_no_matrix_is_refused_in_one_line(tmp_path):
@@ -802,6 +868,12 @@ def test_horizons_are_read_from_training_or_measured_once(tmp_path, monkeypatch)
     assert commands[0][1].endswith("horizon.py") and commands[0][2] == str(folder)
     matrix = load_matrix(write(tmp_path, seeds=[0]))
     assert [(r["horizon"], r["horizon_learning"]) for r in collect(matrix, tmp_path)] == [(7.0, None)]
+
+    longer = dataclasses.replace(member, settings={**member.settings, "run.total_steps": 2048})
+    monkeypatch.setattr("comparison.running.made_with_other_settings", lambda *_: None)
+    monkeypatch.setattr("comparison.running.execute", lambda command: (0, None, 0))
+    assert run(longer, tmp_path) is None and "horizon" not in read_record(folder)  # which was that of the shorter run
+    monkeypatch.undo()
 
     rows = [{**line, "step": s, "credit/horizon": h} for s, h in ((0, 99.0), (256, 5.0), (512, 7.0), (1024, 3.0))]
     for success, learning in ((0.5, 5.0), (0.97, 6.0)):  # of all after the first update, or of those before the bar

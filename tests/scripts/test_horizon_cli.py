@@ -217,6 +217,20 @@ def test_methods_and_tasks_are_put_side_by_side():
     ]
 
 
+def test_runs_that_differ_in_more_than_the_seed_are_not_pooled():
+    one, other = (_measured("dni", length, 0, 1.0, 9) for length in (10, 20))
+    other = replace(other, config=replace(other.config, model=replace(other.config.model, chrono_max=40.0)))
+    measured = [one, replace(one, name="1"), other]
+    assert (
+        horizon._methods(measured, horizon._tasks(measured)) == ["dni, K = 4"] * 3
+    )  # what belongs to a task is no method
+    few = replace(one, config=replace(one.config, env=replace(one.config.env, num_envs=3)))
+    assert side_by_side([one, few]).splitlines()[5:] == [
+        f"| dni, K = 4, env.num_envs={one.config.env.num_envs} | 100%; *9* (9) |",
+        "| dni, K = 4, env.num_envs=3 | 100%; *9* (9) |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
     [

@@ -274,6 +274,21 @@ def test_a_run_is_resumed_with_more_steps_but_not_with_other_settings(tmp_path):
     assert carry_out(free, num_steps=8, eval_every_steps=2) == {"steps": 8}
 
 
+def test_a_run_that_is_older_than_a_setting_had_its_default(tmp_path):
+    def carry_out(num_steps, **settings):
+        return common.carry_out(
+            Count, CountConfig(num_steps=num_steps, **settings), tmp_path, resume=True, tensorboard=False
+        )
+
+    carry_out(4)
+    state = torch.load(tmp_path / common.CHECKPOINT_FILE, weights_only=True)
+    del state["config"]["size"]
+    common.save_checkpoint(tmp_path / common.CHECKPOINT_FILE, state)
+    with pytest.raises(ValueError, match="other settings \\(size 1 -> 2\\)"):
+        carry_out(6, size=2)
+    assert carry_out(6) == {"steps": 6}
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut short", "of something else"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     config = CountConfig(size=3, num_steps=6, checkpoint_every_steps=3)
@@ -410,13 +425,16 @@ def test_tensorboard_has_every_point_once_though_a_run_was_cut_off_before_its_fi
 
 
 def test_two_processes_do_not_write_to_the_same_run(tmp_path):
-    with common.Log(tmp_path, 0, tensorboard=False) as log:
-        log.write(1, {})
-        before = (tmp_path / "metrics.jsonl").read_text()
-        with pytest.raises(ValueError, match="found another process that writes to this run, allowed one; wait for it"):
-            common.Log(tmp_path, 0, tensorboard=False)
-        assert (tmp_path / "metrics.jsonl").read_text() == before != ""
-    common.Log(tmp_path, 1, tensorboard=False).__exit__()
+    class Interrupted(Count):
+        def update(self):
+            with pytest.raises(ValueError, match="found another process that writes to this run, allowed one; wait"):
+                common.carry_out(Count, CountConfig(size=7), tmp_path, tensorboard=False)
+            return super().update()
+
+    assert common.carry_out(Interrupted, CountConfig(), tmp_path, tensorboard=False) == {"steps": 4}
+    assert json.loads((tmp_path / "config.json").read_text())["size"] == CountConfig().size != 7
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    common.carry_out(Count, CountConfig(num_steps=6), tmp_path, resume=True, tensorboard=False)
 
 
 def test_rows_that_cannot_be_continued_are_refused_and_left_alone(tmp_path):

@@ -1,5 +1,9 @@
-"""Files and folders that one process at a time may write; one that dies gives them free. No protection without POSIX locks."""
+"""Files that are written as a whole or not at all, and files and folders that one process at a time may write.
 
+One that dies gives them free. Without POSIX locks there is no protection.
+"""
+
+import os
 from pathlib import Path
 from typing import IO
 
@@ -9,6 +13,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts `text` in the place of what is there; whoever is cut off here leaves the old file."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def hold(path: Path, *, wait: bool) -> IO[bytes]:
