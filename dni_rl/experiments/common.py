@@ -474,21 +474,8 @@ def carry_out(
         dni_rl.data.DataError: if the data cannot be had.
     """
     check_device(config.device)
-    with held(folder):
-        return _carry_out(make_experiment, config, folder, free, resume, tensorboard, progress)
-
-
-def _carry_out(
-    make_experiment: Callable[[Any], Experiment],
-    config: Any,
-    folder: Path,
-    free: Iterable[str],
-    resume: bool,
-    tensorboard: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    state = load_checkpoint(folder / CHECKPOINT_FILE, config, resume=resume, free=free)
-    result_file = folder / RESULT_FILE
+    checkpoint, result_file = folder / CHECKPOINT_FILE, folder / RESULT_FILE
+    state = load_checkpoint(checkpoint, config, resume=resume, free=free)
     if state is not None and state["step"] >= config.num_steps:
         _check_length(folder, state, config.num_steps)
         if result_file.exists():
@@ -496,9 +483,20 @@ def _carry_out(
             if result.get("steps") == state["step"]:  # otherwise of this run when it was shorter
                 return result
     experiment = make_experiment(config)
-    if state is not None:
-        experiment.load_state_dict(state)
-    write_json(folder / "config.json", dataclasses.asdict(config))
+    with held(folder):
+        state = load_checkpoint(checkpoint, config, resume=resume, free=free)  # again, now that no one else writes it
+        if state is not None:
+            experiment.load_state_dict(state)
+        write_json(folder / "config.json", dataclasses.asdict(config))
+        _update(experiment, folder, tensorboard, progress)
+        result = finite(experiment.result())
+        write_json(result_file, result)
+    return result
+
+
+def _update(experiment: Experiment, folder: Path, tensorboard: bool, progress: bool) -> None:
+    """Up to the end of the run."""
+    config = experiment.config
     bar = Progress(folder.name, config.num_steps, experiment.step, wanted=progress)
     with Log(folder, experiment.step, tensorboard) as log:
         while experiment.step < config.num_steps:
@@ -519,9 +517,6 @@ def _carry_out(
             if saves:
                 save_checkpoint(folder / CHECKPOINT_FILE, experiment.state_dict())
     bar.close()
-    result = finite(experiment.result())
-    write_json(result_file, result)
-    return result
 
 
 def _check_length(folder: Path, state: Mapping[str, Any], num_steps: int) -> None:

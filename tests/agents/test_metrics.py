@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.metrics import METRICS_FILE, PROGRESS_METRICS, MetricsWriter, read_metrics
-from dni_rl.locks import LOCK_FILE
+from dni_rl.files import LOCK_FILE
 
 
 def _events(folder, tag):
