@@ -277,9 +277,8 @@ def figure(matrix: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -
             for row in chosen:
                 panel.plot(np.array(row["steps"]) / 1e6, row["curve"], color=colour, alpha=0.3, linewidth=0.8)
             if chosen:
-                grid = np.linspace(0, chosen[0]["total_steps"], 200)
-                mean = np.mean([np.interp(grid, row["steps"], row["curve"]) for row in chosen], axis=0)
-                panel.plot(grid / 1e6, mean, color=colour, linewidth=2.2, label=method)
+                steps, mean = mean_curve(chosen)
+                panel.plot(steps / 1e6, mean, color=colour, linewidth=2.2, label=method)
         panel.set(title=task, xlabel="million agent steps")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel(matrix["metric"])
@@ -288,6 +287,12 @@ def figure(matrix: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -
         chart.legend(lines.values(), lines, fontsize=7, loc="outside right upper")
     chart.savefig(path, dpi=110)
     plt.close(chart)
+
+
+def mean_curve(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and the mean over runs, from where all of them have been measured to where all of them have come."""
+    steps = np.linspace(max(row["steps"][0] for row in rows), min(row["steps"][-1] for row in rows), 200)
+    return steps, np.mean([np.interp(steps, row["steps"], row["curve"]) for row in rows], axis=0)
 
 
 def dial_figure(matrix: dict[str, Any], summary: Sequence[dict[str, Any]], path: Path) -> bool:

@@ -18,7 +18,7 @@ from agents.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from comparison.board import write_board
 from comparison.matrix import WINDOW, load_matrix, members
 from comparison.outcome import area_under, collect, interquartile_mean, kept_rows, summarise
-from comparison.report import figure, foretelling, markdown, write_report
+from comparison.report import figure, foretelling, markdown, mean_curve, write_report
 from comparison.running import execute, made_with_other_settings, read_record, run, run_all
 from scripts import compare
 
@@ -142,6 +142,13 @@ def test_the_page_counts_ends_marks_the_unfinished_and_names_who_fell(tmp_path):
     )
     figure(matrix, rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_mean_of_curves_ends_where_the_shortest_does():
+    rows = [row(curve=(0.0, 0.2, 0.4, 0.6)), row(seed=1, curve=(1.0, 0.8)) | {"steps": [300, 450]}]
+    steps, mean = mean_curve(rows)
+    assert (steps[0], steps[-1]) == (300, 450)
+    assert mean[[0, -1]] == pytest.approx([(0.04 + 1.0) / 2, (0.16 + 0.8) / 2])
 
 
 def test_the_page_says_which_planned_runs_are_missing_and_which_are_left_out_on_purpose(tmp_path):
