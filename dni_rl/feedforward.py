@@ -587,9 +587,8 @@ class DecoupledSequential(nn.Module):
         for name, optimizers in self._all_optimizers().items():
             for optimizer, saved in zip(optimizers, state[name], strict=True):
                 if optimizer is not None:
-                    optimizer.load_state_dict(
-                        copy.deepcopy(saved)
-                    )  # an optimiser would share the moments with those of `state`
+                    # An optimiser would share its moments with those of `state`.
+                    optimizer.load_state_dict(copy.deepcopy(saved))
 
     def _all_optimizers(self) -> Mapping[str, Sequence[torch.optim.Optimizer | None]]:
         return {

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
 OPTIONAL = {"windows", "dial", "overrides"}
 WINDOW = "algorithm.bptt_horizon"
-METRICS = ("charts/", "losses/", "sg/", "credit/")  # groups of what train.py logs
+METRICS = ("charts/", "losses/", "sg/", "credit/", "bptt/")  # groups of what train.py logs
 
 
 @dataclass(frozen=True)
