@@ -161,7 +161,7 @@ def backward(
         RuntimeError: if `start` is not from `cut`, or a second cut of the state that the window was unrolled from; if gradients are
             switched off, `end` does not depend on the graph, or the core did not record the steps at which the critic learns.
     """
-    T, B = _check(losses, start, end, critic, alive, context, weight, fit)
+    T, B = check_window(losses, start, end, critic, alive, context, weight, fit)
     if weight is None:
         weight = 1.0 / (T * B)
     weight = scaled_weight(weight, losses, scaler)
@@ -341,14 +341,6 @@ def gradients_of(leaves: State) -> Iterator[tuple[list[Tensor], set[int]]]:
             handle.remove()
 
 
-def check_start(start: State) -> None:
-    """Raises RuntimeError if it is not what `cut` returned."""
-    if not all(s.is_leaf and s.requires_grad for s in start):
-        raise RuntimeError(
-            "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
-        )
-
-
 def look_for_start(losses: Tensor, start: State, end: State, stacklevel: int) -> None:
     """Says so where neither losses nor end come from `start`, to which a backward pass has sent nothing.
 
@@ -388,7 +380,7 @@ def _leaves_behind(roots: State) -> list[Tensor]:
     return leaves
 
 
-def _check(
+def check_window(
     losses: Tensor,
     start: State,
     end: State,
@@ -398,6 +390,11 @@ def _check(
     weight: float | Tensor | None,
     fit: bool,
 ) -> tuple[int, int]:
+    """Checks the arguments of a backward pass over a window, before anything is touched; see `backward` for what it raises.
+
+    Returns:
+        T and B.
+    """
     if losses.dim() != 2:
         raise ValueError(
             f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}; do not reduce them"
@@ -421,7 +418,10 @@ def _check(
         )
     if any(len(s) != B for s in start):
         raise ValueError(f"start: expected batch size {B} as in losses, got {[tuple(s.shape) for s in start]}")
-    check_start(start)
+    if not all(s.is_leaf and s.requires_grad for s in start):
+        raise RuntimeError(
+            "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
+        )
     check_alive(alive, T, B)
     history = end.history if isinstance(end, UnrolledState) else None
     if history is not None and history.valid.shape != (T, B):

@@ -9,11 +9,11 @@ costs state times critic parameters.
 import torch
 from torch import Tensor
 
-from dni_rl.backward import Report, check_start, gradients_of, in_own_precision, look_for_start, report_of, surrogate
+from dni_rl.backward import Report, check_window, gradients_of, in_own_precision, look_for_start, report_of, surrogate
 from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.critics import GradientCritic
 from dni_rl.precision import out_of_half
-from dni_rl.targets import check_alive, check_weight, per_sequence, scaled_weight
+from dni_rl.targets import per_sequence, scaled_weight
 
 
 def bp_lambda_trace(critic: GradientCritic, batch_size: int, *, max_bytes: int = 2 * 1024**3) -> Tensor:
@@ -103,13 +103,13 @@ def bp_lambda_backward(
         The report, in which `critic_loss` is the mean square of delta, and the next trace, without gradient.
 
     Raises:
-        ValueError: if the critic is not as above, shapes disagree, lambda_ is out of range, or the weight is not one positive number.
+        ValueError: if the critic is not as above, shapes disagree, lambda_ is out of range, or the weight is not one positive number;
+            as in `dni_rl.backward`, if losses are in half precision or the critic is not in the states'.
         RuntimeError: if `start` is not from `cut`, or `losses` or `end` have no graph.
     """
     head = _linear_head(critic)
-    _check(losses, start, end, critic, trace, lambda_, first, alive, context, jacobian)
-    check_weight(weight)
-    T, B = losses.shape
+    T, B = check_window(losses, start, end, critic, alive, context, weight, fit=False)
+    _check(T, B, critic, trace, lambda_, first, jacobian)
     if first is None and isinstance(end, UnrolledState):
         first = ~end.history.valid
     had_future = None if alive is None or alive.dim() == 1 else alive[0].bool()
@@ -246,20 +246,15 @@ def _linear_head(critic: GradientCritic) -> torch.nn.Linear:
 
 
 def _check(
-    losses: Tensor,
-    start: State,
-    end: State,
+    T: int,
+    B: int,
     critic: GradientCritic,
     trace: Tensor,
     lambda_: float,
     first: Tensor | None,
-    alive: Tensor | None,
-    context: Tensor | None,
     jacobian: Tensor | None,
 ) -> None:
-    if losses.dim() != 2:
-        raise ValueError(f"losses: expected [T, B], one loss per step and sequence, got {tuple(losses.shape)}")
-    T, B = losses.shape
+    """What `check_window` does not look at."""
     S = sum(critic.state_sizes)
     if not 0.0 <= lambda_ <= 1.0:
         raise ValueError(f"lambda_: found {lambda_}, allowed 0 to 1")
@@ -267,19 +262,8 @@ def _check(
         raise ValueError(
             f"trace: expected [B, S, S, S + Z + 1] = {(B, S, S, S + critic.context_size + 1)}, got {tuple(trace.shape)}"
         )
-    check_alive(alive, T, B)
     if first is not None and first.dtype != torch.bool:
         raise ValueError(f"first: found {first.dtype}, allowed torch.bool; use `first.bool()`")
     for name, found, shape in (("first", first, (T, B)), ("jacobian", jacobian, (B, S, S))):
         if found is not None and found.shape != shape:
             raise ValueError(f"{name}: expected {shape}, got {tuple(found.shape)}")
-    if (context is None) != (critic.context_size == 0) or (
-        context is not None and context.shape != (T + 1, B, critic.context_size)
-    ):
-        raise ValueError(
-            f"context: expected [T + 1, B, Z] = {(T + 1, B, critic.context_size)}, or None where Z is 0, got "
-            f"{None if context is None else tuple(context.shape)}"
-        )
-    check_start(start)
-    if not losses.requires_grad or not any(s.requires_grad for s in end):
-        raise RuntimeError("losses, end: no gradient flows from them; were they computed under no_grad, or detached?")

@@ -218,7 +218,7 @@ class DecoupledPass:
         self._crossings, self._sent = {}, []
         if kind is not None:
             return
-        if any(s.vanished() for s in sent):
+        if any(s.vanished() for s in sent) and not _skipped_a_step(self._scaler):
             raise RuntimeError(
                 "DecoupledPass: a gradient that an interface had sent below was zeroed inside the block without being used; call "
                 "zero_grad before the block, after it, or after the optimiser's step"
@@ -307,6 +307,12 @@ class _Sent:
         if gradient._version == self.gradient_version:
             return False
         return bool(self.is_nonzero & ~gradient.detach().any())  # waits for the device, but only if something was added
+
+
+def _skipped_a_step(scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether it found an overflow since its last update, and left out a step that would have used a gradient. Waits for the device."""
+    states = () if scaler is None or not scaler.is_enabled() else scaler._per_optimizer_states.values()
+    return any(bool(found) for state in states for found in state["found_inf_per_device"].values())
 
 
 def _takes_context(critic: InterfaceCritic | nn.Module) -> bool:

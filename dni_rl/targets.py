@@ -3,6 +3,7 @@
 The recursion is that of lambda-returns; what is carried from step to step is a loss, or a gradient through Jacobians.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -76,8 +77,10 @@ def check_weight(weight: float | Tensor | None) -> None:
     if weight is None or (isinstance(weight, Tensor) and weight.device.type != "cpu"):
         return
     value = float(weight.detach() if isinstance(weight, Tensor) else weight)
-    if not value > 0:
-        raise ValueError(f"weight: found {value}, allowed above 0; multiply losses by 0 where they must not count")
+    if not 0.0 < value < math.inf:
+        raise ValueError(
+            f"weight: found {value}, allowed above 0 and finite; multiply losses by 0 where they must not count"
+        )
 
 
 def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
@@ -105,6 +108,8 @@ def before_each_step(alive: Tensor | None, num_steps: int, batch_size: int) -> T
 
 def scaled_weight(weight: float | Tensor, like: Tensor, scaler: torch.amp.GradScaler | None) -> float | Tensor:
     """The weight times the scaler's scale, on the device of `like`, in its precision or in float32 where that is half."""
+    if isinstance(weight, Tensor):
+        weight = weight.detach().reshape(())  # or it would lend its shape and precision to what it multiplies
     if scaler is None or not scaler.is_enabled():
         return weight
     one = torch.ones((), device=like.device, dtype=torch.float32 if like.dtype in HALF_PRECISION else like.dtype)

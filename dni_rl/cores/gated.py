@@ -213,15 +213,16 @@ class _Timetable:
 
     def __init__(self, first: Tensor):
         T, B = first.shape
+        count = partial(torch.arange, device=first.device)  # whatever the default device
         inserted = first.clone()
         inserted[0] = False
-        position = torch.arange(T).unsqueeze(1) + inserted.cumsum(0)  # [T, B] where step t goes
+        position = count(T).unsqueeze(1) + inserted.cumsum(0)  # [T, B] where step t goes
         self.length = int(position[-1].max()) + 1
-        self.rows = (position * B + torch.arange(B)).flatten()  # [T * B]
-        step = torch.ones(self.length * B, dtype=torch.bool)
+        self.rows = (position * B + count(B)).flatten()  # [T * B]
+        step = first.new_ones(self.length * B)
         step[self.rows] = False
         extra = step.view(self.length, B)
-        at_end = torch.arange(self.length).unsqueeze(1) > position[-1]
+        at_end = count(self.length).unsqueeze(1) > position[-1]
         self.flags = torch.stack([extra & ~at_end, extra & at_end], dim=-1).to(torch.float32)  # [length, B, 2]
 
     def insert(self, x: Tensor) -> Tensor:
@@ -525,7 +526,7 @@ class LSTM(_Gated):
             output, state = self._unroll(inputs[start:stop], state, starts, fused=True)
             state.history.watches = False
             outputs.append(output)
-        valid = torch.ones(inputs.shape[:2], dtype=torch.bool) if first is None else ~first
+        valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if first is None else ~first
         history = StateHistory(
             tuple(torch.stack([s.detach() for s in component]) for component in zip(*visited, strict=True)),
             valid,

@@ -326,12 +326,11 @@ def fit_interfaces(
         ValueError: if the window was not unrolled with as many interface critics, or the weight is not one positive number.
     """
     check_weight(weight)
-    if len(end.interfaces) != len(critics):
-        raise ValueError(
-            f"critics: expected those of the window's {len(end.interfaces)} interfaces, got {len(critics)}"
-        )
+    interfaces = getattr(end, "interfaces", ())  # which the state that plain `unroll` returns does not have
+    if len(interfaces) != len(critics):
+        raise ValueError(f"critics: expected those of the window's {len(interfaces)} interfaces, got {len(critics)}")
     fits = []
-    for history, critic in zip(end.interfaces, critics, strict=True):
+    for history, critic in zip(interfaces, critics, strict=True):
         arrived = history.gradients[0].flatten(0, 1)
         divisor = scaled_weight(1.0 / history.valid.numel() if weight is None else weight, arrived, scaler)
         fit = critic.fit(

@@ -1429,22 +1429,27 @@ WRONG_CALLS = {
     "weight 0": (
         lambda w: {"weight": 0.0},
         ValueError,
-        "weight: found 0.0, allowed above 0; multiply losses by 0 where they must not count",
+        "weight: found 0.0, allowed above 0 and finite; multiply losses by 0 where they must not count",
     ),
     "weight nan": (
         lambda w: {"weight": math.nan},
         ValueError,
-        "weight: found nan, allowed above 0; multiply losses by 0 where they must not count",
+        "weight: found nan, allowed above 0 and finite; multiply losses by 0 where they must not count",
+    ),
+    "weight without bound": (
+        lambda w: {"weight": 1.0 / torch.zeros(())},
+        ValueError,
+        "weight: found inf, allowed above 0 and finite; multiply losses by 0 where they must not count",
     ),
     "negative weight in a tensor": (
         lambda w: {"weight": torch.tensor(-1.0)},
         ValueError,
-        "weight: found -1.0, allowed above 0; multiply losses by 0 where they must not count",
+        "weight: found -1.0, allowed above 0 and finite; multiply losses by 0 where they must not count",
     ),
     "weight 0 in a tensor": (
         lambda w: {"weight": torch.zeros(1)},
         ValueError,
-        "weight: found 0.0, allowed above 0; multiply losses by 0 where they must not count",
+        "weight: found 0.0, allowed above 0 and finite; multiply losses by 0 where they must not count",
     ),
     "weights": (
         lambda w: {"weight": torch.ones(3)},
@@ -1479,6 +1484,19 @@ def test_a_wrong_call_is_refused_and_leaves_nothing_behind(mistake):
     dni_rl.backward(
         losses, start=start, end=end, critic=critic, context=torch.zeros(6, 3, 2)
     )  # the window is still good
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1)])
+def test_a_weight_in_a_tensor_is_a_number_whatever_its_shape_and_precision(shape):
+    found = []
+    for weight in (0.25, torch.full(shape, 0.25, dtype=torch.float64)):
+        model, x, y, state = problem()
+        model, start = model.float(), dni_rl.cut(tuple(s.float() for s in state))
+        critic = dni_rl.GradientCritic(state_sizes=model.core.state_sizes)
+        losses, end = model(x.float(), y.float(), start, FIRST)
+        dni_rl.backward(losses, start=start, end=end, critic=critic, weight=weight)
+        found.append((gradients(model), gradients(critic), critic.state_dict()))
+    exactly(found[1], found[0])
 
 
 def test_a_weight_on_an_accelerator_is_not_waited_for():

@@ -510,7 +510,7 @@ def test_errors(inputs):
         ({"weight": torch.ones(2)}, "weight: expected one number"),
         ({"trace": torch.zeros(2)}, "trace: expected"),
         ({"alive": torch.ones(1)}, "alive: expected"),
-        ({"context": torch.zeros(2, B, 1)}, "context: expected"),
+        ({"context": torch.zeros(2, B, 1)}, "context: got"),
         ({"jacobian": torch.zeros(2)}, "jacobian: expected"),
         ({"first": torch.ones(1, B)}, r"first: found torch.float32, allowed torch.bool; use `first.bool\(\)`"),
     ]:
@@ -518,6 +518,10 @@ def test_errors(inputs):
             bp_lambda_backward(losses, **(good | change))
     with pytest.raises(ValueError, match=r"losses: expected \[T, B\]"):
         bp_lambda_backward(losses.sum(), **good)
+    with pytest.raises(ValueError, match=r"losses: found torch\.float16, allowed torch\.float32"):
+        bp_lambda_backward(losses.half(), **good)
+    with pytest.raises(ValueError, match=r"critic: found torch\.float32, allowed torch\.float64"):
+        bp_lambda_backward(losses, **(good | {"critic": copy.deepcopy(critic).float()}))
     with pytest.raises(RuntimeError, match="start: expected the leaves"):
         bp_lambda_backward(losses, **(good | {"start": tuple(end)}))
     with pytest.raises(RuntimeError, match="no gradient flows"):

@@ -388,6 +388,13 @@ def test_zero_grad_before_or_after_the_pass_is_the_same_and_in_its_middle_an_err
         loss = losses_of(model(x, cross)).mean()
         model.zero_grad(set_to_none)
         loss.backward()
+    with (
+        pytest.raises(RuntimeError, match="zero_grad before the block"),
+        dni_rl.DecoupledPass(scaler=torch.amp.GradScaler("cpu")),
+    ):
+        loss = losses_of(model(x, cross)).mean()
+        model.zero_grad(set_to_none)
+        loss.backward()
     assert gradients(critic) == [None] * len(list(critic.parameters()))
 
 
@@ -401,6 +408,19 @@ def test_a_part_may_step_and_zero_as_soon_as_it_has_its_gradient():
         optimizer.step(), optimizer.zero_grad()
         h.square().sum().backward()
     assert_same(layer.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e300])
+def test_a_step_that_a_scaler_skips_inside_of_the_pass_has_used_its_gradient(weight):
+    layer, interface, x = linear(D, H, 1), dni_rl.Interface(make_critic()), draw(B, D)
+    optimizer, before = torch.optim.SGD(layer.parameters(), 0.1), layer.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**64)
+    with dni_rl.DecoupledPass(weight=weight, scaler=scaler):
+        h = interface(layer(x))
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+        scaler.scale(h.square().sum()).backward()
+    assert layer.weight.equal(before) == (weight > 1.0)  # an overflow
 
 
 def test_no_grad_and_eval_are_the_identity_and_teach_nothing():

@@ -176,6 +176,18 @@ def test_the_default_type_of_tensors_does_not_matter(calls):
     torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("wanted", [None, 2])
+@pytest.mark.parametrize("resets", [None, [(7, 0)]])
+def test_the_default_device_of_tensors_does_not_matter(calls, resets, wanted):
+    core, inputs, state, first = case(resets)
+    core.targets_per_window = wanted
+    expected, end, _ = gradients(fused, core, inputs, state, first)
+    with torch.device("meta"):
+        outputs, elsewhere = core.unroll(inputs, state, first)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    assert calls and elsewhere.history.valid.equal(end.history.valid)
+
+
 def test_writing_into_the_next_state_changes_nothing_else(calls):
     core, inputs, state, first = case([(7, 0)])
     with torch.no_grad():

@@ -425,6 +425,8 @@ def test_interface_critics_learn_what_arrives_where_it_is_heard(inputs, first):
     torch.testing.assert_close(*losses)
     with pytest.raises(ValueError, match="critics: expected those of the window's 1"):
         fit_interfaces(end, [])
+    with pytest.raises(ValueError, match="critics: expected those of the window's 0 interfaces, got 1"):
+        fit_interfaces(core.unroll(inputs, core.initial_state(B))[1], critics)
     with pytest.raises(ValueError, match="interface_critics: expected one for each of 1"):
         core.unroll_in_ticks(inputs, core.initial_state(B), ticks=2, interface_critics=[])
 
