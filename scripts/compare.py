@@ -28,6 +28,7 @@ it holds on a GPU is not in it.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -118,4 +119,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup it is not
+            signal.signal(number, signal.default_int_handler)  # stops as Ctrl-C does
     sys.exit(main())

@@ -66,8 +66,8 @@ def write_board(
                         writer.add_scalar(f"dial/{name}", value, global_step=cell["dial"])
     names = {(m.method, m.task, m.seed): m for m in members(matrix)}
     settings = {key: _flat_settings(member) for key, member in names.items()}
-    known = [flat for flat in settings.values() if flat]
-    varied = [key for key in (known[0] if known else ()) if any(f.get(key) != known[0][key] for f in known)]
+    every = dict.fromkeys(name for flat in settings.values() for name in flat)
+    varied = [name for name in every if len({_plain(flat.get(name)) for flat in settings.values()}) > 1]
     with SummaryWriter(str(board / "members")) as writer:
         for row in rows:
             key = (row["method"], row["task"], row["seed"])
@@ -107,13 +107,11 @@ def _dial_scalars(cell: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _flat_settings(member: Member) -> dict[str, Any]:
-    """Every setting of a member, arguments of the environment one by one; empty if train.py would refuse them."""
-    try:
-        resolved = member.resolved()
-    except ValueError:
-        return {}
-    kwargs = resolved["env"].pop("kwargs")
-    flat = {f"{section}.{key}": value for section, settings in resolved.items() for key, value in settings.items()}
+    """Every setting of a member, arguments of the environment one by one."""
+    flat = {
+        f"{section}.{key}": value for section, settings in member.resolved().items() for key, value in settings.items()
+    }
+    kwargs = flat.pop("env.kwargs")
     return flat | {f"env.kwargs.{key}": value for key, value in kwargs.items()}
 
 

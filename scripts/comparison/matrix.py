@@ -1,17 +1,19 @@
 """The matrix of a comparison: methods, windows, tasks and seeds of one YAML file, as runs."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.config import from_dict, load_config, load_yaml, to_dict
+from agents.config import TrainConfig, from_dict, load_config, load_yaml, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
 OPTIONAL = {"windows", "dial", "overrides"}
 WINDOW = "algorithm.bptt_horizon"
+OF_SCRIPT = ("run.seed", "run.name", "run.output_dir")  # what makes each member a run of its own
 METRICS = ("charts/", "losses/", "sg/", "credit/", "bptt/")  # groups of what train.py logs
 
 
@@ -36,23 +38,37 @@ class Member:
         return self.resolved()["run"]["total_steps"]
 
     def resolved(self) -> dict[str, dict[str, Any]]:
-        """The full configuration. ValueError if a setting is unknown or bad."""
-        data = to_dict(load_config(ROOT / self.config))
-        for name, value in {**self.settings, "run.seed": self.seed}.items():
-            section, *inner, key = name.split(".") if "." in name else ("", name)
-            if not section:
+        """The full configuration, the same mappings at every call: not to be changed. ValueError if a setting is unknown or bad."""
+        return self._resolved
+
+    @functools.cached_property
+    def _resolved(self) -> dict[str, dict[str, Any]]:
+        data = to_dict(_base_config(self.config))
+        # As train.py has it, env.kwargs first, and then single arguments on top of it.
+        for name, value in sorted(self.settings.items(), key=lambda item: item[0].count(".")):
+            section, _, key = name.partition(".")
+            if not key:
                 raise ValueError(
                     f"{name}: found a setting without a section; allowed <section>.<name>, as train.py's options"
                 )
-            target = data.setdefault(section, {})
-            for step in inner:
-                target = target.setdefault(step, {})
-            target[key] = value
+            if name in OF_SCRIPT:
+                raise ValueError(f"{name}: found {value!r}; allowed what compare.py makes of the matrix; leave it out")
+            if not name.startswith("env.kwargs."):
+                data.setdefault(section, {})[key] = value
+            elif isinstance(kwargs := data["env"]["kwargs"], Mapping):  # otherwise the configuration tells
+                data["env"]["kwargs"] = {**kwargs, key.removeprefix("kwargs."): value}
+        data["run"]["seed"] = self.seed
         return to_dict(from_dict(data))
 
 
+@functools.cache
+def _base_config(config: str) -> TrainConfig:
+    """What all members of a matrix start from."""
+    return load_config(ROOT / config)
+
+
 def load_matrix(path: Path) -> dict[str, Any]:
-    """Reads the YAML file, with every window written out as a method and every dial as a number.
+    """Reads the YAML file, with every window written out as a method, every dial as a number, and all members.
 
     Raises:
         SystemExit: with one line, if keys are unknown or missing, or say what cannot be.
@@ -71,6 +87,8 @@ def load_matrix(path: Path) -> dict[str, Any]:
     matrix = {"windows": [], "dial": None, "overrides": {}, **matrix}
     try:
         _check_seeds("seeds", matrix["seeds"])
+        if not isinstance(matrix["config"], str):
+            raise ValueError(f"config: found {matrix['config']!r}; allowed a file of configs/")
         if isinstance(matrix["bar"], bool) or not isinstance(matrix["bar"], int | float):
             raise ValueError(f"bar: found {matrix['bar']!r}; allowed a number, in the metric's unit")
         if not str(matrix["metric"]).startswith(METRICS):
@@ -80,27 +98,41 @@ def load_matrix(path: Path) -> dict[str, Any]:
         for group in ("tasks", "methods"):  # a name without settings is one that changes nothing
             if not isinstance(matrix[group], Mapping) or not matrix[group]:
                 raise ValueError(f"{group}: found {matrix[group]!r}; allowed names with their settings")
-            matrix[group] = {str(name): settings or {} for name, settings in matrix[group].items()}
+            matrix[group] = {str(name): _settings(f"{group}: {name}", value) for name, value in matrix[group].items()}
         matrix["methods"] = _at_windows(matrix["methods"], matrix["windows"])
         matrix["dial_name"], matrix["dials"] = _dials(matrix["dial"], matrix["tasks"])
         pairs = [f"{method} / {task}" for method in matrix["methods"] for task in matrix["tasks"]]
+        matrix["overrides"] = _settings("overrides", matrix["overrides"])
         for pair, special in matrix["overrides"].items():
             if pair not in pairs:
                 raise ValueError(f"overrides: found {pair!r}; allowed '<method> / <task>' of those above")
-            _check_seeds(f"overrides: {pair}: seeds", (special or {}).get("seeds", matrix["seeds"]))
-        folders = [member.name for member in members(matrix)]
+            if special is not None:
+                _check_seeds(
+                    f"overrides: {pair}: seeds", _settings(f"overrides: {pair}", special).get("seeds", matrix["seeds"])
+                )
+        matrix["members"] = list(_members(matrix))
+        folders = [member.name for member in matrix["members"]]
         if twice := sorted({name for name in folders if folders.count(name) > 1}):
             raise ValueError(
                 f"tasks, methods: found two runs for the folder {twice[0]!r}; allowed names that differ in letters or digits"
             )
-        for (method, task), cell in {(m.method, m.task): m for m in members(matrix)}.items():
+        for member in matrix["members"]:
             try:
-                cell.resolved()
+                member.resolved()
             except ValueError as error:
-                raise ValueError(f"{method} / {task}: {error}") from None
+                raise ValueError(f"{member.method} / {member.task}: {error}") from None
     except ValueError as error:
         raise SystemExit(f"compare.py: {path}: {error}") from None
     return matrix
+
+
+def _settings(name: str, value: Any) -> dict[str, Any]:
+    """What stands under a name of the matrix, which may be nothing. ValueError if it is not settings by name."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}: found {value!r}; allowed names with their settings, or nothing")
+    return dict(value)
 
 
 def _check_seeds(name: str, seeds: Any) -> None:
@@ -117,7 +149,9 @@ def _at_windows(methods: Mapping[str, dict[str, Any]], windows: Any) -> dict[str
     """Each method at each window, but for those that bring a window of their own."""
     if not windows:
         return dict(methods)
-    if not isinstance(windows, Mapping):
+    if not isinstance(windows, Mapping | list) or not all(type(window) is int for window in windows):
+        raise ValueError(f"windows: found {windows!r}; allowed a list of integers, or integers with their settings")
+    if isinstance(windows, list):
         windows = dict.fromkeys(windows)
     expanded: dict[str, dict[str, Any]] = {}
     for name, settings in methods.items():
@@ -125,7 +159,11 @@ def _at_windows(methods: Mapping[str, dict[str, Any]], windows: Any) -> dict[str
             expanded[name] = settings
         else:
             for window, special in windows.items():
-                expanded[f"{name}, window {window}"] = {WINDOW: window, **(special or {}), **settings}
+                expanded[f"{name}, window {window}"] = {
+                    WINDOW: window,
+                    **_settings(f"windows: {window}", special),
+                    **settings,
+                }
     return expanded
 
 
@@ -134,9 +172,9 @@ def _dials(dial: Any, tasks: Mapping[str, dict[str, Any]]) -> tuple[str, dict[st
     if dial is None:
         return "", {}
     if isinstance(dial, Mapping):
-        name, values = "length", dict(dial)
+        name, values = "length", {str(task): value for task, value in dial.items()}
     else:
-        name, values = str(dial).rsplit(".", 1)[-1].replace("_", " "), {t: s.get(dial) for t, s in tasks.items()}
+        name, values = str(dial).rsplit(".", 1)[-1].replace("_", " "), {t: s.get(str(dial)) for t, s in tasks.items()}
     if set(values) != set(tasks) or not all(type(value) is int and value >= 0 for value in values.values()):
         raise ValueError(
             f"dial: found {values}; allowed an integer for each of the tasks {list(tasks)}, or a setting that all of them have"
@@ -146,14 +184,19 @@ def _dials(dial: Any, tasks: Mapping[str, dict[str, Any]]) -> tuple[str, dict[st
 
 def members(matrix: dict[str, Any]) -> Iterator[Member]:
     """All runs, seeds outermost, so that an interrupted matrix has the same number of seeds everywhere."""
+    return iter(matrix["members"])
+
+
+def _members(matrix: dict[str, Any]) -> Iterator[Member]:
     cells = [(method, task) for task in matrix["tasks"] for method in matrix["methods"]]
     seeds = {cell: seeds_of(matrix, *cell) for cell in cells}
     for seed in dict.fromkeys(itertools.chain.from_iterable(seeds.values())):
         for method, task in cells:
             if seed in seeds[method, task]:
-                special = matrix["overrides"].get(f"{method} / {task}", {})
+                special = {**matrix["overrides"].get(f"{method} / {task}", {})}
+                special.pop("seeds", None)
                 settings = {**matrix["tasks"][task], **matrix["methods"][method], **special}
-                yield Member(method, task, seed, matrix["config"], {k: v for k, v in settings.items() if k != "seeds"})
+                yield Member(method, task, seed, matrix["config"], settings)
 
 
 def seeds_of(matrix: dict[str, Any], method: str, task: str) -> list[int]:

@@ -1,5 +1,6 @@
 """What finished runs measured, and its statistics over seeds."""
 
+import contextlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -54,22 +55,23 @@ def kept_rows(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, dict[
     Args:
         matrix: of `load_matrix`.
         runs: folder of the runs.
-        file: JSON of a report; rows that were made with other settings than the matrix's are left out.
+        file: JSON of a report; rows that were made with other settings than the matrix's, or for another metric or bar, are left
+            out.
 
     Raises:
         ValueError: if there is no such file, or it is not that of a report.
     """
     rows, settings, _ = _earlier_report(matrix, runs, file)
-    kept = {}
+    experiments, kept = {}, {}
+    for pair, sections in settings.items():
+        with contextlib.suppress(ValueError):  # which train.py refuses today
+            experiments[pair] = full_settings(sections)
     for member in members(matrix):
-        row, sections = rows.get(member.name), settings.get(f"{member.method} / {member.task}")
-        if row is None or sections is None or row["total_steps"] != member.total_steps:
+        row, then = rows.get(member.name), experiments.get(f"{member.method} / {member.task}")
+        if row is None or then is None or row["total_steps"] != member.total_steps:
             continue
-        try:
-            then = full_settings(sections)
-        except ValueError:  # which train.py refuses today
-            continue
-        if other_setting(member.resolved(), then) is None:
+        measures_the_same = all(row.get(name, matrix[name]) == matrix[name] for name in ("metric", "bar"))
+        if measures_the_same and other_setting(member.resolved(), then) is None:
             kept[member.name] = row
     return kept
 
@@ -173,6 +175,8 @@ def collect(
                 "method": member.method,
                 "task": member.task,
                 "seed": member.seed,
+                "metric": matrix["metric"],
+                "bar": matrix["bar"],
                 "total_steps": member.total_steps,
                 "finished": is_done(folder, member.total_steps),
                 "end": curve[-1],

@@ -51,8 +51,11 @@ def markdown(
         speeds = [row["steps_per_second"] for row in rows if row["method"] == method]
         speed = f"{np.median(speeds):,.0f}" if speeds else "-"
         lines.append(f"| {method} | {' | '.join(cells)} | {speed} |")
-    budgets = {row["task"]: row["total_steps"] for row in rows}
-    lines += ["", "Steps: " + ", ".join(f"{task} {steps:,}" for task, steps in budgets.items()) + "."]
+    budgets: dict[str, set[int]] = {}
+    for row in rows:
+        budgets.setdefault(row["task"], set()).add(row["total_steps"])
+    lengths = (f"{task} {' or '.join(f'{steps:,}' for steps in sorted(budget))}" for task, budget in budgets.items())
+    lines += ["", f"Steps: {', '.join(lengths)}."]
     fell = [
         f"{r['method']}, {r['task']}, seed {r['seed']} ({r['best']:.2f} to {r['end']:.2f})"
         for r in rows

@@ -1,9 +1,11 @@
 """Carries out the runs of a matrix, each in a process of its own; what is done is skipped, what fails is reported."""
 
+import contextlib
 import json
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ EXPERIMENT = ("env", "model", "critic", "algorithm")  # sections of a configurat
 NO_CRITIC = ("none", "rtrl")  # kinds of critic that have no settings
 OF_ONE_KIND = {"auxiliary_cost": "dni_aux", "trace_lambda": "bp_lambda"}  # settings that no other kind of critic reads
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
+_in_flight: set[int] = set()  # processes, to be told to stop
 
 
 def is_done(folder: Path, total_steps: int) -> bool:
@@ -138,7 +141,8 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
     """
     folder = runs / member.name
     problem = made_with_other_settings(member, runs)
-    if problem is None and not is_done(folder, member.total_steps):
+    # A run that failed after its last step, as one whose checkpoint could not be written, is not skipped either.
+    if problem is None and (not is_done(folder, member.total_steps) or read_record(folder).get("failure")):
         command = [sys.executable, str(ROOT / "scripts" / "train.py")]
         if (folder / CHECKPOINT_FILE).exists() or (folder / PREVIOUS_FILE).exists():
             command += ["--resume", str(folder), "--run.total_steps", str(member.total_steps)]
@@ -147,7 +151,8 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
             command += ["--config", str(ROOT / member.config), "--run.output_dir", str(runs), "--run.name", member.name]
             command += ["--run.seed", str(member.seed), "--run.progress", "false"]
             for key, value in member.settings.items():
-                command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+                is_text = isinstance(value, str) and not key.startswith("env.kwargs.")  # of which train.py reads YAML
+                command += [f"--{key}", value if is_text else json.dumps(value)]
         if device is not None:
             command += ["--run.device", device]
         code, problem, memory = execute(command)
@@ -172,8 +177,18 @@ def execute(command: Sequence[str]) -> tuple[int, str | None, int]:
     """Runs a command. Returns its exit code, None or the last line of its errors, and its largest resident set in bytes."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+        # In a session of its own, so that it is told to stop once, whoever told this process.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
+        _in_flight.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)  # of this child alone, unlike RUSAGE_CHILDREN
+        _in_flight.discard(process.pid)
         process.returncode = code = os.waitstatus_to_exitcode(status)
         errors.seek(0)
         lines = errors.read().strip().splitlines()
@@ -224,7 +239,10 @@ def run_all(
                 if problem:
                     failures[name] = problem
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(_in_flight):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)  # after which train.py saves a checkpoint
             raise
     return failures
 

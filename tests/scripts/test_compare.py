@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agents.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from agents.config import from_dict, parse_train_config
 from comparison.board import write_board
 from comparison.matrix import WINDOW, load_matrix, members
 from comparison.outcome import area_under, collect, interquartile_mean, kept_rows, summarise
@@ -101,6 +104,32 @@ def test_members_are_every_combination_with_the_most_special_setting_last(tmp_pa
     assert len(set(names)) == 6 and all("/" not in name and " " not in name for name in names)
 
 
+def test_members_share_no_arguments_and_train_is_told_what_the_matrix_says(tmp_path, monkeypatch):
+    kwargs = {"corridor_length": 2, "time_limit": 8}
+    tasks = {name: {"run.total_steps": 1024} for name in "ab"}
+    methods = {"m": {"env.kwargs.text": "8", "env.kwargs": kwargs}}
+    overrides = {"m / a": {"env.kwargs.time_limit": 9}}
+    matrix = load_matrix(write(tmp_path, seeds=[0], tasks=tasks, methods=methods, overrides=overrides))
+    found = {member.task: member.resolved()["env"]["kwargs"] for member in members(matrix)}
+    assert found == {"a": {**kwargs, "time_limit": 9, "text": "8"}, "b": {**kwargs, "text": "8"}}
+    commands = []
+    monkeypatch.setattr("comparison.running.execute", lambda command: commands.append(command) or (0, None, 5))
+    for member in members(matrix):
+        run(member, tmp_path)
+        config, _ = parse_train_config(commands[-1][2:])
+        assert config.env.kwargs == found[member.task]
+
+
+def test_the_configuration_of_a_member_is_read_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("comparison.matrix.from_dict", lambda data: calls.append(data) or from_dict(data))
+    matrix, report = load_matrix(write(tmp_path)), tmp_path / "report"
+    write_report(matrix, [row(total=1024), row("plain", total=1024)], {}, "COMMAND", report)
+    kept_rows(matrix, tmp_path / "none", report.with_name("report.json"))
+    collect(matrix, tmp_path / "none")
+    assert len(calls) == len(list(members(matrix))) == 4
+
+
 def test_a_method_can_have_seeds_of_its_own_on_a_task(tmp_path):
     tasks = {**MATRIX["tasks"], "long": MATRIX["tasks"]["short"]}
     overrides = {"critic / long": {"seeds": [1, 2, 3], "critic.scale": 0.5}}
@@ -142,6 +171,11 @@ def test_the_page_counts_ends_marks_the_unfinished_and_names_who_fell(tmp_path):
     )
     figure(matrix, rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_page_names_every_length_of_a_task(tmp_path):
+    rows = [row(total=2000), row("plain", total=1024), row("plain", 1, total=1024)]
+    assert "Steps: short 1,024 or 2,000." in markdown(load_matrix(write(tmp_path)), rows, [], {}, "COMMAND")
 
 
 def test_the_mean_of_curves_ends_where_the_shortest_does():
@@ -376,6 +410,20 @@ def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_thos
     assert "--keep: found " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", [{"bar": 0.5}, {"metric": "charts/episodic_return"}])
+def test_rows_for_another_bar_or_metric_are_not_kept(tmp_path, change):
+    runs, report = tmp_path / "runs", tmp_path / "report"
+    matrix = load_matrix(write(tmp_path, seeds=[0]))
+    for member in members(matrix):
+        runs.mkdir(exist_ok=True)
+        line = {"step": 1024, "charts/success_rate": 0.7, "charts/episodic_return": 0.6, "charts/SPS": 1.0}
+        (save_settings(member, runs) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    write_report(matrix, collect(matrix, runs), {}, "COMMAND", report)
+    file = report.with_name("report.json")
+    assert len(kept_rows(matrix, tmp_path / "none", file)) == 2
+    assert not kept_rows(load_matrix(write(tmp_path, seeds=[0], **change)), tmp_path / "none", file)
+
+
 def test_a_report_keeps_failures_of_members_that_have_no_run_here(tmp_path, monkeypatch):
     path, report = write(tmp_path, dial={"short": 7}), tmp_path / "report"
     failure = {"critic_short_seed1": "train.py: NaN"}
@@ -466,6 +514,19 @@ def test_what_was_interrupted_is_resumed(tmp_path, monkeypatch):
     assert read_record(folder) == {"peak_memory_bytes": 5, "failure": None}
 
 
+def test_a_run_that_failed_after_its_last_step_is_gone_on_with(tmp_path, monkeypatch):
+    member = next(members(load_matrix(write(tmp_path, seeds=[0]))))
+    folder = save_settings(member, tmp_path)
+    (folder / CHECKPOINT_FILE).touch()
+    (folder / "metrics.jsonl").write_text('{"step": 1024}\n')
+    (folder / "compare.json").write_text('{"failure": "No space left on device"}')
+    commands = []
+    monkeypatch.setattr("comparison.running.execute", lambda command: commands.append(command) or (0, None, 5))
+    for _ in range(2):
+        assert run(member, tmp_path) is None
+    assert len(commands) == 1 and read_record(folder)["failure"] is None
+
+
 @pytest.mark.parametrize(("code", "kept"), [(1, "no"), (-9, "no"), (130, None), (-15, None)])
 def test_an_interrupted_member_is_not_kept_as_failed(tmp_path, monkeypatch, code, kept):
     member = next(members(load_matrix(write(tmp_path))))
@@ -517,6 +578,18 @@ def test_ctrl_c_starts_no_further_member(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("comparison.running.run", run)
     assert main(monkeypatch, write(tmp_path, seeds=list(range(20))), "--runs", tmp_path) == 130
     assert len(started) < 10 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_members_in_flight_are_told_to_stop_by_whoever_told_this_process(tmp_path, monkeypatch):
+    program = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    ended = []
+    monkeypatch.setattr("comparison.running.run", lambda *_: ended.append(execute([sys.executable, "-c", program])[0]))
+    todo = list(members(load_matrix(write(tmp_path))))
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(todo, tmp_path, jobs=2, devices=None, measure=False)
+    assert ended == [-signal.SIGTERM] * 2 and time.monotonic() - started < 30
 
 
 def test_methods_are_run_at_every_window_but_for_those_with_their_own(tmp_path):
@@ -674,6 +747,22 @@ def test_a_bar_of_zero_is_a_bar(tmp_path):
         ({"methods": {"bad": {"critic.kind": "dnl"}}}, r"bad / short: critic.kind: found 'dnl'"),
         ({"tasks": {"short": {"run.total_steps": 0}}}, r"critic / short: run.total_steps: found 0"),
         ({"tasks": {"short": {"delay": 3}}}, r"delay: found a setting without a section; allowed <section>.<name>"),
+        ({"methods": {"m": {"seeds": [3]}}}, r"m / short: seeds: found a setting without a section"),
+        (
+            {"methods": {"m": {"run.seed": 3}}},
+            r"m / short: run.seed: found 3; allowed what compare.py makes of the matrix",
+        ),
+        ({"methods": {"m": "none"}}, r"methods: m: found 'none'; allowed names with their settings"),
+        ({"methods": {"m": {3: 4}}}, r"methods: m: found \{3: 4\}; allowed names with their settings"),
+        ({"methods": {"m": {"model.hidden_size.x": 3}}}, r"model.hidden_size.x: found an unknown setting"),
+        ({"methods": {"m": {"env.kwargs": None}}}, r"env.kwargs: found null; allowed a mapping"),
+        ({"overrides": [1]}, r"overrides: found \[1\]; allowed names with their settings"),
+        ({"overrides": {"plain / short": 3}}, r"overrides: plain / short: found 3; allowed names with their settings"),
+        ({"windows": 8}, r"windows: found 8; allowed a list of integers"),
+        ({"windows": {8: 3}}, r"windows: 8: found 3; allowed names with their settings"),
+        ({"config": None}, r"config: found None; allowed a file of configs/"),
+        ({"dial": ["a"]}, r"dial: found \{'short': None\}; allowed an integer for each"),
+        ({"seeds": [-1, 0]}, r"critic / short: run.seed: found -1; allowed an integer from 0"),
         ({"bar": "95 %"}, r"bar: found '95 %'; allowed a number"),
         ({"metric": "success"}, r"metric: found 'success'; allowed a name of metrics.jsonl, beginning with charts/"),
     ],
@@ -693,6 +782,12 @@ def test_a_matrix_has_numbers_and_names_as_configuration_files_have_them(tmp_pat
     path.write_text(text.replace("  m:\n", "  m:\n    critic.kind: none\n  m:\n"))
     with pytest.raises(SystemExit, match="the key 'm' appears twice"):
         load_matrix(path)
+
+
+def test_keys_with_nothing_under_them_and_tasks_named_by_numbers_are_fine(tmp_path):
+    tasks = {length: {"env.kwargs.corridor_length": length, "env.kwargs.time_limit": 8} for length in (2, 3)}
+    matrix = load_matrix(write(tmp_path, tasks=tasks, windows=None, overrides=None, dial={2: 2, 3: 3}))
+    assert matrix["dials"] == {"2": 2, "3": 3} and len(list(members(matrix))) == 8
 
 
 def test_a_file_that_is_no_matrix_is_refused_in_one_line(tmp_path):
@@ -747,6 +842,7 @@ def test_the_board_shows_every_method_against_the_dial_and_every_member_with_its
     tasks = {
         name: {**MATRIX["tasks"]["short"], "env.kwargs.corridor_length": n} for name, n in (("short", 2), ("long", 6))
     }
+    tasks["long"]["env.kwargs.max_cue_delay"] = 3  # which the first member does not have
     matrix = load_matrix(write(tmp_path, tasks=tasks, dial="env.kwargs.corridor_length", seeds=list(range(5))))
     board = tmp_path / "board"
     for _ in range(2):  # written anew, not added to
@@ -786,6 +882,7 @@ def test_the_board_shows_every_method_against_the_dial_and_every_member_with_its
         "task": "short",
         "critic.kind": "dni",
         "env.kwargs.corridor_length": 2,
+        "env.kwargs.max_cue_delay": "null",
         "run.seed": 1,
     }
 
