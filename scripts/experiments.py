@@ -66,5 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    # SIGTERM stops as Ctrl-C does; and SIGINT, which shells have ignored in the background, is what the programs are stopped with
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -190,7 +191,7 @@ class Run:
         if self.max_staleness is not None:
             parts.append(f"staleness up to {self.max_staleness}")
         if self.update_probability != 1.0:
-            parts.append(f"p = {self.update_probability:g}")
+            parts.append(f"p = {self.update_probability}")
         if self.unlocked:
             parts.append("unlocked")
         if self.threads != 1:
@@ -453,7 +454,9 @@ def row_of_processes(
     result["waiting_share"] = [report.waiting_sec / report.seconds for report in reports]
     result["blocked_share"] = [report.blocked_sec / report.seconds for report in reports]
     if run.max_staleness is not None:
-        result["cosine_at_the_end"] = [common.mean(report.cosines[-NUM_LAST_LOSSES:]) for report in below]
+        # a batch without a gradient, as all are that come before the critic above has one, has no cosine
+        last = [report.cosines[-NUM_LAST_LOSSES:] for report in below]
+        result["cosine_at_the_end"] = [common.mean(cosine for cosine in of if not math.isnan(cosine)) for of in last]
     return result
 
 

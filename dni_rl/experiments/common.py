@@ -603,11 +603,12 @@ def members(
     Raises:
         ValueError: if cells or seeds are missing, repeated or malformed, or a setting is out of range.
     """
-    check_each_once(cells=cells, seeds=seeds)
+    parsed = [parse_cell(cell) for cell in cells]
+    check_each_once(cells=parsed, seeds=seeds)
     given, of_arms = given or {}, of_arms or {}
     matrix = []
     for seed in seeds:
-        for cell in map(parse_cell, cells):
+        for cell in parsed:
             of_cell = {**of_arms.get(cell.arm, {}), **of_arms.get(f"{cell.arm}@{cell.window}", {})}
             of_run = {"arm": cell.arm, "window": cell.window, "seed": seed}
             config = make_config(**{**settings, **of_cell, **given, **of_run})

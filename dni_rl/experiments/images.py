@@ -124,6 +124,9 @@ class ImagesConfig:
             rate = getattr(self, name)
             if rate is not None and not rate > 0.0:
                 raise ValueError(f"{name}: found {rate}, allowed above 0, or none for that of the layers")
+        if any(size < 1 for size in self.critic_hidden_sizes):
+            found = " ".join(map(str, self.critic_hidden_sizes))
+            raise ValueError(f"critic_hidden_sizes: found {found}, allowed positive sizes, or nothing for linear")
         if self.arm == "backprop" and (self.unlocked or self.update_probability != 1.0):
             raise ValueError("arm: 'backprop' is locked; leave out --unlocked and --update-probability")
 
@@ -142,9 +145,6 @@ class ImagesConfig:
             )
         if self.num_layers not in (3, 4):
             raise ValueError(f"num_layers: found {self.num_layers}, allowed 3 or 4 with model cnn, or --model dense")
-        if any(channels < 1 for channels in self.critic_hidden_sizes):
-            found = " ".join(map(str, self.critic_hidden_sizes))
-            raise ValueError(f"critic_hidden_sizes: found {found}, allowed positive channels, or nothing for linear")
         if self.unlocked:
             raise ValueError(
                 "unlocked: found True with model cnn, allowed False; use --model dense for synthetic inputs"
@@ -654,15 +654,13 @@ def members(preset: str, arms: Sequence[str], seeds: Sequence[int], given: Mappi
         ValueError: if arms or seeds are missing, repeated or unknown, or a setting is out of range.
     """
     common.check_each_once(arms=arms, seeds=seeds)
+    known = (*ARMS, *(f"{arm}-{variant}" for arm in ("dni", "cdni") for variant in VARIANTS if variant))
     matrix = []
     for seed in seeds:
         for name in arms:
+            if name not in known:
+                raise ValueError(f"arms: found {name!r}, allowed {', '.join(known)}")
             arm, _, variant = name.partition("-")
-            if variant not in VARIANTS or (variant and arm not in ("dni", "cdni")):
-                raise ValueError(
-                    f"arms: found {name!r}, allowed {', '.join(ARMS)}, and dni and cdni with a suffix "
-                    f"{', '.join(f'-{v}' for v in VARIANTS if v)}"
-                )
             config = make_config(preset, **{**given, **VARIANTS[variant], "arm": arm, "seed": seed})
             matrix.append(common.Member(f"{name}-seed{seed}", common.Cell(name, config.num_layers), config))
     return matrix

@@ -16,7 +16,9 @@ def _lines(found: Mapping[str, Any], axis: str, name: str) -> dict[tuple[str, in
     lines: dict[tuple[str, int], list[tuple[Any, Any]]] = {}
     for curve in found["curves"].values():
         if curve.get(axis) and curve.get(name):
-            lines.setdefault((curve["arm"], curve["window"]), []).append((curve[axis], curve[name]))
+            # NaN where the run had diverged
+            numbers = np.array(curve[axis], float), np.array(curve[name], float)
+            lines.setdefault((curve["arm"], curve["window"]), []).append(numbers)
     return lines
 
 
@@ -46,7 +48,7 @@ def curves_figure(sections: Mapping[str, dict[str, Any]], path: Path) -> bool:
             number, count = (cells.index(cell), len(cells)) if several else (arms.index(cell[0]), len(arms))
             colour = _colour(number, count)
             for x, y in drawn:
-                panel.plot(x, scale * np.asarray(y, float), color=colour, alpha=0.3, linewidth=0.7)
+                panel.plot(x, scale * y, color=colour, alpha=0.3, linewidth=0.7)
             grid = np.linspace(min(x[0] for x, _ in drawn), min(x[-1] for x, _ in drawn), 200)
             curve = scale * np.mean([np.interp(grid, x, y) for x, y in drawn], axis=0)
             panel.plot(grid, curve, color=colour, linewidth=1.8, label=f"{cell[0]}@{cell[1]}" if several else cell[0])

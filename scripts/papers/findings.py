@@ -55,7 +55,7 @@ def section(entry: Entry, preset: str, folder: Path) -> dict[str, Any] | None:
     results: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     for member in matrix:
-        found = _finished(folder / member.name, asdict(member.config), _free(entry))
+        found = _finished(folder / member.name, member.config, _free(entry))
         if isinstance(found, str):
             left_out[member.name] = found
         elif found is not None:
@@ -89,7 +89,7 @@ def _free(entry: Entry) -> tuple[str, ...]:
     return (*FREE_FIELDS, "eval_every_steps") if entry.program in TESTED_AT_THE_END else FREE_FIELDS
 
 
-def _finished(folder: Path, config: Mapping[str, Any], free: Collection[str]) -> dict[str, Any] | str | None:
+def _finished(folder: Path, config: Any, free: Collection[str]) -> dict[str, Any] | str | None:
     """The result of a run; None if it is not finished; or why it is no run of this config, in one line."""
     found = read_json(folder / "config.json", None)
     result = read_json(folder / common.RESULT_FILE, None)
@@ -98,15 +98,15 @@ def _finished(folder: Path, config: Mapping[str, Any], free: Collection[str]) ->
     if differs := _difference(found, config, free):
         return f"{differs}; remove its folder and run the entry again"
     # it may be of a shorter run that is being lengthened
-    return common.finite(result) if result["steps"] >= config["num_steps"] else None
+    return common.finite(result) if result["steps"] >= config.num_steps else None
 
 
-def _difference(found: Mapping[str, Any], config: Mapping[str, Any], free: Collection[str]) -> str:
-    """The first setting in which a run is not of a config, in words; "" if there is none."""
-    wanted = json.loads(json.dumps(config))
+def _difference(found: Mapping[str, Any], config: Any, free: Collection[str]) -> str:
+    """The first setting in which a run is not of a config, a dataclass, in words; "" if there is none."""
+    wanted, defaults = (json.loads(json.dumps(settings)) for settings in (asdict(config), common.defaults(config)))
+    found = {**defaults, **found}  # of a setting that was added to the program later
     for name in wanted:
-        # one that the run does not know was added to the program later
-        if name in found and name not in free and found[name] != wanted[name]:
+        if name not in free and found[name] != wanted[name]:
             return f"{name}: found a run with {found[name]!r}; allowed {wanted[name]!r}"
     return ""
 
@@ -114,8 +114,8 @@ def _difference(found: Mapping[str, Any], config: Mapping[str, Any], free: Colle
 def fits(entry: Entry, preset: str, found: Mapping[str, Any]) -> bool:
     """Whether the runs of a section, as `section` returned it, are among those that the entry's command stands for now."""
     if not entry.is_matrix:
-        return not _difference(found["settings"], asdict(entry.module.make_config(preset)), _free(entry))
-    configs = {member.name: asdict(member.config) for member in planned(entry, preset)}
+        return not _difference(found["settings"], entry.module.make_config(preset), _free(entry))
+    configs = {member.name: member.config for member in planned(entry, preset)}
     runs = {name: {**found["settings"], **found["settings_of_runs"].get(name, {})} for name in found["curves"]}
     return all(name in configs and not _difference(run, configs[name], _free(entry)) for name, run in runs.items())
 
@@ -126,7 +126,7 @@ def _asynchronous_section(entry: Entry, preset: str, folder: Path) -> dict[str, 
     if results is None or not results["runs"]:
         return None
     config = entry.module.make_config(preset)
-    if differs := _difference(results["config"], asdict(config), _free(entry)):
+    if differs := _difference(results["config"], config, _free(entry)):
         print(f"{entry.name}: left out: {differs}", file=sys.stderr)
         return None
     names = planned_runs(entry, preset)

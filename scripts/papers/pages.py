@@ -271,8 +271,9 @@ def _draw(
 ) -> list[str]:
     """Draws the figures of a preset, takes over those that the programs drew of entries at hand, and returns the names of all."""
     stem = f"{page}_{preset}"
-    curves_figure(sections, output / f"{stem}.png")
-    windows_figure(sections, output / f"{stem}_windows.png")
+    for figure, name in ((curves_figure, f"{stem}.png"), (windows_figure, f"{stem}_windows.png")):
+        if not figure(sections, output / name):
+            (output / name).unlink(missing_ok=True)  # of runs that the page has no longer
     for entry in at_hand:
         for drawn in (runs / preset / entry).glob("*.png"):
             copy = output / f"{stem}_{drawn.name}"

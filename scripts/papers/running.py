@@ -72,6 +72,8 @@ def run_entry(entry: Entry, preset: str, runs: Path, jobs: int | None = None, de
         lines = log.read().decode(errors="replace").strip().splitlines()
     if code == 0:
         return None
+    if code < 0:  # it had no time to say why
+        return f"ended by signal {-code}, {signal.strsignal(-code)}"
     return lines[-1].rpartition("\r")[2].strip() if lines else f"exit code {code}"
 
 

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -167,6 +169,33 @@ def test_a_stop_reaches_the_program_which_saves_and_goes_on_later(tmp_path, monk
     assert run_entry(entry, "smoke", tmp_path) is None
     steps = [json.loads(line)["step"] for line in (folder / "none-4-seed0" / "metrics.jsonl").read_text().splitlines()]
     assert steps[0] == 40 and steps[-1] == reached + 400 and steps == sorted(steps)  # it did not start anew
+
+
+def test_a_stop_reaches_the_program_also_where_it_was_started_in_the_background(tmp_path):
+    script = Path(experiments.__file__)
+    options = ["run", "--preset", "laptop", "--only", "alignment", "--jobs", "1", "--runs"]
+    command = [sys.executable, script, *options, tmp_path]
+    folder = tmp_path / "laptop" / "alignment"
+    ignored = "trap '' INT; exec \"$@\""  # as shells do for what they start in the background
+    process = subprocess.Popen(["sh", "-c", ignored, "sh", *command], stderr=subprocess.DEVNULL, cwd=script.parents[1])
+    try:
+        while not (folder / "fixed-dni-1-seed0").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert (folder / "output.log").read_text().strip().endswith("alignment: stopped; continue with --resume")
+
+
+def test_the_reason_of_a_program_that_is_killed_is_not_what_it_said_last(tmp_path, monkeypatch):
+    says_and_is_killed = tmp_path / "program"
+    says_and_is_killed.write_text("#!/bin/sh\necho 1 of 3 runs done: none-4-seed0\nkill -KILL $$\n")
+    says_and_is_killed.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(says_and_is_killed))
+    assert run_entry(OF_NAME["copy"], "smoke", tmp_path) == "ended by signal 9, Killed"
 
 
 def test_unknown_names_are_one_line(tmp_path, capsys):
@@ -449,11 +478,36 @@ def test_a_damaged_json_is_refused_and_the_page_left_as_it_is(tmp_path, capsys):
 
 
 def test_settings_that_decide_the_result_are_compared():
-    config = {"eval_every_steps": 10, "log_every_steps": 5}
     for entry, same in (("ptb", False), ("images", True)):
-        free = findings._free(OF_NAME[entry])
-        assert (findings._difference(config | {"eval_every_steps": 20}, config, free) == "") is same
-        assert not findings._difference(config | {"log_every_steps": 20}, config, free)
+        config, free = planned(OF_NAME[entry], "laptop")[0].config, findings._free(OF_NAME[entry])
+        found = json.loads(json.dumps(dataclasses.asdict(config)))
+        assert (findings._difference(found | {"eval_every_steps": 20}, config, free) == "") is same
+        assert not findings._difference(found | {"log_every_steps": 20}, config, free)
+
+
+def test_a_run_that_is_older_than_a_setting_had_its_default():
+    config = planned(OF_NAME["images_unlocked"], "laptop")[0].config
+    found = json.loads(json.dumps(dataclasses.asdict(config)))
+    del found["augment"]
+    assert not findings._difference(found, config, ())
+    del found["input_learning_rate"]  # which this entry's command sets
+    assert findings._difference(found, config, ()) == "input_learning_rate: found a run with None; allowed 0.003"
+
+
+def test_a_seed_that_diverges_on_its_way_ends_the_mean_of_the_curves_and_not_the_report(tmp_path):
+    def read(member):
+        last = None if member.name == "dni-5-seed1" else 1.5
+        curve = [{"step": 10, "seconds": 5.0, "tokens": 100, "bits": 2.0}, {"step": 20, "seconds": 9.0, "tokens": 200}]
+        return {
+            "test_bits": 1.5,
+            "test_perplexity": 2.8,
+            "best_valid_bits": 1.5,
+            "curve": [curve[0], {**curve[1], "bits": last}],
+        }
+
+    fabricate(tmp_path, "ptb", read)
+    assert report(tmp_path, tmp_path / "pages") == 0
+    assert (tmp_path / "pages" / "ptb_laptop.png").stat().st_size > 1_000
 
 
 def test_seconds_of_two_machines_have_no_ratio():
@@ -527,6 +581,22 @@ def test_runs_of_settings_that_the_entry_has_no_longer_are_replaced_by_fewer(tmp
     report(tmp_path / "there", pages)
     page = (pages / "images.md").read_text()
     assert "2.00 2.00 2.00" not in page and "| 4.00 |" in page and not capsys.readouterr().err
+
+
+def test_no_figure_stays_of_runs_that_the_page_has_no_longer(tmp_path):
+    def solved(member):
+        return {"solved_length": 8, "solved": []}
+
+    pages, windows = tmp_path / "pages", tmp_path / "pages" / "copy_laptop_windows.png"
+    fabricate(tmp_path / "here", "copy", solved)
+    report(tmp_path / "here", pages)
+    assert windows.exists() and windows.name in (pages / "copy.md").read_text()
+    content = json.loads((pages / "copy.json").read_text())
+    content["presets"]["laptop"]["copy"]["settings"]["learning_rate"] = 0.5
+    (pages / "copy.json").write_text(json.dumps(content))
+    fabricate(tmp_path / "there", "copy", lambda member: solved(member) if member.cell.window == 2 else None)
+    report(tmp_path / "there", pages)
+    assert not windows.exists() and windows.name not in (pages / "copy.md").read_text()
 
 
 def test_a_diverged_seed_is_in_its_row_and_in_no_mean(tmp_path):

@@ -1,7 +1,9 @@
 """The asynchronous experiment: its runs, in one process and in several, started by itself and by torchrun."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -185,6 +187,25 @@ def test_runs_with_processes_learn_from_the_train_split_and_are_tested_on_the_ot
     todo = [asynchronous.Run(arm="cdni", processes=3, max_staleness=1)]
     asynchronous.run_in_processes(config, todo, tmp_path, tensorboard=False)
     assert learned_from == [0] * 64 and found == [0.0]
+
+
+def test_batches_without_a_gradient_do_not_make_a_run_diverged():
+    config = asynchronous.make_config("smoke")
+    cosines = (math.nan, 0.25, 0.75)  # the first comes from a critic above that starts at zero
+    below = StageReport(3, 1.0, 0.0, 0.0, 1.0, {0: 3}, cosines, ())
+    top = StageReport(3, 1.0, 0.0, 0.0, 1.0, {}, (), (1.0, 1.0, 1.0))
+    run = asynchronous.Run(arm="cdni", processes=2, max_staleness=0)
+    assert asynchronous.row_of_processes(run, config, [below, top], 0.5)["cosine_at_the_end"] == [0.5]
+    diverged = dataclasses.replace(below, cosines=(math.nan,) * 3)
+    assert asynchronous.row_of_processes(run, config, [diverged, top], 0.5)["cosine_at_the_end"] == [None]
+
+
+def test_runs_of_different_settings_have_different_names():
+    probabilities = (0.2, 0.1234567, 0.1234568)
+    found = [
+        str(run) for run in asynchronous.runs(asynchronous.make_config("smoke", update_probabilities=probabilities))
+    ]
+    assert len(set(found)) == len(found) and "cdni, 1 process, p = 0.2, seed 0" in found
 
 
 def torchrun(processes, *arguments):

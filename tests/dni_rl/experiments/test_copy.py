@@ -311,6 +311,7 @@ def test_presets_state_the_papers_settings():
         (["--cells", "magic@2"], "arm: found 'magic', allowed none, dni"),
         (["--cells", "dni"], "cells: found 'dni', allowed ARM@WINDOW"),
         (["--cells", "dni@2", "dni@2"], "cells: found dni@2 dni@2, allowed one or more, each once"),
+        (["--cells", "dni@2", "dni@02"], "cells: found dni@2 dni@2, allowed one or more, each once"),
         (["--task", "sort"], "task: found 'sort', allowed copy, repeat_copy"),
         (["--num-symbols", "1"], "num_symbols: found 1, allowed 2 or more"),
         (["--jobs", "0"], "jobs: found 0"),

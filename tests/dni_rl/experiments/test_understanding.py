@@ -414,6 +414,7 @@ def test_representations_are_drawn_of_the_first_seed(tmp_path, monkeypatch):
         (["--parts"], "parts: found none, allowed one or more"),
         (["--seeds", "1", "1"], "seeds: found 1 1, allowed one or more, each once"),
         (["--parts", "rdm", "--arms", "kickback"], "arms: found 'kickback', allowed backprop"),
+        (["--arms"], "arms: found none, allowed one or more, each once"),
         (["--parts", "rdm", "--num-layers", "1"], "num_layers: found 1, allowed 2 or more"),
         (["--parts", "linear", "--learning-rate", "0"], "learning_rate: found 0.0, allowed above 0"),
         (["--parts", "rdm", "--num-shown", "3"], "num_shown: found 3, allowed 20 or more"),
