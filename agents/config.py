@@ -51,7 +51,7 @@ PositiveCount: TypeAlias = Annotated[int, _Rule("of at least 1", lambda x: x >= 
 TwoOrMore: TypeAlias = Annotated[int, _Rule("of at least 2", lambda x: x >= 2)]
 Seed: TypeAlias = Annotated[int, _Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
 Device: TypeAlias = Annotated[
-    str, _Rule("of the form cpu, cuda or cuda:<index>", lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x))
+    str, _Rule("of the form cpu, cuda or cuda:<index>", lambda x: re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", x))
 ]
 Text: TypeAlias = Annotated[str, _Rule("of at least one character", lambda x: x.strip())]
 FolderName: TypeAlias = Annotated[
@@ -594,13 +594,13 @@ def _convert(annotation: Any, value: Any) -> Any:
         if isinstance(value, dict) and _is_plain(value):
             return value
     elif annotation is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
     elif annotation is int:
         if (
             isinstance(value, int | float)
             and not isinstance(value, bool)
-            and math.isfinite(value)
+            and abs(value) <= sys.float_info.max
             and value == int(value)
         ):
             return int(value)

@@ -110,6 +110,9 @@ def evaluate(
         seed: of the stream from which actions are drawn.
         on_step: called with every TimeStep, the reset included.
         on_episodes: called with the number of counted episodes that just ended.
+
+    Raises:
+        ValueError: if there are more environments than episodes, or what the model computes is NaN or infinite.
     """
     B = environment.num_envs
     if not 1 <= B <= num_episodes:
@@ -127,6 +130,11 @@ def evaluate(
         on_step(timestep)
     while any(len(episodes) < wanted for episodes, wanted in zip(finished, quota, strict=True)):
         logits, _, state = model.step(timestep.observation, action, timestep.reward, timestep.first, state)
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                "logits: found NaN or infinity; allowed finite numbers; training keeps no such parameters, so look for the cause in "
+                "what the environment returns"
+            )
         action = logits.argmax(-1) if greedy else _draw(logits, generator)
         timestep = environment.step(action)
         if on_step is not None:

@@ -181,6 +181,7 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
             of another number of processes or of another experiment included; after a restart also if torchrun was given nothing to
             tell this run by.
         NonFiniteError: if a loss became NaN or infinite.
+        RuntimeError: from a ValueError while it trains, such as one that an environment raises.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; its message says where.
     """
     _check_workers(config, workers)
@@ -215,14 +216,17 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
             _writer(trainer, directory, None if checkpoint is None else trainer.step) as writer,
             _interruptible() as interrupted,
         ):
-            if checkpoint is None:
-                # Whatever happens before the first one of the schedule, the run can be resumed; and by it a restart finds out that
-                # this folder is its own.
+            if resume != directory:
+                # Whatever happens before the first one of the schedule, the run can be resumed, also where it goes on from an older
+                # checkpoint than the folder's; and by it a restart finds out that this folder is its own.
                 _save(trainer, writer, directory)
             if checkpoint is None and run.credit_every_steps is not None:
                 # what the core can do before it has learned
                 writer.write(trainer.step, _credit(trainer, writer))
-            was_stopped = _loop(trainer, writer, directory, interrupted)
+            try:
+                was_stopped = _loop(trainer, writer, directory, interrupted)
+            except ValueError as error:  # no bad setting any more, but a fault in the program or the environment
+                raise RuntimeError(f"step {trainer.step}: {error}") from error
         if was_stopped and trainer.step < run.total_steps:
             raise KeyboardInterrupt(
                 f"a checkpoint of step {trainer.step} was saved; continue with --resume {directory}"

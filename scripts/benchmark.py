@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("rounds", "threads", "processes", "steps"):
         if getattr(arguments, name, 1) < 1:
             parser.error(f"--{name}: found {getattr(arguments, name)}; allowed an integer of at least 1")
+    if arguments.output is not None:
+        parser.check_writable("--output", arguments.output.parent)
     warnings.filterwarnings("ignore", module="gymnasium|stable_baselines3|pygame")
     if arguments.command == "speed":
         write(speed(arguments.tasks, arguments.rounds), arguments.output)

@@ -201,11 +201,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--report", type=Path, help="writes <report>.md and .json")
     arguments = parser.parse_args()
+    if any(not 0 <= seed < 2**32 for seed in arguments.seeds):
+        parser.error(f"--seeds: found {arguments.seeds}; allowed integers from 0 to 2**32 - 1")
+    if arguments.report is not None:
+        parser.check_writable("--report", arguments.report.parent)
     rows = [row for seed in arguments.seeds for row in experiment(seed)]
     text = markdown(rows, arguments.seeds)
     print(text)
     if arguments.report is not None:
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
         arguments.report.with_suffix(".md").write_text(text, encoding="utf-8")
         arguments.report.with_suffix(".json").write_text(json.dumps(rows), encoding="utf-8")
 

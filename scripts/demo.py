@@ -8,6 +8,7 @@ an error critic, which predicts the gradient from beyond the window, and the oth
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,9 @@ def main() -> int:
     for method, (folder, _) in runs.items():
         rows = read_metrics(folder)
         last = rows[-1]
-        success[method] = last["charts/success_rate"]
+        successes = [row.get("charts/success_rate", math.nan) for row in rows]
+        # in a short last interval no episode may have ended
+        success[method] = next((rate for rate in reversed(successes) if math.isfinite(rate)), math.nan)
         reached = next((f"{row['step']:,.0f}" for row in rows if row.get("charts/success_rate", 0) >= BAR), "never")
         print(
             f"| {method:<32} | {last['bptt/horizon']:>6.0f} | {success[method]:>18.1%} | {reached:>12} | {last['charts/SPS']:>16,.0f} |"

@@ -339,7 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bare=(False, True) if arguments.bare else (False,),
                 )
             except (ValueError, ImportError) as error:
-                print(f"horizon.py: {error}", file=sys.stderr)
+                # what would not fit in memory is an option of this script, too
+                print(f"horizon.py: {str(error).replace('--run.credit_', '--')}", file=sys.stderr)
                 code = 2
     except KeyboardInterrupt:  # what has been measured may have taken minutes
         found = "what had been measured follows" if measured else "nothing had been measured"

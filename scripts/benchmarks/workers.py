@@ -90,6 +90,7 @@ def train_speed(options: Sequence[str], processes: int, together: bool, steps: i
         ]
         errors = [process.communicate()[1] for process in started]
         if any(process.returncode for process in started):
-            said = [error.strip().splitlines()[-1] for error in errors if error.strip()]
-            raise RuntimeError(f"train.py: {said[0] if said else 'failed'}")
+            lines = [line for error in errors for line in error.splitlines() if line.strip()]
+            said = [line for line in lines if line.startswith("train.py: ")]  # torchrun goes on about what it saw of it
+            raise RuntimeError((said or lines[-1:] or ["train.py: failed"])[0])
         return sum(read_metrics(Path(scratch) / str(i))[-1]["charts/SPS"] for i in range(len(commands)))

@@ -408,6 +408,12 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
             "--critic.kind bp_lambda --critic.normalize_targets false --critic.dense_targets false",
             "critic.dense_targets: found false; allowed true with critic.kind bp_lambda",
         ),
+        *(
+            (f"--run.device {name}", f"run.device: found '{name}'; allowed text of the form cpu, cuda or cuda:<index>;")
+            for name in ("cuda:00", "cuda:٣", "cuda:256")  # which PyTorch cannot read, or takes for cuda:0
+        ),
+        ("--run.total_steps 1" + "0" * 400, "run.total_steps: found ...; allowed an integer"),
+        ("--critic.learning_rate 1" + "0" * 400, "critic.learning_rate: found ...; allowed a number"),
         ("--run.seed [", "--run.seed, line 1: found text that is not valid YAML"),
         (
             "--config missing.yaml",

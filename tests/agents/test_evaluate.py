@@ -45,6 +45,13 @@ def test_fewer_episodes_than_environments_are_refused():
         evaluate(make_model(), ScriptedEnv(num_envs=3, seed=0), 2)
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_what_is_not_finite_is_refused(greedy):
+    env = ScriptedEnv(num_envs=3, seed=0, nan_field="observation", nan_step=2)
+    with pytest.raises(ValueError, match=r"^logits: found NaN or infinity; .* the environment returns$"):
+        evaluate(make_model(), env, 6, greedy=greedy)
+
+
 class _Recorder(ScriptedEnv):
     """Keeps the actions it was given."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agents import train as train_module
-from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.checkpoint import PREVIOUS_FILE, load_checkpoint, save_checkpoint
 from agents.config import from_dict, load_config, to_dict
 from agents.metrics import MetricsWriter, read_metrics
 from agents.train import NonFiniteError, Trainer, run_directory, train
@@ -174,6 +174,37 @@ def test_a_run_that_stops_before_the_first_checkpoint_of_its_schedule_can_be_res
     assert load_checkpoint(directory)["step"] == 0
     train(config, directory)
     assert rows_of(directory) == rows_of(whole)
+
+
+def test_a_crash_of_a_run_that_goes_on_from_an_older_checkpoint_does_not_bring_back_the_newer_one(
+    configure, monkeypatch
+):
+    config = configure()
+    directory = train(config)
+    rows = rows_of(directory)
+    update = Trainer.update
+
+    def crash(self):
+        if self.step == 32 * 17:
+            raise OSError("a crash")
+        return update(self)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="a crash"):
+        patch.setattr(Trainer, "update", crash)
+        train(config, directory / PREVIOUS_FILE)
+    assert load_checkpoint(directory)["step"] == 32 * 15
+    train(config, directory)
+    assert rows_of(directory) == rows
+
+
+def test_an_error_inside_of_the_environment_is_no_bad_setting(configure, monkeypatch):
+    def broken(self):
+        raise ValueError("shapes (3,) (4,)")
+
+    monkeypatch.setattr(Trainer, "update", broken)
+    with pytest.raises(RuntimeError, match=r"^step 0: shapes \(3,\) \(4,\)$") as error:
+        train(configure())
+    assert isinstance(error.value.__cause__, ValueError)
 
 
 def test_another_experiment_cannot_continue_a_run(configure):

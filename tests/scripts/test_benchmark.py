@@ -14,6 +14,7 @@ from benchmarks.measuring import Ratio, _peak, in_turns, peak_bytes, tensor_byte
 from benchmarks.methods import DUE_EVERY, PLAIN, UNFUSED, comparable, methods
 from benchmarks.overhead import StoredRollout, overhead, overhead_table, sequence_peak
 from benchmarks.speed import REFERENCE, table, tmaze_contenders
+from benchmarks.workers import train_speed
 from scripts.benchmark import main
 
 CPU = torch.device("cpu")
@@ -279,6 +280,13 @@ def test_the_command_writes_json_and_refuses_a_device_that_is_not_there(tmp_path
     assert error.endswith("set --device cpu\n") and len(error.splitlines()) == 1
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr("scripts.benchmark.gpu", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        main(["gpu", "--output", "/proc/x/gpu.json"])
+    assert "--output: found /proc/x, which cannot be made or written" in capsys.readouterr().err
+
+
 def test_a_device_is_asked_for_its_own_counters_and_waits(monkeypatch):
     """The branch that needs a device, with its calls replaced: what they are asked, in which order, and what is made of it."""
     calls = []
@@ -347,6 +355,8 @@ def test_workers_are_measured_together_and_apart(tmp_path, capsys):
     assert "| together | 2 |" in capsys.readouterr().out
 
     assert main(["workers", "--steps", "128", "--rounds", "1", "--env.num_envs", "0"]) == 2
-    assert "env.num_envs: found 0" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("benchmark.py: train.py: env.num_envs: found 0")
+    with pytest.raises(RuntimeError, match=r"^train.py: critic.kind: found 'bp_lambda' in 2 processes"):
+        train_speed(["--config", "configs/kinds/bp_lambda.yaml"], 2, together=True, steps=10_000)
     with pytest.raises(SystemExit):
         main(["gpu", "--env.num_envs", "8"])

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from statistics import median
@@ -146,6 +147,14 @@ def test_runs_that_cannot_be_measured_do_not_stop_the_others(runs, capsys, tmp_p
     assert errors[0].startswith(f"horizon.py: no usable checkpoint: {tmp_path / 'missing'}: ")
     for line, folder in zip(errors[1:], (foreign, damaged), strict=True):
         assert line.startswith(f"horizon.py: {folder}: found a checkpoint of another program or version (")
+
+
+def test_sequences_that_would_not_fit_are_refused_by_the_options_of_this_script(runs, capsys):
+    code, out, err = _horizon(capsys, runs[0], "--num_envs", 1000, "--length", 10**6)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        r"horizon.py: run.credit_num_envs: found 1000 .*; set --num_envs \d+, or a shorter length\n", err
+    )
 
 
 @pytest.mark.parametrize("num_measured", [0, 1])
