@@ -42,12 +42,11 @@ def cut(state: State) -> State:
     if torch.compiler.is_compiling():  # a compiled graph must not run through the start of a window
         return torch.compiler.disable(cut)(state)
     if not isinstance(state, (tuple, list)) or not all(isinstance(s, Tensor) and s.is_floating_point() for s in state):
-        found = type(state).__name__
+        found, way_out = type(state).__name__, "write (state,) for one"
         if isinstance(state, (tuple, list)):
             found += f" of {[s.dtype if isinstance(s, Tensor) else type(s).__name__ for s in state]}"
-        raise ValueError(
-            f"state: expected a tuple of floating-point tensors [B, ...], got {found}; write (state,) for one"
-        )
+            way_out = "put them into one flat tuple, such as (h, c)"
+        raise ValueError(f"state: expected a tuple of floating-point tensors [B, ...], got {found}; {way_out}")
     return tuple(s.detach().requires_grad_() for s in state)
 
 
@@ -431,8 +430,14 @@ def check_window(
         )
     if critic is None:
         return T, B
-    if not any(s.requires_grad for s in end):  # a count of steps, say, may have no graph
+    graph = [s for s in end if s.requires_grad]  # a count of steps, say, may have none
+    if not graph:
         raise RuntimeError("end: expected the state that `core.unroll` returned, with its graph; it was detached")
+    if all(s.is_leaf and not any(s is leaf for leaf in start) for s in graph):
+        raise RuntimeError(
+            "end: expected the state that `core.unroll` returned, with its graph; it was cut; call `dni_rl.cut` after `backward`, where "
+            "the next window starts"
+        )
     if critic.target_rms.dtype in HALF_PRECISION:
         raise ValueError(
             f"critic: found {critic.target_rms.dtype}, allowed torch.float32 or torch.float64, since running statistics stand still in "

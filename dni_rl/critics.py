@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Integral
 from typing import Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
@@ -245,11 +246,15 @@ def check_unbounded(critic: object, name: str = "critic") -> None:
 
 
 def check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None:
-    """Refuses widths that are not positive, in one line."""
-    if not state_sizes or any(size < 1 for size in (*state_sizes, *hidden_sizes)):
+    """Refuses what is not positive widths, in one line."""
+    if (
+        not isinstance(state_sizes, Sequence)
+        or not state_sizes
+        or any(not isinstance(size, Integral) or size < 1 for size in (*state_sizes, *hidden_sizes))
+    ):
         raise ValueError(
-            f"state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got {tuple(state_sizes)}, "
-            f"{tuple(hidden_sizes)}"
+            f"state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got {state_sizes}, {hidden_sizes}; "
+            "those of a core are its state_sizes; for feature maps use ConvGradientCritic(state_shapes=...)"
         )
 
 

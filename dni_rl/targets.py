@@ -86,8 +86,9 @@ def check_weight(weight: float | Tensor | None) -> None:
 def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
     """Raises ValueError if it is not of one of the two shapes that `dni_rl.backward` takes."""
     shapes = ((batch_size,), (num_steps + 1, batch_size))
-    if alive is not None and alive.shape not in shapes:
-        raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {tuple(alive.shape)}")
+    if alive is not None and (not isinstance(alive, Tensor) or alive.shape not in shapes):
+        found = tuple(alive.shape) if isinstance(alive, Tensor) else type(alive).__name__
+        raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {found}")
 
 
 def before_each_step(alive: Tensor | None, num_steps: int, batch_size: int) -> Tensor | None:

@@ -246,6 +246,10 @@ class Core(nn.Module, ABC):
         if first is not None and first.dtype != torch.bool:
             raise ValueError(f"first: expected dtype torch.bool, got {first.dtype}; use `first.bool()`")
         expected = [(inputs.shape[1], *shape) for shape in self.state_shapes]
+        if state is None:
+            raise ValueError(
+                "state: expected a tuple of tensors, got None; start with `core.initial_state(batch_size)`"
+            )
         if [tuple(s.shape) for s in state] != expected:
             raise ValueError(f"state: expected shapes {expected}, got {[tuple(s.shape) for s in state]}")
 

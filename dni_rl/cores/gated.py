@@ -416,6 +416,8 @@ class _Gated(Core):
             raise ValueError(
                 f"bidirectional: a bidirectional nn.{kind} reads the future and has no state to cut at; use bidirectional=False"
             )
+        if module.batch_first:
+            raise ValueError("batch_first: found True, allowed False; a core reads windows [T, B, D], with time first")
         if module.proj_size:
             raise ValueError(f"proj_size: found {module.proj_size}, allowed 0; put a Linear behind the core instead")
         if module.dropout and module.num_layers > 1:
@@ -685,8 +687,6 @@ def wrap(
 
         core = dni_rl.wrap(nn.LSTM(64, 128, num_layers=2))
 
-    `batch_first` of a wrapped nn.LSTM or nn.GRU is ignored: cores are time-major.
-
     Args:
         module: nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell, a `Core` (returned as it is), or any module that maps (x [B, D],
             state) to (output [B, H], next state), with the three sizes below. Of nn.LSTM and nn.GRU the core reads the parameters,
@@ -696,8 +696,8 @@ def wrap(
         output_size: H, for a module of your own.
 
     Raises:
-        ValueError: if the module is bidirectional, projects its state or drops out between layers, if an nn.LSTM or nn.GRU has a forward
-            of its own or hooks, which would not run, or if sizes are missing.
+        ValueError: if the module is bidirectional or `batch_first`, projects its state or drops out between layers, if an nn.LSTM or nn.GRU
+            has a forward of its own or hooks, which would not run, or if sizes are missing.
     """
     match module:
         case Core():

@@ -1322,15 +1322,17 @@ def refuses(kind, message, function, *arguments, **settings):
 
 def test_cut_errors():
     h = torch.zeros(2, 3)
-    for state, found in (
-        (h, "Tensor"),
-        (None, "NoneType"),
-        ((h, h.long()), "tuple of [torch.float32, torch.int64]"),
-        ([h, 3], "list of [torch.float32, 'int']"),
+    one, several = "write (state,) for one", "put them into one flat tuple, such as (h, c)"
+    for state, found, way_out in (
+        (h, "Tensor", one),
+        (None, "NoneType", one),
+        ((h, h.long()), "tuple of [torch.float32, torch.int64]", several),
+        ([h, 3], "list of [torch.float32, 'int']", several),
+        (((h, h),), "tuple of ['tuple']", several),
     ):
         refuses(
             ValueError,
-            f"state: expected a tuple of floating-point tensors [B, ...], got {found}; write (state,) for one",
+            f"state: expected a tuple of floating-point tensors [B, ...], got {found}; {way_out}",
             dni_rl.cut,
             state,
         )
@@ -1385,6 +1387,12 @@ WRONG_CALLS = {
         RuntimeError,
         "end: expected the state that `core.unroll` returned, with its graph; it was detached",
     ),
+    "end cut for the next window": (
+        lambda w: {"end": dni_rl.cut(w["end"])},
+        RuntimeError,
+        "end: expected the state that `core.unroll` returned, with its graph; it was cut; call `dni_rl.cut` after `backward`, where "
+        "the next window starts",
+    ),
     "losses of a part of the window": (
         lambda w: {"losses": w["losses"][-1:], "context": torch.zeros(2, 3, 2)},
         ValueError,
@@ -1395,6 +1403,11 @@ WRONG_CALLS = {
         lambda w: {"alive": torch.ones(5, 3)},
         ValueError,
         "alive: expected [B] = (3,) or [T + 1, B] = (6, 3), got (5, 3)",
+    ),
+    "alive in a list": (
+        lambda w: {"alive": [True] * 3},
+        ValueError,
+        "alive: expected [B] = (3,) or [T + 1, B] = (6, 3), got list",
     ),
     "context of one step too few": (
         lambda w: {"context": torch.zeros(5, 3, 2)},

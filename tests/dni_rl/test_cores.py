@@ -474,6 +474,7 @@ def test_what_cannot_be_cut_is_refused(kind):
         dni_rl.wrap,
         kind(D, H, 2, dropout=0.5),
     )
+    refuses("batch_first: found True, allowed False", dni_rl.wrap, kind(D, H, batch_first=True))
     if kind is nn.LSTM:  # nn.GRU refuses it itself
         refuses(
             "proj_size: found 2, allowed 0; put a Linear behind the core instead", dni_rl.wrap, kind(D, H, proj_size=2)
@@ -533,6 +534,7 @@ def test_unroll_errors(name):
     found = [(2, size) for size in core.state_sizes]
     refuses(f"state: expected shapes {expected}, got {found}", core.unroll, inputs, tuple(s[:2] for s in state))
     refuses(f"state: expected shapes {expected}, got []", core.unroll, inputs, ())
+    refuses("got None; start with `core.initial_state(batch_size)`", core.unroll, inputs, None)
 
 
 def test_a_core_says_what_shapes_its_state_has():

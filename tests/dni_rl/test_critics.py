@@ -888,11 +888,14 @@ def test_settings_out_of_range_are_refused(name, settings, message):
     refuses(message, CRITICS[name], **settings)
 
 
-@pytest.mark.parametrize(("state_sizes", "hidden_sizes"), [((), ()), ((3, 0), ()), ((3,), (4, 0))])
+@pytest.mark.parametrize(
+    ("state_sizes", "hidden_sizes"), [((), ()), ((3, 0), ()), ((3,), (4, 0)), (3, ()), (((3, 2, 2),), ())]
+)
 def test_sizes_out_of_range_are_refused(state_sizes, hidden_sizes):
     message = "state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got "
     refuses(
-        f"{message}{state_sizes}, {hidden_sizes}",
+        f"{message}{state_sizes}, {hidden_sizes}; those of a core are its state_sizes; for feature maps use "
+        "ConvGradientCritic(state_shapes=...)",
         dni_rl.GradientCritic,
         state_sizes=state_sizes,
         hidden_sizes=hidden_sizes,
