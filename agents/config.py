@@ -363,7 +363,8 @@ class RunConfig(_Section):
     """Agent steps between two checkpoints; the last step always has one."""
     credit_every_steps: PositiveCount | None = None
     """Agent steps between two measurements of the credit horizon, beside those before the first update and after the last; null:
-    none. They act in environments of their own and leave the run as it is without them; charts/SPS leaves their time out."""
+    none. They act in environments of their own and leave the run as it is without them; charts/SPS leaves their time out.
+    credit/expected_horizon takes an environment with privileged context."""
     credit_length: SequenceSteps = 256
     """Length in agent steps of the sequences on which the credit horizon is measured. Lags up to half of it are told apart, so it
     should be more than twice the longest memory of the task."""
@@ -372,7 +373,7 @@ class RunConfig(_Section):
     tensorboard: bool = True
     """Whether metrics also go to TensorBoard; metrics.jsonl is always written."""
     progress: bool = True
-    """Whether a progress bar is shown, where stderr is a terminal."""
+    """Whether a progress bar is shown; where stderr is no terminal, a line every ten seconds at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,14 +466,14 @@ class TrainConfig:
             "future_steps": 0,
             "past_steps": (),
         }
-        for name, value in wanted.items():
-            if getattr(critic, name) != value:
-                shown = _show(value)
-                critic._refuse(
-                    name,
-                    f"{shown} with critic.kind bp_lambda, whose traces are those of a linear critic and nothing else",
-                    f"set --critic.{name} {shown}, and see configs/kinds/bp_lambda.yaml",
-                )
+        wrong = {name: _show(value) for name, value in wanted.items() if getattr(critic, name) != value}
+        if wrong:
+            first, shown = next(iter(wrong.items()))
+            critic._refuse(
+                first,
+                f"{shown} with critic.kind bp_lambda, whose traces are those of a linear critic and nothing else",
+                f"set {' '.join(f'--critic.{name} {value}' for name, value in wrong.items())}; see configs/kinds/bp_lambda.yaml",
+            )
 
 
 def parse_train_config(argv: Sequence[str] | None = None) -> tuple[TrainConfig, Path | None]:

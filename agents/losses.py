@@ -104,7 +104,8 @@ def actor_critic_loss(
     log_policy = F.log_softmax(logits, dim=-1)
     log_probs = log_policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_policy.exp() * log_policy).sum(-1)
-    value_loss = 0.5 * (values - returns).square()
+    value_error = values - returns
+    value_loss = 0.5 * value_error.square()
     watched = {"losses/value_loss": value_loss, "losses/entropy": entropy}
     weight = valid.to(logits.dtype)
     count = weight.sum().clamp_min(1.0)  # of the metrics
@@ -121,5 +122,11 @@ def actor_critic_loss(
     total = weight * (policy_loss + baseline_cost * value_loss - entropy_cost * entropy)
     watched["losses/policy_loss"] = policy_loss
     with torch.no_grad():
+        # moments that an explained variance is made of, of several windows that of the means of each
+        watched |= {
+            "losses/value_error": value_error,
+            "losses/value_target": returns,
+            "losses/value_target_squared": returns.square(),
+        }
         means = torch.stack(list(watched.values())).mul_(weight).flatten(1).sum(1) / count
     return ActorCriticLoss(total, dict(zip(watched, means.unbind(), strict=True)))

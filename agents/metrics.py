@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSON-lines file for tables and figures, TensorBoard to look at, a progress bar.
+"""Where the numbers of a run go: a JSON-lines file for tables and figures, TensorBoard to look at, a progress bar or lines.
 
 The x-axis is agent steps everywhere. Metrics arrive as tensors, straight from the learner, and are read here and
 nowhere else.
@@ -8,10 +8,11 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 # What the progress bar shows, by the name of the metric. tqdm itself shows the speed, in agent steps per second.
 PROGRESS_METRICS = {"charts/episodic_return": "return", "charts/success_rate": "success"}
+LINE_EVERY_SEC = 10.0  # at most, where there is no terminal for a bar
 # TensorBoard's board of custom scalars: names of metrics, as regular expressions, by tab and chart. It is the same in every run, so
 # that runs of different methods share their charts; a run shows what it has.
 BOARD: dict[str, dict[str, tuple[str, ...]]] = {
@@ -36,10 +38,12 @@ BOARD: dict[str, dict[str, tuple[str, ...]]] = {
         "episodic length": ("charts/episodic_length",),
         "agent steps per second": ("charts/SPS",),
         "learning rate": ("charts/learning_rate",),
+        "entropy cost": ("charts/entropy_cost",),
     },
     "losses": {
         "policy": ("losses/policy_loss",),
         "value": ("losses/value_loss",),
+        "value: explained variance of the returns": ("losses/explained_variance",),
         "entropy": ("losses/entropy",),
         "gradient norm": ("losses/gradient_norm",),
         "auxiliary task": ("losses/auxiliary_loss",),
@@ -67,7 +71,7 @@ BOARD: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class MetricsWriter:
-    """Writes metrics of a run to `metrics.jsonl`, TensorBoard and a progress bar.
+    """Writes metrics of a run to `metrics.jsonl`, TensorBoard and stderr: a progress bar, or now and then a line.
 
     Args:
         directory: the run's folder, made if missing.
@@ -75,8 +79,9 @@ class MetricsWriter:
         resume_step: agent steps of the checkpoint that the run continues from; what an interrupted run wrote after
             that is dropped, since it will be written again. None for a new run.
         tensorboard: whether to write TensorBoard events as well.
-        progress: whether to show a progress bar; never shown where stderr is not a terminal.
+        progress: whether to show a progress bar, or lines where stderr is not a terminal.
         hyperparameters: nested dict of settings, shown in TensorBoard as text.
+        lock: of the folder, where it is held already (`dni_rl.files.hold_run`); closed with the writer.
 
     Raises:
         ValueError: if another process writes there, a new run would mix with the metrics of an earlier one, or those to continue are
@@ -92,6 +97,7 @@ class MetricsWriter:
         tensorboard: bool = True,
         progress: bool = True,
         hyperparameters: Mapping[str, Any] | None = None,
+        lock: IO[bytes] | None = None,
     ):
         if tensorboard:  # first, because it may be missing, and a folder is taken once it has metrics
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -111,7 +117,7 @@ class MetricsWriter:
                 "its folder"
             )
         rows = [row for row in read_metrics(path) if row["step"] <= (resume_step or 0)] if is_there else []
-        self._lock = hold_run(folder)  # before anything is changed
+        self._lock = lock or hold_run(folder)  # before anything is changed
         if is_there:
             _write_rows(path, rows)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
@@ -135,6 +141,9 @@ class MetricsWriter:
             dynamic_ncols=True,
             disable=not (progress and sys.stderr.isatty()),
         )
+        self._says = _Lines(folder, total_steps) if progress and not sys.stderr.isatty() else None
+        if self._says is not None:
+            self._says(self._step, {})
 
     def write(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Writes one row.
@@ -165,6 +174,8 @@ class MetricsWriter:
         self._progress.set_postfix(self._shown, refresh=False)
         self._progress.update(step - self._step)
         self._step = step
+        if self._says is not None:
+            self._says(step, self._shown)
 
     @property
     def has_tensorboard(self) -> bool:
@@ -264,6 +275,21 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
                 f"{path}, line {number}: found text that is not a row of metrics; repair or remove it"
             ) from None
     return rows
+
+
+class _Lines:
+    """Progress where there is no terminal: a line at the start, at the end, and between them every LINE_EVERY_SEC at most."""
+
+    def __init__(self, folder: Path, total_steps: int):
+        self._folder, self._total_steps, self._last = folder, total_steps, -math.inf
+
+    def __call__(self, step: int, shown: Mapping[str, str]) -> None:
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY_SEC or step >= self._total_steps:
+            self._last = now
+            values = [f"{label} {value}" for label, value in shown.items()]
+            where = f"{self._folder}: step {step:,} of {self._total_steps:,}"
+            print(", ".join([where, *values]), file=sys.stderr, flush=True)
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:

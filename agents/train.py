@@ -6,12 +6,12 @@ import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from agents.metrics import MetricsWriter
 from agents.parallel import ALONE, SilentWriter, Workers
 from agents.rollout import Actor
 from dni_rl.critics import explained_variance, norm_ratio
+from dni_rl.files import hold_run
 
 _log = logging.getLogger(__name__)
 
@@ -186,6 +187,13 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
     """
     _check_workers(config, workers)
     directory = run_directory(config) if resume is None else resume if resume.is_dir() else resume.parent
+    # from before its checkpoint is read, since a process that still writes there may be about to save a newer one
+    with (hold_run(directory) if workers.is_first and directory.is_dir() else None) or nullcontext() as lock:
+        _train(config, resume, directory, workers, lock)
+    return directory
+
+
+def _train(config: TrainConfig, resume: Path | None, directory: Path, workers: Workers, lock: IO[bytes] | None) -> None:
     checkpoint = workers.from_first(partial(_checkpoint_to_continue, resume, directory, workers))
     if checkpoint is not None:
         try:
@@ -213,7 +221,7 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
         if run.credit_every_steps is not None:
             check_credit(config, trainer.environment.spec)  # here, where nothing has been written yet
         with (
-            _writer(trainer, directory, None if checkpoint is None else trainer.step) as writer,
+            _writer(trainer, directory, None if checkpoint is None else trainer.step, lock) as writer,
             _interruptible() as interrupted,
         ):
             if resume != directory:
@@ -233,7 +241,6 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
             )
     finally:
         trainer.close()
-    return directory
 
 
 def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Path, interrupted: Sequence[int]) -> bool:
@@ -264,6 +271,7 @@ def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Pat
                 | {
                     "charts/SPS": (trainer.step - start_step) / (time.perf_counter() - started),
                     "charts/learning_rate": trainer.learner.optimizer.param_groups[0]["lr"],
+                    "charts/entropy_cost": trainer.learner.entropy_cost,
                     "bptt/horizon": trainer.config.window_length,  # in steps, as the credit horizons beside it
                 }
             )
@@ -284,7 +292,9 @@ def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Pat
     return stops
 
 
-def _writer(trainer: Trainer, directory: Path, resume_step: int | None) -> MetricsWriter | SilentWriter:
+def _writer(
+    trainer: Trainer, directory: Path, resume_step: int | None, lock: IO[bytes] | None
+) -> MetricsWriter | SilentWriter:
     if not trainer.workers.is_first:
         return SilentWriter()
     config = trainer.config
@@ -299,6 +309,7 @@ def _writer(trainer: Trainer, directory: Path, resume_step: int | None) -> Metri
             tensorboard=config.run.tensorboard,
             progress=config.run.progress,
             hyperparameters=hyperparameters,
+            lock=lock,
         )
         save_config(config, directory / CONFIG_FILE)
     except OSError as error:
@@ -384,6 +395,14 @@ class _RunningMeans:
 def _with_ratios(means: dict[str, Any]) -> dict[str, Any]:
     """The critics' measures as they are shown: ratios of means, since that of a window whose targets are nearly zero has no bound."""
     shown = dict(means)
+    if (
+        "losses/value_target" in shown
+    ):  # which a rest of means that a checkpoint of an earlier version has kept is without
+        bias, mean, square = (
+            torch.as_tensor(shown.pop(f"losses/value_{name}")) for name in ("error", "target", "target_squared")
+        )
+        error = 2.0 * torch.as_tensor(shown["losses/value_loss"]) - bias.square()
+        shown["losses/explained_variance"] = explained_variance(error, square - mean.square())
     for group in [name.removesuffix("/error") for name in means if name.endswith("/error")]:
         error, variance = (torch.as_tensor(shown.pop(f"{group}/{name}")) for name in ("error", "target_variance"))
         shown[f"{group}/explained_variance"] = explained_variance(error, variance)

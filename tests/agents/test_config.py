@@ -366,7 +366,7 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
         (
             "--critic.kind bp_lambda --critic.hidden_sizes [128]",
             "critic.hidden_sizes: found [128]; allowed [] with critic.kind bp_lambda, whose traces are those of a linear critic and "
-            "nothing else; set --critic.hidden_sizes [], and see configs/kinds/bp_lambda.yaml",
+            "nothing else; set --critic.hidden_sizes [] --critic.normalize_targets false; see configs/kinds/bp_lambda.yaml",
         ),
         (
             "--critic.kind bp_lambda --critic.hidden_sizes [] --critic.normalize_targets false --critic.max_norm_ratio 1",

@@ -116,7 +116,14 @@ def test_the_loss_of_a_step_by_hand():
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert loss.total.tolist() == [[pytest.approx(policy_loss + 0.5 * value_loss - 0.1 * entropy)]]
     assert {name: value.item() for name, value in loss.metrics.items()} == pytest.approx(
-        {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy}
+        {
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": value_loss,
+            "losses/entropy": entropy,
+            "losses/value_error": -3.0,
+            "losses/value_target": 4.0,
+            "losses/value_target_squared": 16.0,
+        }
     )
 
 

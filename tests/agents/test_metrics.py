@@ -147,9 +147,18 @@ def test_wrong_calls_are_refused(tmp_path):
         writer.write(6, {"loss": 1.0})
 
 
-def test_the_progress_bar_appears_in_a_terminal_only(tmp_path, monkeypatch, capsys):
-    _write_run(tmp_path / "a", [50, 100], tensorboard=False)
-    assert capsys.readouterr().err == ""
+def test_progress_is_a_bar_in_a_terminal_and_elsewhere_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    times = iter([0.0, 9.0, 11.0, 12.0, 13.0])
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.metrics.time.monotonic", lambda: next(times))
+        with MetricsWriter(tmp_path / "a", total_steps=4000, tensorboard=False) as writer:
+            for step in (1000, 2000, 3000, 4000):
+                writer.write(step, {"charts/success_rate": 0.5 if step < 4000 else math.nan})
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path / 'a'}: step 0 of 4,000",
+        f"{tmp_path / 'a'}: step 2,000 of 4,000, success 0.5",
+        f"{tmp_path / 'a'}: step 4,000 of 4,000, success 0.5",
+    ]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with MetricsWriter(tmp_path / "b", total_steps=100, tensorboard=False) as writer:
         writer.write(50, dict(zip(PROGRESS_METRICS, [0.5, torch.tensor(0.75)], strict=True)))

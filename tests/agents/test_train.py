@@ -15,6 +15,7 @@ from agents.metrics import MetricsWriter, read_metrics
 from agents.train import NonFiniteError, Trainer, run_directory, train
 from tests.agents.small_runs import A2C, ARMS, PPO, assert_equal, interrupt_after, make_config, rows_of
 
+MOMENTS = ("value_loss", "value_error", "value_target", "value_target_squared")
 SCRIPTED = "tests.agents.scripted_env:ScriptedEnv"
 
 
@@ -205,6 +206,17 @@ def test_an_error_inside_of_the_environment_is_no_bad_setting(configure, monkeyp
     with pytest.raises(RuntimeError, match=r"^step 0: shapes \(3,\) \(4,\)$") as error:
         train(configure())
     assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_a_run_that_another_process_still_writes_is_not_read(configure, monkeypatch):
+    config = configure()
+    directory = train(config)
+    monkeypatch.setattr(train_module, "load_checkpoint", lambda folder: pytest.fail("read"))
+    with (
+        MetricsWriter(directory, total_steps=10, resume_step=640, tensorboard=False),
+        pytest.raises(ValueError, match="found another process that writes to this run"),
+    ):
+        train(config, directory)
 
 
 def test_another_experiment_cannot_continue_a_run(configure):
@@ -444,6 +456,25 @@ def test_ratios_of_several_updates_are_those_of_their_means(configure, monkeypat
         assert not {"sg/error", "sg/target_variance", "sg/predicted_norm"} & set(row)
 
 
+def test_the_explained_variance_of_returns_is_that_of_the_moments_between_two_lines(configure, monkeypatch):
+    seen, update = [], Trainer.update
+
+    def record(self):
+        metrics = update(self)
+        seen.append({name: float(metrics[f"losses/{name}"]) for name in MOMENTS} | {"step": self.step})
+        return metrics
+
+    monkeypatch.setattr(Trainer, "update", record)
+    last = 0
+    for row in read_metrics(train(configure())):
+        between = [each for each in seen if last < each["step"] <= row["step"]]
+        last = row["step"]
+        loss, bias, target, square = (np.mean([each[name] for each in between]) for name in MOMENTS)
+        explained = 1.0 - (2.0 * loss - bias**2) / (square - target**2)
+        assert row["losses/explained_variance"] == pytest.approx(explained, rel=1e-3)
+        assert not {f"losses/{name}" for name in MOMENTS[1:]} & set(row)
+
+
 # What is written
 
 
@@ -454,6 +485,7 @@ def test_metrics_have_the_names_that_users_know(configure):
     expected = {
         *("charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/success_rate"),
         *("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl"),
+        *("losses/explained_variance", "charts/learning_rate", "charts/entropy_cost"),
         *("bptt/horizon", "sg/loss", "sg/explained_variance", "sg/cosine", "sg/norm_ratio"),
     }
     events = EventAccumulator(str(directory))

@@ -24,6 +24,7 @@ TINY = {
     "run.log_every_steps": 32,
     "run.checkpoint_every_steps": 64,
     "run.tensorboard": "false",
+    "run.progress": "false",
     "run.name": "run",
 }
 
