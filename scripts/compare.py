@@ -5,9 +5,10 @@
     tensorboard --logdir runs/tmaze
 
 Every member of the matrix is a process of `scripts/train.py`. What is done is skipped, what was interrupted is resumed from its last
-checkpoint, and a member that fails is reported and does not stop the others. `--report-only` writes the report of what is there. With
-`--keep` a report grows: members that have no run here are not run, but taken from its JSON as it is, if that has them with these settings.
-A report that would have less than the one in its place is refused before anything is run.
+checkpoint, and a member that fails is reported and does not stop the others, unless it turns out not to log the metric. `--report-only`
+writes the report of what is there. With `--keep` a report grows: members that have no run here are not run, but taken from its JSON as it
+is, if that has them with these settings. A report that would have less than the one in its place is refused, if possible before anything
+is run.
 
 The matrix is a YAML file:
 
@@ -28,16 +29,18 @@ it holds on a GPU is not in it.
 """
 
 import argparse
+import shlex
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from commandline import OneLineParser
 from comparison.board import write_board
-from comparison.matrix import load_matrix, members
-from comparison.outcome import check_nothing_is_lost, collect, kept_failures, kept_rows
-from comparison.report import write_report
-from comparison.running import made_with_other_settings, read_record, run_all
+from comparison.matrix import Member, load_matrix, members
+from comparison.outcome import check_nothing_is_lost, collect, kept_failures, kept_rows, refusal
+from comparison.report import command_of, write_report
+from comparison.running import read_record, run_all
 
 
 def main() -> int:
@@ -59,7 +62,9 @@ def main() -> int:
     parser.add_argument(
         "--keep", action="store_true", help="members of <report>.json that have no run here are kept, and not run"
     )
-    parser.add_argument("--report-only", action="store_true", help="runs nothing")
+    parser.add_argument(
+        "--report-only", action="store_true", help="runs nothing; a page that is there keeps the command it was made by"
+    )
     arguments = parser.parse_args()
     jobs = len(arguments.devices or ("cpu",)) if arguments.jobs is None else arguments.jobs
     if jobs < 1:
@@ -88,27 +93,37 @@ def main() -> int:
         and member.method in (arguments.methods or matrix["methods"])
         and member.task in (arguments.tasks or matrix["tasks"])
     ]
-    try:
-        check_nothing_is_lost(matrix, runs, file, {*kept, *(member.name for member in todo)})
-    except ValueError as error:
-        parser.error(f"--report: {error}")
+
+    def check_report(members_in_it: Iterable[Member]) -> None:
+        found = {*kept, *(member.name for member in members_in_it if refusal(matrix, member, runs) is None)}
+        try:
+            check_nothing_is_lost(matrix, runs, file, found)
+        except ValueError as error:
+            parser.error(f"--report: {error}")
+
+    check_report(todo)
     written = {"report": report.parent, "board": board, **({"runs": runs} if todo else {})}
     for option, folder in written.items():  # found out before hours of training
         parser.check_writable(f"--{option}", folder)
     try:
-        now_failed = run_all(todo, runs, jobs=jobs, devices=arguments.devices, measure=arguments.credit)
+        now_failed = run_all(
+            todo, runs, metric=matrix["metric"], jobs=jobs, devices=arguments.devices, measure=arguments.credit
+        )
     except KeyboardInterrupt:
         print("compare.py: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
         return 130
+    rows = collect(matrix, runs, kept)
+    there = {(row["method"], row["task"], row["seed"]) for row in rows}
+    # Again, as where the metric is not logged there are neither rows nor further runs.
+    check_report(m for m in todo if m.name in now_failed or (m.method, m.task, m.seed) in there)
     for member in members(matrix):
-        why = made_with_other_settings(member, runs) or read_record(runs / member.name).get("failure")
+        why = refusal(matrix, member, runs) or read_record(runs / member.name).get("failure")
         if why and member.name not in kept:
             failures[member.name] = why
         elif (runs / member.name).exists():
             failures.pop(member.name, None)
     failures |= now_failed
-    rows = collect(matrix, runs, kept)
-    command = f"python scripts/compare.py {arguments.matrix} --jobs {jobs} --report {report}"
+    command = (command_of(report) if arguments.report_only else None) or _command(arguments)
     text = write_report(matrix, rows, failures, command, report)
     try:
         write_board(matrix, rows, failures, board)
@@ -116,6 +131,16 @@ def main() -> int:
         parser.error(str(error))
     print(text)
     return 1 if now_failed else 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What makes the page, as it was given; without what chose a part of the matrix for this call, as the page has all of it."""
+    words = ["python", "scripts/compare.py", arguments.matrix]
+    for name in ("jobs", "devices", "runs", "report", "board"):
+        value = getattr(arguments, name)
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return shlex.join([*map(str, words), *(["--credit"] if arguments.credit else [])])
 
 
 if __name__ == "__main__":

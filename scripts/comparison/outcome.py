@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import trim_mean
 
 from agents.metrics import read_metrics
-from comparison.matrix import members
+from comparison.matrix import Member, members
 from comparison.running import (
     EXPERIMENT,
     full_settings,
@@ -20,6 +20,7 @@ from comparison.running import (
     is_finished,
     made_with_other_settings,
     measured,
+    missing_metric,
     other_setting,
     read_record,
 )
@@ -47,6 +48,16 @@ class Estimate:
     def __str__(self) -> str:
         interval = "no interval" if self.low is None else f"[{self.low:.2f}, {self.high:.2f}]"
         return f"{self.value:.3f} {interval} n = {self.n}"
+
+
+def refusal(matrix: dict[str, Any], member: Member, runs: Path) -> str | None:
+    """Why a run that is there does not count as the member, in one line; None if it does, or there is none."""
+    return made_with_other_settings(member, runs) or missing_metric(member, runs, matrix["metric"])
+
+
+def _counts(matrix: dict[str, Any], member: Member, runs: Path) -> bool:
+    """Whether a report has the member from its run."""
+    return is_finished(member, runs) and missing_metric(member, runs, matrix["metric"]) is None
 
 
 def kept_rows(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, dict[str, Any]]:
@@ -88,7 +99,7 @@ def check_nothing_is_lost(matrix: dict[str, Any], runs: Path, file: Path, found:
     Raises:
         ValueError: if finished members of the earlier report would be missing from the new one, or nobody can tell.
     """
-    if not file.exists() or all(member.name in found or is_finished(member, runs) for member in members(matrix)):
+    if not file.exists() or all(member.name in found or _counts(matrix, member, runs) for member in members(matrix)):
         return
     lost = [name for name in _earlier_report(matrix, runs, file)[0] if name not in found]
     if not lost:
@@ -101,8 +112,13 @@ def check_nothing_is_lost(matrix: dict[str, Any], runs: Path, file: Path, found:
             f"those of other settings than the matrix's ({len(others)}, such as {others[0]}) cannot be kept: choose another --report, or "
             "remove that file to start anew"
         )
+    refused = {m.name: why for m in members(matrix) if m.name in others and (why := refusal(matrix, m, runs))}
+    if refused:
+        name = next(iter(refused))
+        way_out = f"undo the change of the matrix, or choose another --runs and --report; {name}: {refused[name]}"
+    where = "" if lost[0] in refused else f", not in {runs}"
     raise ValueError(
-        f"found {file}, which has finished runs that the new report would lack ({len(lost)}, such as {lost[0]}, not in {runs}); "
+        f"found {file}, which has finished runs that the new report would lack ({len(lost)}, such as {lost[0]}{where}); "
         f"allowed a report that loses none; {way_out}"
     )
 
@@ -130,7 +146,7 @@ def _earlier_report(
     rows = {
         member.name: earlier[member.method, member.task, member.seed]
         for member in members(matrix)
-        if (member.method, member.task, member.seed) in earlier and not is_finished(member, runs)
+        if (member.method, member.task, member.seed) in earlier and not _counts(matrix, member, runs)
     }
     return rows, settings, failures
 

@@ -13,6 +13,7 @@ from dni_rl.files import write_text
 from intervals import CONFIDENCE, FEWEST_VALUES, NUM_RESAMPLES
 
 READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
+MADE_BY = "Made by\n\n    "  # before the command of a page
 
 
 def markdown(
@@ -24,12 +25,11 @@ def markdown(
 ) -> str:
     """The report's text."""
     bar, metric = matrix["bar"], matrix["metric"]
+    failed = {(member.method, member.task) for member in members(matrix) if member.name in failures}
     lines = [
         f"# {matrix['title']}",
         "",
-        f"`{metric}` at the *end* of training: seeds at or above {bar:g}, mean, and every seed. Made by",
-        "",
-        f"    {command}",
+        f"`{metric}` at the *end* of training: seeds at or above {bar:g}, mean, and every seed. {MADE_BY}{command}",
         "",
         _how_complete(matrix, rows),
         "",
@@ -46,7 +46,7 @@ def markdown(
             cells.append(
                 f"**{good} of {len(ends)}**, mean {np.mean(ends):.3f} ({each})"
                 if ends
-                else _no_runs(matrix, method, task)
+                else ("failed" if (method, task) in failed else _no_runs(matrix, method, task))
             )
         speeds = [row["steps_per_second"] for row in rows if row["method"] == method]
         speed = f"{np.median(speeds):,.0f}" if speeds else "-"
@@ -359,6 +359,13 @@ def _colours(plt: Any, count: int) -> list[Any]:
     """A colour for each method, and none twice as long as there are twenty."""
     palette = plt.cm.tab10.colors if count <= 10 else plt.cm.tab20.colors
     return [palette[i % len(palette)] for i in range(count)]
+
+
+def command_of(report: Path) -> str | None:
+    """The command that a page was made by; None if there is no page, or it names none."""
+    page = report.with_name(f"{report.name}.md")
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    return text.partition(MADE_BY)[2].partition("\n")[0] or None
 
 
 def write_report(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -77,6 +78,28 @@ def made_with_other_settings(member: Member, runs: Path) -> str | None:
         f"{name}: found a run with {then[section][key]!r}; allowed {now[section][key]!r}, as in the matrix; "
         "remove its folder, or choose another with --runs"
     )
+
+
+def missing_metric(member: Member, runs: Path, metric: str) -> str | None:
+    """Why a member that is finished has no curve of the metric, in one line; None if it has one, or is not finished."""
+    if not is_finished(member, runs):
+        return None
+    logged = read_metrics(runs / member.name)
+    if any(math.isfinite(row.get(metric, math.nan)) for row in logged):
+        return None
+    if _is_logged(metric, logged):
+        return f"metric: found no number for {metric} in {METRICS_FILE}, as where no episode ends; allowed one at least"
+    names = sorted({name for row in logged for name in row} - {"step"})
+    way_out = "set env.kwargs.success_reward, or " if metric == "charts/success_rate" else ""
+    return (
+        f"metric: found no {metric} in {METRICS_FILE}, which has {', '.join(names)}; allowed one that all members log; {way_out}"
+        "choose another metric"
+    )
+
+
+def _is_logged(metric: str, logged: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a run writes the metric, be it a number or not."""
+    return any(metric in row for row in logged)
 
 
 def other_setting(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
@@ -211,9 +234,11 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def run_all(
-    todo: Sequence[Member], runs: Path, *, jobs: int, devices: Sequence[str] | None, measure: bool
+    todo: Sequence[Member], runs: Path, *, metric: str, jobs: int, devices: Sequence[str] | None, measure: bool
 ) -> dict[str, str]:
     """Runs members side by side, each job on the next free device. Returns the reasons of those that failed, by name.
+
+    One that does not log the metric at all has failed as well, and no further one is started after it: they would be run for nothing.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the members in flight have saved their checkpoints.
@@ -221,19 +246,33 @@ def run_all(
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for job in range(jobs):
         free.put(devices[job % len(devices)] if devices else None)
+    stop = threading.Event()
+    not_started: list[str] = []
+
+    def judge(member: Member) -> str | None:
+        problem = missing_metric(member, runs, metric)
+        if problem and not _is_logged(metric, read_metrics(runs / member.name)):
+            stop.set()
+        return problem
 
     def work(member: Member) -> str | None:
+        if stop.is_set() and not is_finished(member, runs):
+            not_started.append(member.name)
+            return None
         device = free.get()  # as many as threads, so there always is one
         try:
-            return run(member, runs, device, measure)
+            return run(member, runs, device, measure) or judge(member)
         finally:
             free.put(device)
 
     failures: dict[str, str] = {}
+    for member in todo:  # those of earlier calls, before anything is started
+        judge(member)
     with ThreadPoolExecutor(jobs) as pool:
         pending = {pool.submit(work, member): member for member in todo}
         try:
-            for number, future in enumerate(as_completed(pending), 1):
+            ended = (future for future in as_completed(pending) if pending[future].name not in not_started)
+            for number, future in enumerate(ended, 1):
                 name, problem = pending[future].name, future.result()
                 print(f"{number} of {len(todo)}: {name}: {problem or 'done'}", file=sys.stderr, flush=True)
                 if problem:
@@ -244,6 +283,8 @@ def run_all(
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGTERM)  # after which train.py saves a checkpoint
             raise
+    if not_started:
+        print(f"{len(not_started)} of {len(todo)}: not started, as {metric} is not logged", file=sys.stderr, flush=True)
     return failures
 
 

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,9 +260,12 @@ def test_a_matrix_runs_survives_a_failing_member_and_skips_what_is_done(tmp_path
 
     methods["plain"] = {"critic.kind": "none", "model.hidden_size": 9}
     write(tmp_path, seeds=[0], tasks=tasks, methods=methods)
-    assert main(monkeypatch, path, "--runs", runs, "--methods", "plain") == 1  # a run of these settings does not exist
-    assert "plain_short_seed0: model.hidden_size: found a run with 8; allowed 9" in (runs / "report.md").read_text()
-    assert [r["method"] for r in json.loads((runs / "report.json").read_text())["rows"]] == ["critic"]
+    other = tmp_path / "other"  # a report that has lost nothing: a run of these settings does not exist
+    assert main(monkeypatch, path, "--runs", runs, "--report", other, "--methods", "plain") == 1
+    page = other.with_suffix(".md").read_text()
+    assert "plain_short_seed0: model.hidden_size: found a run with 8; allowed 9" in page
+    assert "| plain | failed | - |" in page and "| broken | failed | - |" in page and "not run" not in page
+    assert [r["method"] for r in json.loads(other.with_suffix(".json").read_text())["rows"]] == ["critic"]
     assert not trained
 
 
@@ -398,7 +403,7 @@ def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_thos
         main(monkeypatch, path, "--runs", runs, "--report", report, "--report-only")
     assert "finished runs that the new report would lack (2" in capsys.readouterr().err
     plain = next(m for m in members(matrix) if m.name == there.name)
-    (there / "metrics.jsonl").write_text('{"step": 1024}\n')
+    (there / "metrics.jsonl").write_text('{"step": 1024, "charts/success_rate": 1.0}\n')
     save_settings(plain, runs)
     assert list(kept_rows(matrix, runs, file)) == ["critic_short_seed0"]  # a finished run that is here comes first
     longer = {"short": {**MATRIX["tasks"]["short"], "run.total_steps": 2048}}
@@ -482,6 +487,135 @@ def test_a_report_with_less_than_the_one_in_its_place_is_refused_before_anything
     assert len(trained) == 4
 
 
+def finish(member, runs, **charts):
+    """A run of the member that is done, as train.py leaves it."""
+    runs.mkdir(exist_ok=True)
+    line = {"step": member.total_steps, "charts/SPS": 1.0, **{f"charts/{name}": x for name, x in charts.items()}}
+    (save_settings(member, runs) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The line of a call that ends before anything is written."""
+    with pytest.raises(SystemExit) as end:
+        main(monkeypatch, *arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"run.total_steps": 5000}, "run.total_steps: found a run with 3000; allowed 5000, as in the matrix"),
+        ({"critic.kind": "cdni"}, "critic.kind: found a run with 'dni'; allowed 'cdni', as in the matrix"),
+        ({}, "metric: found no charts/nonsense in metrics.jsonl, which has charts/SPS, charts/success_rate; allowed"),
+    ],
+)
+def test_a_report_stays_if_its_runs_are_not_those_of_the_matrix_any_more(tmp_path, monkeypatch, capsys, changes, why):
+    settings = {**MATRIX["tasks"]["short"], "critic.kind": "dni", "algorithm.anneal_learning_rate": True}
+    of_matrix = {"seeds": [0], "methods": {"critic": None}, "tasks": {"short": {**settings, "run.total_steps": 3000}}}
+    path, runs = write(tmp_path, **of_matrix), tmp_path / "runs"
+    for member in members(load_matrix(path)):
+        finish(member, runs, success_rate=0.5)
+    monkeypatch.setattr("comparison.running.execute", lambda command: pytest.fail("ran"))
+    assert main(monkeypatch, path, "--runs", runs) == 0
+    before = [(runs / f"report.{kind}").read_bytes() for kind in ("md", "json", "png")]
+    assert len(json.loads(before[1])["rows"]) == 1
+
+    of_matrix["tasks"] = {"short": {**of_matrix["tasks"]["short"], **changes}}
+    write(tmp_path, **of_matrix, **({} if changes else {"metric": "charts/nonsense"}))
+    capsys.readouterr()
+    for options in ((), ("--report-only",), ("--keep",), ("--report-only", "--keep")):
+        (line,) = refused(monkeypatch, capsys, path, "--runs", runs, *options)
+        assert (
+            f"--report: found {runs / 'report.json'}, which has finished runs that the new report would lack (1" in line
+        )
+        assert "; undo the change of the matrix, or choose another --runs and --report; critic_short_seed0: " in line
+        assert why in line
+        assert before == [(runs / f"report.{kind}").read_bytes() for kind in ("md", "json", "png")]
+
+
+def trains_without_the_metric(monkeypatch, path, **charts):
+    """The names of the members that are started from now on, which log these alone."""
+    started = []
+
+    def execute(command):
+        folder = command[command.index("--run.name") + 1]
+        member = next(m for m in members(load_matrix(path)) if m.name == folder)
+        started.append(folder)
+        finish(member, Path(command[command.index("--run.output_dir") + 1]), **charts)
+        return 0, None, 5
+
+    monkeypatch.setattr("comparison.running.execute", execute)
+    return started
+
+
+@pytest.mark.parametrize(
+    ("metric", "way_out"),
+    [
+        ("charts/nonsense", "allowed one that all members log; choose another metric"),
+        (
+            "charts/success_rate",
+            "allowed one that all members log; set env.kwargs.success_reward, or choose another metric",
+        ),
+    ],
+)
+def test_a_metric_that_is_not_logged_shows_after_the_first_member(tmp_path, monkeypatch, capsys, metric, way_out):
+    path, runs = write(tmp_path, metric=metric, seeds=[0, 1, 2]), tmp_path / "runs"
+    started = trains_without_the_metric(monkeypatch, path, episodic_return=1.0)
+    problem = f"metric: found no {metric} in metrics.jsonl, which has charts/SPS, charts/episodic_return; {way_out}"
+    for _ in range(2):  # the second time it is known before anything is started
+        assert main(monkeypatch, path, "--runs", runs) == 1
+        assert started == ["critic_short_seed0"]
+        errors = capsys.readouterr().err.splitlines()
+        assert f"critic_short_seed0: {problem}" in errors[0]
+        assert errors[1:] == [f"5 of 6: not started, as {metric} is not logged"]
+        page, content = (runs / "report.md").read_text(), json.loads((runs / "report.json").read_text())
+        assert f"Failed: critic_short_seed0: {problem}" in page
+        assert "| critic | failed | - |" in page and "| plain | not run | - |" in page
+        assert content["failures"] == {"critic_short_seed0": problem}
+
+
+def test_a_member_without_a_number_fails_alone(tmp_path, monkeypatch):
+    path, runs = write(tmp_path, seeds=[0]), tmp_path / "runs"
+    started = trains_without_the_metric(monkeypatch, path, success_rate=None)
+    assert main(monkeypatch, path, "--runs", runs) == 1
+    assert started == ["critic_short_seed0", "plain_short_seed0"]
+    failures = json.loads((runs / "report.json").read_text())["failures"]
+    assert failures.keys() == set(started)
+    assert failures["plain_short_seed0"].startswith("metric: found no number for charts/success_rate in metrics.jsonl")
+
+
+def test_a_report_stays_if_runs_that_were_to_take_its_place_do_not_log_the_metric(tmp_path, monkeypatch, capsys):
+    path, report = write(tmp_path, metric="charts/nonsense"), tmp_path / "report"
+    write_report(load_matrix(write(tmp_path)), [row("plain", total=1024)], {}, "COMMAND", report)
+    before = report.with_suffix(".md").read_text(), report.with_suffix(".json").read_text()
+    write(tmp_path, metric="charts/nonsense")
+    started = trains_without_the_metric(monkeypatch, path, success_rate=1.0)
+    lines = refused(monkeypatch, capsys, path, "--runs", tmp_path / "new", "--report", report)
+    assert started == ["critic_short_seed0"] and "found no charts/nonsense" in lines[0]
+    assert "has finished runs that the new report would lack (1, such as plain_short_seed0" in lines[-1]
+    assert before == (report.with_suffix(".md").read_text(), report.with_suffix(".json").read_text())
+
+
+def test_a_page_names_the_command_it_was_made_by_also_when_it_is_drawn_again(tmp_path, monkeypatch):
+    path, runs, report = write(tmp_path, seeds=[0]), tmp_path / "my runs", tmp_path / "a page"
+    for member in members(load_matrix(path)):
+        finish(member, runs, success_rate=0.5)
+    given = [path, "--jobs", 2, "--devices", "cpu", "cuda:0", "--runs", runs, "--report", report]
+    monkeypatch.setattr("comparison.running.has_logged_horizons", lambda folder: True)
+    assert main(monkeypatch, *given, "--credit") == 0
+    page = report.with_name("a page.md")
+    command = shlex.join(["python", "scripts/compare.py", *map(str, given), "--credit"])
+    assert f"'{runs}'" in command and f"Made by\n\n    {command}\n\n" in page.read_text()
+    before = page.read_text()
+    elsewhere = ("--board", tmp_path / "board", "--report", report)
+    main(monkeypatch, path, "--runs", tmp_path / "none", *elsewhere, "--report-only", "--keep")
+    assert page.read_text() == before
+    main(monkeypatch, path, "--runs", runs, "--methods", "plain")  # the page has all
+    made_by = shlex.join(["python", "scripts/compare.py", str(path), "--runs", str(runs)])
+    assert f"    {made_by}\n" in (runs / "report.md").read_text()
+
+
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_run(tmp_path, monkeypatch, capsys):
     path, runs = write(tmp_path), tmp_path / "runs"
     monkeypatch.setattr("comparison.running.execute", lambda command: pytest.fail("ran"))
@@ -547,6 +681,7 @@ def test_a_command_gives_its_code_its_last_line_and_its_memory():
 def test_jobs_are_dealt_to_devices_and_each_has_one_member_at_a_time(tmp_path, monkeypatch):
     todo = list(members(load_matrix(write(tmp_path, seeds=list(range(6))))))
     busy, most, used, lock = {}, {}, [], threading.Lock()
+    metric = {"metric": MATRIX["metric"]}
 
     def run(member, runs, device, measure):
         with lock:
@@ -559,10 +694,10 @@ def test_jobs_are_dealt_to_devices_and_each_has_one_member_at_a_time(tmp_path, m
         return "bad luck" if member.seed == 3 and member.method == "plain" else None
 
     monkeypatch.setattr("comparison.running.run", run)
-    failures = run_all(todo, tmp_path, jobs=3, devices=["cuda:0", "cuda:1"], measure=False)
+    failures = run_all(todo, tmp_path, **metric, jobs=3, devices=["cuda:0", "cuda:1"], measure=False)
     assert failures == {"plain_short_seed3": "bad luck"}
     assert len(used) == 12 and set(used) == {"cuda:0", "cuda:1"} and most["cuda:0"] <= 2 and most["cuda:1"] == 1
-    run_all(todo, tmp_path, jobs=2, devices=None, measure=False)
+    run_all(todo, tmp_path, **metric, jobs=2, devices=None, measure=False)
     assert set(used[12:]) == {None}
 
 
@@ -588,7 +723,7 @@ def test_members_in_flight_are_told_to_stop_by_whoever_told_this_process(tmp_pat
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_all(todo, tmp_path, jobs=2, devices=None, measure=False)
+        run_all(todo, tmp_path, metric=MATRIX["metric"], jobs=2, devices=None, measure=False)
     assert ended == [-signal.SIGTERM] * 2 and time.monotonic() - started < 30
 
 
