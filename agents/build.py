@@ -119,7 +119,7 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
     if config.kind == "cdni" and not spec.context_size:
         raise ValueError(
             "critic.kind: found 'cdni', but this environment offers no privileged context; allowed every other kind; set "
-            "--env.kwargs.context, for a gymnasium environment of your own to module:function, or --critic.kind dni with "
+            "--env.kwargs.context, for one gymnasium or dm_env environment of your own to module:function, or --critic.kind dni with "
             "--critic.past_steps"
         )
     kinds: dict[str, type[dni_rl.GradientCritic | dni_rl.LossCritic | dni_rl.SobolevCritic]] = {

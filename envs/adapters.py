@@ -16,7 +16,7 @@ No adapter is resumable: neither interface can save an environment's state, and 
 import dataclasses
 import importlib
 import inspect
-import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.arguments import built_with, callable_of, import_named, is_number, refuse, require, require_flag
+from envs.arguments import ArgumentError, built_with, callable_of, import_named, refuse, require, require_flag
 from envs.minigrid import (
     MINIGRID_PREFIXES,
     MINIGRID_SCALE,
@@ -217,6 +217,8 @@ class _SerialEnvs:
     def __init__(self, envs: Sequence[Any], device: str | torch.device):
         if not envs:
             raise ValueError("expected at least one environment, got an empty list")
+        if len({id(env) for env in envs}) < len(envs):
+            raise ValueError("expected environments of their own, got the same one twice; build a new one each time")
         self.envs = list(envs)
         self.num_envs = len(self.envs)
         self.device = torch.device(device)
@@ -256,9 +258,14 @@ class _SerialEnvs:
             self._encode(np.stack(observations)), reward, discount, first, last, self.device, context=self._contexts()
         )
 
+    def _set_context(self, context: Callable[[Any], np.ndarray]) -> None:
+        """Has every step carry what a function of one environment gives. Environment 0 must have been reset."""
+        self.spec = dataclasses.replace(self.spec, context_size=len(_context_vector(context(self.envs[0]))))
+        self._context = context
+
     def _contexts(self) -> np.ndarray | None:
         """[B, Z] privileged information, or None."""
-        return None if self._context is None else np.stack([self._context(env) for env in self.envs])
+        return None if self._context is None else np.stack([_context_vector(self._context(env)) for env in self.envs])
 
     def state_dict(self) -> dict[str, Any]:
         """Refused: see the module."""
@@ -302,6 +309,7 @@ class GymnasiumEnvs(_SerialEnvs):
             context: maps an environment to its [Z] privileged state, for error critics only.
 
         Raises:
+            ArgumentError: if the context is no array of numbers.
             ValueError: if a space is not supported or the spaces differ.
         """
         super().__init__(envs, device)
@@ -316,9 +324,7 @@ class GymnasiumEnvs(_SerialEnvs):
         self._seeds: list[int | None] = [*environment_seeds(seed, self.num_envs)]
         if context is not None:
             self.envs[0].reset(seed=self._seeds[0])  # the context of an environment that was never reset may not exist
-            size = len(np.ravel(context(self.envs[0])))
-            self.spec = dataclasses.replace(self.spec, context_size=size)
-            self._context = lambda env: np.ravel(context(env))
+            self._set_context(context)
 
     def _reset_row(self, row: int) -> Any:
         seed, self._seeds[row] = self._seeds[row], None
@@ -343,6 +349,7 @@ class DmEnvs(_SerialEnvs):
         num_envs: int | None = None,
         seed: int | None = None,
         device: str | torch.device = "cpu",
+        context: Callable[[Any], np.ndarray] | None = None,
     ):
         """Wraps a list of environments, or builds one.
 
@@ -352,8 +359,10 @@ class DmEnvs(_SerialEnvs):
             num_envs: B, with a constructor only.
             seed: of the run, with a constructor only: dm_env has no way to seed an environment that exists.
             device: of the TimeSteps.
+            context: maps an environment to its [Z] privileged state, for error critics only.
 
         Raises:
+            ArgumentError: if the context is no array of numbers.
             ValueError: if a spec is not supported, the specs differ, or the arguments contradict each other.
         """
         if callable(envs):
@@ -369,6 +378,9 @@ class DmEnvs(_SerialEnvs):
         for row, env in enumerate(self.envs):
             if _dm_spec(env)[0] != self.spec:
                 raise ValueError(f"expected equal specs; those of environment {row} differ from environment 0's")
+        if context is not None:
+            self.envs[0].reset()  # the context of an environment that was never reset may not exist
+            self._set_context(context)
 
     def _reset_row(self, row: int) -> Any:
         return self._flatten(self.envs[row].reset().observation)
@@ -386,7 +398,6 @@ def gymnasium_vector(
     device: str | torch.device = "cpu",
     vectorization: str = "sync",
     context: "str | Callable[[gymnasium.Env], np.ndarray] | None" = None,
-    success_reward: float | None = None,
     view_size: int | None = None,
     encoding: str | None = None,
     ignore_mission: bool = False,
@@ -407,7 +418,6 @@ def gymnasium_vector(
             a step takes much longer than the exchange of its observation (about 0.1 ms).
         context: privileged state for error critics: a function of the environment, which gives [Z] numbers, or its place as
             "module:function", or "grid" for `minigrid_context`; with "sync" only.
-        success_reward: an episode counts as a success when its undiscounted return is at least this; None where that says nothing.
         view_size: MiniGrid's view, cells to a side, odd; 7 unless given.
         encoding: of MiniGrid's view: "one_hot" (the default) or "symbolic", the small integers themselves.
         ignore_mission: take a MiniGrid environment whose mission differs between episodes, though the policy cannot
@@ -451,17 +461,7 @@ def gymnasium_vector(
                 "view_size, encoding, ignore_mission and context='grid' are for MiniGrid, and "
                 f"{_env_name(probe)} is not one of its environments"
             )
-        if isinstance(context, str) and ":" in context:
-            context = callable_of(*import_named(context))
-        is_known = context is None or callable(context) or context == "grid"
-        require(
-            "context",
-            context,
-            is_known,
-            "'grid' with MiniGrid, 'module:function', a function of the environment, or None",
-        )
-        is_bar = success_reward is None or is_number(success_reward, -math.inf, math.inf)
-        require("success_reward", success_reward, is_bar, "a number, or None")
+        context_function = minigrid_context if context == "grid" else named_context(context, "'grid' with MiniGrid, ")
     finally:
         probe.close()
     if vectorization == "async":
@@ -471,13 +471,40 @@ def gymnasium_vector(
         vector_env = AsyncVectorEnv([constructor] * num_envs, context="spawn")
         built: GymnasiumVector | GymnasiumEnvs = GymnasiumVector(vector_env, seed=seed, device=device, encoder=encoder)
     else:
-        context_function = minigrid_context if isinstance(context, str) else context
         envs = [constructor() for _ in range(num_envs)]
         built = GymnasiumEnvs(envs, seed=seed, device=device, encoder=encoder, context=context_function)
     if encoding == "symbolic":
         built.spec = dataclasses.replace(built.spec, observation_scale=MINIGRID_SCALE)
-    built.spec = dataclasses.replace(built.spec, success_reward=success_reward)
     return built
+
+
+def named_context(context: object, or_else: str = "") -> Callable[[Any], np.ndarray] | None:
+    """A function of one environment, from itself or its place, "module:function"; None stays None.
+
+    Args:
+        context: the argument.
+        or_else: what else would have been allowed.
+    """
+    if isinstance(context, str) and ":" in context:
+        return callable_of(*import_named(context))
+    if context is None or callable(context):
+        return context
+    refuse("context", context, f"{or_else}'module:function', a function of the environment, or None")
+
+
+def _context_vector(given: Any) -> np.ndarray:
+    """What a context function gave, as a vector [Z]."""
+    try:
+        vector = np.ravel(given)
+    except (TypeError, ValueError):  # lists of unequal lengths, for one
+        vector = np.empty(0)
+    if vector.dtype.kind not in "biuf" or not vector.size:
+        shown = " ".join(reprlib.repr(given).split())
+        raise ArgumentError(
+            f"context: found a function that gives {shown}; allowed one that gives an array of numbers; "
+            "return np.array([...], np.float32)"
+        )
+    return vector
 
 
 class _EnvConstructor:
@@ -531,7 +558,8 @@ def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder 
     else:
         raise ValueError(
             f"the observation space is {observation_space}, but only Box, Discrete, MultiBinary and MultiDiscrete are "
-            "supported; select or flatten its parts with a wrapper of gymnasium.wrappers first"
+            "supported; select or flatten its parts, with gymnasium.wrappers.FlattenObservation for one, in a function or "
+            "class of your module, and name that: --env.id my_module:make"
         )
     spec = _spec_of(encoder(example), int(action_space.n))
     if isinstance(observation_space, spaces.Box) and observation_space.dtype == np.uint8 == example.dtype:

@@ -6,8 +6,8 @@
     "bsuite/memory_len/0"                   bsuite (an optional extra), by experiment and number of its setting
     "popgym-RepeatFirstEasy-v0"             POPGym (an optional extra)
     "CartPole-v1"                           any other id that gymnasium knows
-    "module:Name"                           a class or function of an importable module, or a gymnasium id that
-                                            importing it registers; nothing in this package has to be touched
+    "module:Name"                           a class or function of an importable module, see `make`, or a gymnasium id
+                                            that importing it registers; nothing in this package has to be touched
 
 Packages are imported when an id asks for them.
 """
@@ -18,13 +18,14 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from envs.arguments import built_with, callable_of, import_named
+from envs.arguments import built_with, callable_of, import_named, is_number, refuse, require
 from envs.minigrid import MINIGRID_PREFIXES
 from envs.timestep import Environment
 
@@ -37,7 +38,8 @@ GRIDWORLDS = (
 _MINIGRID_SUCCESS = 0.05
 
 _OUR_ARGUMENTS = {"self", "num_envs", "seed", "device"}
-# What `gymnasium_vector` understands, beside the arguments of the environment itself.
+# What is understood beside the arguments of the environment itself: of what a module names, and where `gymnasium_vector` builds it.
+_IMPORTED_OPTIONS = ("context", "success_reward")
 _GYMNASIUM_OPTIONS = (
     "vectorization",
     "context",
@@ -48,7 +50,7 @@ _GYMNASIUM_OPTIONS = (
     "fast_view",
     "max_episode_steps",
 )
-_POPGYM_OPTIONS = ("vectorization", "context", "max_episode_steps")
+_POPGYM_OPTIONS = ("vectorization", "context", "success_reward", "max_episode_steps")
 
 
 def make(env_id: str, *, num_envs: int, seed: int, device: str | torch.device = "cpu", **kwargs: Any) -> Environment:
@@ -59,10 +61,13 @@ def make(env_id: str, *, num_envs: int, seed: int, device: str | torch.device = 
         num_envs: B.
         seed: of the run; the environments are seeded differently from each other and from those of other runs.
         device: of the TimeSteps.
-        **kwargs: settings of the environment. "module:Name" passes them to what it names, which may be a class or
-            function that takes (num_envs, seed, device) and gives an `Environment`; a `gymnasium.Env`; a
-            `gymnasium.vector.VectorEnv`, which is given num_envs; or a `dm_env.Environment`, which is given a seed if
-            it takes one.
+        **kwargs: settings of the environment. "module:Name" passes them to what it names, a class or function: of one
+            `gymnasium.Env` or `dm_env.Environment`, which is called B times, in the case of dm_env with a seed each if
+            it names that argument; or, if it takes num_envs, of all environments at once, as a
+            `gymnasium.vector.VectorEnv`, or as an `Environment`, for which it must take seed and device too.
+            Beside its own settings it has success_reward, an episode of which undiscounted return counts as a success,
+            and, where it makes one environment, context: the place "module:function" of a function of one environment,
+            as it was made, that gives what is privileged about it as an array.
 
     Raises:
         ValueError: if the id or a setting is unknown; names the nearest.
@@ -127,17 +132,19 @@ def _make_gymnasium(
         creator = load_env_creator(creator)
     if creator is None:
         raise ValueError(f"{env_id} has no constructor of single environments; name its class as module:Name")
-    names = _argument_names(creator)
-    if env_id.startswith("popgym-"):
+    names, is_popgym = _argument_names(creator), env_id.startswith("popgym-")
+    options = _POPGYM_OPTIONS if is_popgym else _GYMNASIUM_OPTIONS
+    _check_arguments(env_id, kwargs, None if names is None else names.union(options))
+    success_reward = _pop_success_reward(kwargs)
+    if is_popgym:
         from envs.third_party import make_popgym
 
-        _check_arguments(env_id, kwargs, None if names is None else names.union(_POPGYM_OPTIONS))
-        return make_popgym(env_id, num_envs, seed=seed, device=device, **kwargs)
-    _check_arguments(env_id, kwargs, None if names is None else names.union(_GYMNASIUM_OPTIONS))
-    env = gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
-    if env_id.startswith(MINIGRID_PREFIXES) and env.spec.success_reward is None:
-        env.spec = dataclasses.replace(env.spec, success_reward=_MINIGRID_SUCCESS)
-    return env
+        env = make_popgym(env_id, num_envs, seed=seed, device=device, **kwargs)
+    else:
+        env = gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
+    if env_id.startswith(MINIGRID_PREFIXES) and success_reward is None:
+        success_reward = _MINIGRID_SUCCESS
+    return _with_success_reward(env, success_reward)
 
 
 def _make_imported(
@@ -148,52 +155,107 @@ def _make_imported(
     if not hasattr(module, name) and gymnasium is not None and name in gymnasium.registry:
         return _make_gymnasium(name, num_envs, seed, device, kwargs)
     target = callable_of(module, name)
-    if _is_subclass(target, "gymnasium", "Env"):
-        return _make_imported_gymnasium(env_id, target, num_envs, seed, device, kwargs)
-    from envs.adapters import DmEnvs, GymnasiumVector
+    names = _argument_names(target, ours=True)
+    takes = set(inspect.signature(target).parameters) if names is None else names
+    is_dm = _is_subclass(target, "dm_env", "Environment")
+    is_class_of_one = is_dm or _is_subclass(target, "gymnasium", "Env")
+    makes_all = "num_envs" in takes and not is_class_of_one
+    if inspect.isclass(target) and not is_class_of_one and not makes_all:
+        raise ValueError(f"{env_id}: expected {_IMPORTED}; it takes {sorted(takes)}")
+    # A time limit comes with registration, so there is none here; and what it takes itself is its own.
+    options = set(_IMPORTED_OPTIONS if is_dm or makes_all else _GYMNASIUM_OPTIONS) - {"max_episode_steps"} - takes
+    _check_arguments(env_id, kwargs, None if names is None else (takes - _OUR_ARGUMENTS) | options)
+    chosen = {key: kwargs.pop(key) for key in options & kwargs.keys()}
+    success_reward = _pop_success_reward(chosen)
 
-    parameters = _argument_names(target, ours=True)
-    _check_arguments(env_id, kwargs, None if parameters is None else parameters - _OUR_ARGUMENTS)
-    if _is_subclass(target, "gymnasium.vector", "VectorEnv"):
-        vector_env = built_with(functools.partial(target, num_envs=num_envs), kwargs, env_id)
-        return GymnasiumVector(vector_env, seed=seed, device=device)
-    if _is_subclass(target, "dm_env", "Environment"):
-        return built_with(
-            lambda **arguments: DmEnvs(
-                functools.partial(target, **arguments), num_envs=num_envs, seed=seed, device=device
-            ),
-            kwargs,
-            env_id,
-        )
-    if parameters is not None and not {"num_envs", "seed", "device"} <= parameters:
+    def build(**arguments: Any) -> Environment:
+        constructor = functools.partial(target, **arguments)
+        return _adapted(env_id, constructor, takes, makes_all, num_envs, seed, device, chosen)
+
+    env = built_with(build, kwargs, env_id)
+    if env.num_envs != num_envs:
         raise ValueError(
-            f"{env_id}: expected a gymnasium.Env, gymnasium.vector.VectorEnv or dm_env.Environment, or something that "
-            f"takes (num_envs, seed, device) and gives an envs.Environment; it takes {sorted(parameters)}"
+            f"{env_id} gave {env.num_envs} environments, expected {num_envs}; let it take num_envs and make as many"
         )
-    env = built_with(functools.partial(target, num_envs=num_envs, seed=seed, device=device), kwargs, env_id)
-    if not isinstance(env, Environment):
+    return _with_success_reward(env, success_reward)
+
+
+def _adapted(
+    env_id: str,
+    constructor: functools.partial[Any],
+    takes: set[str],
+    makes_all: bool,
+    num_envs: int,
+    seed: int,
+    device: str | torch.device,
+    options: dict[str, Any],
+) -> Environment:
+    """B environments by what their constructor gives, which has the arguments of its own.
+
+    Args:
+        env_id: for messages.
+        constructor: of one environment, or of all of them.
+        takes: names of its arguments.
+        makes_all: whether it is one of all of them.
+        num_envs: B.
+        seed: of the run.
+        device: of the TimeSteps.
+        options: for the adapter.
+    """
+    from envs.adapters import DmEnvs, GymnasiumVector, environment_seeds, gymnasium_vector, named_context
+
+    def made(**arguments: Any) -> Any:
+        return constructor(**{name: value for name, value in arguments.items() if name in takes})
+
+    if _is_subclass(constructor.func, "gymnasium", "Env"):
+        return gymnasium_vector(constructor, num_envs, seed=seed, device=device, **options)
+    seeds = environment_seeds(seed, num_envs)
+    env = made(num_envs=num_envs, seed=seed, device=device) if makes_all else made(seed=seeds[0])
+    kind = type(env)
+    if _is_subclass(kind, "gymnasium", "Env") and not makes_all:
+        env.close()  # it has shown what it is
+        return gymnasium_vector(constructor, num_envs, seed=seed, device=device, **options)
+    _check_arguments(env_id, options, (takes - _OUR_ARGUMENTS).union(_IMPORTED_OPTIONS))
+    if _is_subclass(kind, "dm_env", "Environment") and not makes_all:
+        envs = [env, *(made(seed=s) for s in seeds[1:])]
+        return DmEnvs(envs, device=device, context=named_context(options.get("context")))
+    if options.get("context") is not None:
+        allowed = "None with environments that are made all at once, as a single one cannot be looked into"
+        refuse("context", options["context"], allowed, "name what makes one gymnasium.Env or dm_env.Environment")
+    if _is_subclass(kind, "gymnasium.vector", "VectorEnv"):
+        return GymnasiumVector(env, seed=seed, device=device)
+    lacks = [member for member in _ENVIRONMENT_MEMBERS if not hasattr(env, member)]
+    if makes_all and lacks:
         raise ValueError(
-            f"{env_id} gave {type(env).__name__}, which is not an envs.Environment: it lacks "
-            f"{[member for member in _ENVIRONMENT_MEMBERS if not hasattr(env, member)]}"
+            f"{env_id} gave {kind.__name__}, which is not an envs.Environment: it lacks {lacks}; nor is it a "
+            "gymnasium.vector.VectorEnv. What makes one environment must not take num_envs"
         )
+    if not makes_all or not {"seed", "device"} <= takes:
+        raise ValueError(f"{env_id}: expected {_IMPORTED}; it takes {sorted(takes)} and gives {kind.__name__}")
     return env
 
 
-def _make_imported_gymnasium(
-    env_id: str, cls: Callable[..., Any], num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
-) -> Environment:
-    from envs.adapters import gymnasium_vector
-
-    # A time limit comes with registration, so there is none here.
-    options = set(_GYMNASIUM_OPTIONS) - {"max_episode_steps"}
-    names = _argument_names(cls)
-    _check_arguments(env_id, kwargs, None if names is None else names | options)
-    return gymnasium_vector(cls, num_envs, seed=seed, device=device, **kwargs)
-
-
+_IMPORTED = (
+    "a gymnasium.Env, gymnasium.vector.VectorEnv or dm_env.Environment, a function that gives one, or something that "
+    "takes (num_envs, seed, device) and gives an envs.Environment"
+)
 _ENVIRONMENT_MEMBERS = (
     "spec", "num_envs", "device", "resumable", "reset", "step", "state_dict", "load_state_dict", "close"
 )  # fmt: skip
+
+
+def _pop_success_reward(kwargs: dict[str, Any]) -> float | None:
+    success_reward = kwargs.pop("success_reward", None)
+    is_bar = success_reward is None or is_number(success_reward, -math.inf, math.inf)
+    require("success_reward", success_reward, is_bar, "a number, or None")
+    return success_reward
+
+
+def _with_success_reward(env: Environment, success_reward: float | None) -> Environment:
+    """The environment with a success of its episodes, or as it is if None."""
+    if success_reward is not None:
+        env.spec = dataclasses.replace(env.spec, success_reward=success_reward)
+    return env
 
 
 def _is_subclass(target: Any, module: str, name: str) -> bool:
@@ -237,7 +299,10 @@ def _check_arguments(env_id: str, kwargs: dict[str, Any], allowed: Iterable[str]
         if name not in allowed:
             nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"{env_id} has no argument {name!r}; {hint}It takes {', '.join(allowed) or 'none'}")
+            raise ValueError(
+                f"{env_id} has no argument {name!r}; {hint}It takes {', '.join(allowed) or 'none'}; those of a configuration file for "
+                "another environment go with --env.kwargs '{}'"
+            )
 
 
 def _known_ids() -> list[str]:

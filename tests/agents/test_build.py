@@ -249,7 +249,7 @@ def test_a_conditioned_critic_needs_a_context_and_no_other_kind_does():
         build_critic(CriticConfig(kind="cdni"), model, ATARI)
     assert str(error.value) == (
         "critic.kind: found 'cdni', but this environment offers no privileged context; allowed every other kind; set "
-        "--env.kwargs.context, for a gymnasium environment of your own to module:function, or --critic.kind dni with "
+        "--env.kwargs.context, for one gymnasium or dm_env environment of your own to module:function, or --critic.kind dni with "
         "--critic.past_steps"
     )
     for kind in set(get_args(get_type_hints(CriticConfig)["kind"])) - {"cdni"}:

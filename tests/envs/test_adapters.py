@@ -7,6 +7,7 @@ from dm_env import specs
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
+from envs import ArgumentError
 from envs.adapters import (
     DmEnvs,
     GymnasiumEnvs,
@@ -232,6 +233,12 @@ def test_differing_spaces_are_refused():
         GymnasiumEnvs([Counter(), Counter(spaces.Box(0, 1, (2,)))], seed=0)
 
 
+def test_an_environment_that_is_given_twice_is_refused():
+    shared = Counter()
+    with pytest.raises(ValueError, match="got the same one twice; build a new one each time"):
+        gymnasium_vector(lambda: shared, 2, seed=0)
+
+
 def test_context_is_a_function_of_the_environment():
     env = gymnasium_vector(Counter, 2, seed=0, context=lambda env: np.array([env.count, 7]))
     assert env.spec.context_size == 2
@@ -239,6 +246,26 @@ def test_context_is_a_function_of_the_environment():
     assert env.step(torch.tensor([0, 0])).context.tolist() == [[1, 7], [1, 7]]
     assert env.step(torch.tensor([1, 0])).context.dtype == torch.float32
     assert env.step(torch.tensor([0, 0])).context.tolist() == [[0, 7], [3, 7]]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"count": 1}, "{'count': 1}"),
+        (None, "None"),
+        ("1", "'1'"),
+        ([[1], [2, 3]], r"\[\[1\], \[2, 3\]\]"),
+        (np.array([]), r"array\(\[\], dtype=float64\)"),
+        (np.array([None] * 90).reshape(9, 10), "array"),  # of several lines
+    ],
+)
+def test_a_context_that_is_no_array_of_numbers_is_refused(given, shown):
+    line = f"^context: found a function that gives {shown}.*; allowed one that gives an array of numbers; return .*$"
+    with pytest.raises(ArgumentError, match=line) as error:
+        GymnasiumEnvs([Counter()], seed=0, context=lambda env: given)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ArgumentError, match=line):
+        DmEnvs(Catch, num_envs=1, seed=0, context=lambda env: given)
 
 
 # Vector environments
@@ -473,6 +500,14 @@ def test_dm_constructors_get_different_seeds_or_none():
     assert torch.equal(tape[0], tape[1]) and len(tape[0].unique(dim=0)) == 3
     same = DmEnvs(lambda: Catch(0), num_envs=4, seed=0).reset().observation
     assert len(same.unique(dim=0)) == 1
+
+
+def test_dm_context_is_a_function_of_the_environment():
+    env = DmEnvs(Catch, num_envs=4, seed=0, context=lambda env: np.array([env._ball, env._paddle]))
+    assert env.spec.context_size == 2
+    step = env.reset()
+    assert step.context[:, 0].tolist() == step.observation.argmax(1).tolist()
+    assert env.step(torch.tensor([0, 1, 2, 1])).context[:, 1].tolist() == [0, 1, 2, 1]
 
 
 def test_dm_time_limits_keep_the_discount():

@@ -7,7 +7,7 @@ import torch
 
 import envs
 from envs import ArgumentError, Environment, make
-from envs.adapters import DmEnvs, GymnasiumEnvs, GymnasiumVector
+from envs.adapters import DmEnvs, GymnasiumEnvs, GymnasiumVector, environment_seeds
 from envs.atari import Atari
 from envs.registry import GRIDWORLDS
 
@@ -39,13 +39,45 @@ THEIRS = """
             return np.zeros(2, np.float32), self.speed, False, False, {}
 
 
+    class Parts(Gym):
+        observation_space = spaces.Dict(place=Gym.observation_space)
+
+        def reset(self, *, seed=None, options=None):
+            place, info = super().reset(seed=seed)
+            return {"place": place}, info
+
+        def step(self, action):
+            place, *rest = super().step(action)
+            return {"place": place}, *rest
+
+
+    def one(speed=1.0, view_size=2):
+        return gymnasium.wrappers.FlattenObservation(Parts(speed))
+
+
+    def any_one(**kwargs):
+        return one(**kwargs)
+
+
     def hidden(env):
-        return np.array([7.0 * env.unwrapped.speed])
+        return np.array([7.0 * getattr(env, "unwrapped", env).speed])
+
+
+    def named(env):
+        return {"speed": 7.0}
 
 
     class Vector(gymnasium.vector.SyncVectorEnv):
         def __init__(self, num_envs, speed=1.0):
             super().__init__([lambda: Gym(speed)] * num_envs)
+
+
+    def vector(num_envs, seed, device, speed=1.0):
+        return Vector(num_envs, speed)
+
+
+    def vector_of_three(speed=1.0):
+        return Vector(3, speed)
 
 
     class Dm(dm_env.Environment):
@@ -63,6 +95,14 @@ THEIRS = """
 
         def action_spec(self):
             return specs.DiscreteArray(2)
+
+
+    def one_dm(seed, speed=1.0):
+        return Dm(seed, speed)
+
+
+    def any_dm(**kwargs):
+        return Dm(0, **kwargs)
 
 
     class Ours:
@@ -95,6 +135,22 @@ THEIRS = """
 
     def factory(num_envs, seed, device, speed=1.0):
         return Ours(num_envs=num_envs, seed=seed, device=device, speed=speed)
+
+
+    def ours_alone():
+        return Ours(num_envs=1, seed=0)
+
+
+    def ours_without_device(num_envs, seed):
+        return Ours(num_envs=num_envs, seed=seed)
+
+
+    def all_as_one(num_envs):
+        return Gym()
+
+
+    def nothing():
+        return None
 
 
     class Incomplete:
@@ -160,7 +216,12 @@ def test_makes_other_gymnasium_environments():
 
 @pytest.mark.usefixtures("theirs")
 @pytest.mark.parametrize(
-    ("name", "cls"), [("Gym", GymnasiumEnvs), ("Theirs-v0", GymnasiumEnvs), ("Vector", GymnasiumVector), ("Dm", DmEnvs)]
+    ("name", "cls"),
+    [
+        *[(name, GymnasiumEnvs) for name in ("Gym", "Theirs-v0", "one", "any_one")],
+        *[(name, GymnasiumVector) for name in ("Vector", "vector", "vector_of_three")],
+        *[(name, DmEnvs) for name in ("Dm", "one_dm", "any_dm")],
+    ],
 )
 def test_makes_what_a_module_holds(name, cls):
     env = make(f"their_envs:{name}", num_envs=3, seed=0, speed=2.5)
@@ -178,20 +239,53 @@ def test_environments_of_our_protocol_need_no_adapter(name):
 
 
 @pytest.mark.usefixtures("theirs")
-def test_context_and_success_of_an_environment_of_a_module_are_settings():
-    env = make("their_envs:Gym", num_envs=2, seed=0, context="their_envs:hidden", success_reward=1.5)
-    assert env.spec.context_size == 1 and env.spec.success_reward == 1.5
-    assert env.reset().context.tolist() == [[7.0], [7.0]]
-    with pytest.raises(ValueError, match="module 'their_envs' has no 'hiden'; the nearest is 'hidden'"):
-        make("their_envs:Gym", num_envs=2, seed=0, context="their_envs:hiden")
-    with pytest.raises(ValueError, match="success_reward: found 'much'; allowed a number, or None"):
-        make("their_envs:Gym", num_envs=2, seed=0, success_reward="much")
+def test_what_a_function_takes_itself_is_its_own():
+    assert make("their_envs:one", num_envs=2, seed=0, view_size=3)  # elsewhere MiniGrid's
+    with pytest.raises(ValueError, match=r"view_size, encoding, .* are for MiniGrid"):
+        make("their_envs:Gym", num_envs=2, seed=0, view_size=3)
+    with pytest.raises(ValueError, match=r"their_envs:any_dm has no argument 'view_size'; .*It takes .*success_reward"):
+        make("their_envs:any_dm", num_envs=2, seed=0, view_size=3)
 
 
 @pytest.mark.usefixtures("theirs")
-def test_dm_environments_of_a_module_are_seeded_differently():
-    env = make("their_envs:Dm", num_envs=3, seed=0)
-    assert len({inner.seed for inner in env.envs}) == 3
+@pytest.mark.parametrize("name", ["Gym", "one", "Dm", "any_dm"])
+def test_context_of_an_environment_of_a_module_is_a_setting(name):
+    env = make(f"their_envs:{name}", num_envs=2, seed=0, context="their_envs:hidden", speed=2)
+    assert env.spec.context_size == 1
+    assert env.reset().context.tolist() == [[14.0], [14.0]]
+    assert env.step(torch.tensor([0, 1])).context.tolist() == [[14.0], [14.0]]
+    with pytest.raises(ValueError, match="module 'their_envs' has no 'hiden'; the nearest is 'hidden'"):
+        make(f"their_envs:{name}", num_envs=2, seed=0, context="their_envs:hiden")
+    with pytest.raises(ArgumentError, match=r"^context: found 3; allowed .*'module:function', a function of the env"):
+        make(f"their_envs:{name}", num_envs=2, seed=0, context=3)
+    with pytest.raises(ArgumentError, match=r"^context: found a function that gives {'speed': 7.0}; allowed one that"):
+        make(f"their_envs:{name}", num_envs=2, seed=0, context="their_envs:named")
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("name", ["Vector", "vector", "vector_of_three", "factory"])
+def test_a_context_needs_single_environments(name):
+    with pytest.raises(
+        ArgumentError,
+        match=r"^context: found 'their_envs:hidden'; allowed None with .* all at once, .*; name what makes",
+    ):
+        make(f"their_envs:{name}", num_envs=3, seed=0, context="their_envs:hidden")
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("name", ["Gym", "Theirs-v0", "one", "Vector", "vector", "Dm", "any_dm", "Ours"])
+def test_success_of_an_environment_of_a_module_is_a_setting(name):
+    assert make(f"their_envs:{name}", num_envs=2, seed=0).spec.success_reward is None
+    assert make(f"their_envs:{name}", num_envs=2, seed=0, success_reward=1.5).spec.success_reward == 1.5
+    with pytest.raises(ArgumentError, match=r"^success_reward: found 'much'; allowed a number, or None"):
+        make(f"their_envs:{name}", num_envs=2, seed=0, success_reward="much")
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("name", ["Dm", "one_dm"])
+def test_dm_environments_of_a_module_are_seeded_differently(name):
+    env = make(f"their_envs:{name}", num_envs=3, seed=0)
+    assert [inner.seed for inner in env.envs] == environment_seeds(0, 3)
 
 
 @pytest.mark.usefixtures("theirs")
@@ -202,6 +296,15 @@ def test_dm_environments_of_a_module_are_seeded_differently():
         ("their_envs:number", "expected a class or a function, got int"),
         ("their_envs:Incomplete", r"Incomplete, which is not an envs.Environment: it lacks \['spec', "),
         ("their_envs:Other", r"takes \(num_envs, seed, device\) and gives an envs.Environment; it takes \['colour'\]"),
+        ("their_envs:nothing", r"or something that takes .*; it takes \[\] and gives NoneType"),
+        ("their_envs:ours_alone", r"or something that takes .*; it takes \[\] and gives Ours"),
+        ("their_envs:ours_without_device", r"or something that .*; it takes \['num_envs', 'seed'\] and gives Ours"),
+        ("their_envs:all_as_one", "Gym, which is not an .* What makes one environment must not take num_envs"),
+        ("their_envs:vector_of_three", "vector_of_three gave 3 environments, expected 2; let it take num_envs"),
+        (
+            "their_envs:Parts",
+            "FlattenObservation .* in a function or class of your module, .*: --env.id my_module:make",
+        ),
         ("no_such_module:Gym", "there is no module 'no_such_module'; is its folder on PYTHONPATH"),
     ],
 )
@@ -249,6 +352,7 @@ def test_an_id_like_no_other_says_what_there_is():
         ("their_envs:Vector", "sped", "speed"),
         ("their_envs:Dm", "sped", "speed"),
         ("their_envs:factory", "sped", "speed"),
+        ("their_envs:one", "sped", "speed"),
     ],
 )
 def test_an_unknown_argument_names_the_nearest_and_the_allowed_ones(env_id, argument, nearest):
@@ -269,7 +373,9 @@ def test_an_unknown_argument_names_the_nearest_and_the_allowed_ones(env_id, argu
         ),
         ("CartPole-v1", {"render_mode": 3}, "render_mode: found 3; allowed what CartPole-v1 takes"),
         ("ALE/Pong-v5", {"frame_skip": "4x"}, "frame_skip: found '4x'; allowed an integer of at least 1"),
-        ("their_envs:Gym", {"speed": "fast"}, "speed: found 'fast'; allowed what Gym takes"),
+        ("their_envs:Gym", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:Gym takes"),
+        ("their_envs:one", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:one takes"),
+        ("their_envs:any_one", {"sped": 1}, "sped: found 1; allowed what their_envs:any_one takes .TypeError: "),
         ("their_envs:Vector", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:Vector takes"),
         ("their_envs:Dm", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:Dm takes"),
         ("their_envs:Ours", {"speed": "fast"}, "speed: found 'fast'; allowed what their_envs:Ours takes"),
