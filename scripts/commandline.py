@@ -1,6 +1,7 @@
-"""What command lines of several scripts share: errors in one line, and folders that are tried before hours of work."""
+"""What command lines of several scripts share: errors in one line, folders that are tried before hours of work, signals."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,3 +25,10 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(
                 f"{option}: found {folder}, which cannot be made or written ({error.strerror}); allowed a folder that can"
             )
+
+
+def stop_as_ctrl_c_does() -> None:
+    """Has SIGTERM and SIGHUP raise KeyboardInterrupt, unless they are ignored, as SIGHUP is under nohup."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)

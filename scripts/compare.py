@@ -30,12 +30,11 @@ it holds on a GPU is not in it.
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from commandline import OneLineParser
+from commandline import OneLineParser, stop_as_ctrl_c_does
 from comparison.board import write_board
 from comparison.matrix import Member, load_matrix, members
 from comparison.outcome import check_nothing_is_lost, collect, kept_failures, kept_rows, refusal
@@ -144,7 +143,5 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup it is not
-            signal.signal(number, signal.default_int_handler)  # stops as Ctrl-C does
+    stop_as_ctrl_c_does()
     sys.exit(main())

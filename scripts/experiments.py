@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from commandline import OneLineParser
+from commandline import OneLineParser, stop_as_ctrl_c_does
 from papers.entries import ENTRIES, PAGES, PRESETS, RUNS
 from papers.pages import report
 from papers.running import run_all
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # SIGTERM stops as Ctrl-C does; and SIGINT, which shells have ignored in the background, is what the programs are stopped with
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # programs are stopped with it; ignored in the background otherwise
+    stop_as_ctrl_c_does()
     sys.exit(main())
