@@ -264,23 +264,30 @@ def images_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Compa
 
 
 def copy_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Comparison]:
-    """Lengths solved over those of truncated BPTT at the same window, as ratios of geometric means; the published ones are plain."""
+    """Lengths solved over those of truncated BPTT at the same window, as ratios of geometric means; the published ones are plain.
+
+    Sections that differ in their seeds are taken together.
+    """
     (score,) = VIEWS["copy"].scores
-    plain: dict[str, Scores] = {}
+    lengths: dict[str, dict[tuple[str, int], dict[str, float]]] = {}  # by task, arm and window, and seed
+    published: dict[str, dict[tuple[str, int], float | None]] = {}
     for found in sections.values():
-        of_task = plain.setdefault(found["summary"]["task"], {})
-        of_task |= {cell: lengths for cell, lengths in scores_of(found, score).items() if cell[0] == "none"}
-    for name, found in sections.items():
-        published = {(row["arm"], row["window"]): row["published_ratio"] for row, _ in rows_of(found, score)}
-        for (arm, window), lengths in scores_of(found, score).items():
-            of_none = plain[found["summary"]["task"]].get(("none", window), {})
-            baseline = [x for x in of_none.values() if x is not None]
+        task = found["summary"]["task"]
+        for cell, of_seeds in scores_of(found, score).items():
+            known = {seed: length for seed, length in of_seeds.items() if length is not None}
+            lengths.setdefault(task, {}).setdefault(cell, {}).update(known)
+        published.setdefault(task, {}).update(
+            {(row["arm"], row["window"]): row["published_ratio"] for row, _ in rows_of(found, score)}
+        )
+    for task, cells in lengths.items():
+        for (arm, window), of_seeds in cells.items():
+            baseline = cells.get(("none", window), {})
             if arm != "none" and baseline:
                 yield Comparison(
-                    f"{name}: `{arm}` over `none`, window {window}",
-                    ratio([x for x in lengths.values() if x is not None], baseline),
-                    published=published[arm, window],
-                    at_least=1.7 if (name, arm) == ("copy", "dni") else None,
+                    f"{task}: `{arm}` over `none`, window {window} (seeds: {len(of_seeds)}, {len(baseline)})",
+                    ratio([*of_seeds.values()], [*baseline.values()]),
+                    published=published[task][arm, window],
+                    at_least=1.7 if (task, arm) == ("copy", "dni") else None,
                 )
 
 

@@ -369,7 +369,9 @@ def test_the_page_of_copy_has_ratios_at_every_window(tmp_path):
     assert report(tmp_path, tmp_path / "pages") == 0
     page = (tmp_path / "pages" / "copy.md").read_text()
     compared = cells(page, "| copy: `dni`")
-    assert [line[0] for line in compared] == [f"copy: `dni` over `none`, window {window}" for window in (2, 3, 4, 5)]
+    assert [line[0] for line in compared] == [
+        f"copy: `dni` over `none`, window {window} (seeds: 3, 3)" for window in (2, 3, 4, 5)
+    ]
     assert [line[2] for line in compared] == ["2.29", "1.75", "1.80", "2.25"]  # published
     assert all(line[1] == "2.01 [1.59, 2.53]" and line[3:] == ["at least 1.7", "on average"] for line in compared)
     assert cells(page, "| `dni` | 2 ")[0][2:] == [
@@ -386,6 +388,23 @@ def test_the_page_of_copy_has_ratios_at_every_window(tmp_path):
     assert curve["none-2-seed1"]["length"] == [0, 0, 4, 4, 9, 9]
     assert curve["none-2-seed1"]["step"] == [0, 5, 5, 50, 50, 100_000]
     assert (tmp_path / "pages" / "copy_laptop_windows.png").stat().st_size > 1_000
+
+
+def test_seeds_in_entries_of_their_own_are_compared_together(tmp_path):
+    lengths = {"none": (8, 8, 8, 8, 8, 8), "dni": (16, 16, 16, 32, 32, 32)}  # by seed: 0, 1, 2, and 4, 5, 6
+
+    def solved(member):
+        number = (0, 1, 2, 4, 5, 6).index(member.config.seed)
+        return {"solved_length": lengths[member.cell.arm][number], "solved": []}
+
+    for name in ("copy", "copy_fresh"):
+        fabricate(tmp_path, name, solved)
+    assert report(tmp_path, tmp_path / "pages") == 0
+    compared = cells((tmp_path / "pages" / "copy.md").read_text(), "| copy: `dni`")
+    assert [line[0] for line in compared] == [
+        f"copy: `dni` over `none`, window {window} (seeds: 6, 6)" for window in (2, 3, 4, 5)
+    ]
+    assert all(line[1].startswith("2.83 [") for line in compared)  # the geometric mean of 2 and 4
 
 
 def test_runs_that_are_missing_too_short_or_of_other_settings_are_told_and_not_counted(tmp_path):
@@ -634,7 +653,7 @@ def test_arms_in_entries_of_their_own_are_compared_with_the_baseline_of_their_pa
     fabricate(tmp_path, "ptb_aux", read)
     assert report(tmp_path, tmp_path / "pages") == 0
     page = (tmp_path / "pages" / "copy.md").read_text()
-    compared = cells(page, "| copy_aux: `dni_aux` over `none`")
+    compared = cells(page, "| copy: `dni_aux` over `none`")
     assert len(compared) == 4 and all(line[1].startswith("2.00 [") for line in compared)
     page = (tmp_path / "pages" / "ptb.md").read_text()
     (line,) = cells(page, "| `dni_aux` at window 5 less `none` at 20, bits")
