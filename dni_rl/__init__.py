@@ -3,7 +3,7 @@
 from dni_rl.auxiliary import AuxiliaryTask, later_synthetic_gradients
 from dni_rl.backward import Report, backward, cut
 from dni_rl.bp_lambda import bp_lambda_backward, bp_lambda_trace, state_jacobian
-from dni_rl.contexts import future_inputs, past_inputs
+from dni_rl.contexts import future_inputs, past_inputs, recent_inputs
 from dni_rl.cores import (
     GRU,
     LSTM,
@@ -74,6 +74,7 @@ __all__ = [
     "lambda_targets",
     "later_synthetic_gradients",
     "past_inputs",
+    "recent_inputs",
     "state_jacobian",
     "wrap",
 ]

@@ -100,6 +100,47 @@ def past_inputs(inputs: Tensor, first: Tensor | None, steps: Sequence[int], *, b
     return torch.stack([*averages, z])
 
 
+def recent_inputs(inputs: Tensor, first: Tensor | None, steps: int, *, before: Tensor | None = None) -> Tensor:
+    """The last inputs that the core has read, as they are and in their order, as a context for an error critic.
+
+        z_{t+1} = [x_t, 1, z_t without its last input],    z_t = 0 where step t starts an episode
+
+    of the state before each step: n inputs, the latest first, each with a flag that is 1 where there was one in the episode. As with
+    `past_inputs` nothing in it is privileged; it forgets at once where those fade, and tells what came when, which averages blur.
+
+        context = dni_rl.recent_inputs(inputs, first, steps=12, before=context[-1])              # [T + 1, B, Z]
+
+    Args:
+        inputs: [T, B, ...] floating point, what the core reads at each step, or a part of it.
+        first: [T, B] bool, True where `inputs` starts an episode; None where none does.
+        steps: n, at least 1.
+        before: [B, Z] the inputs before the first step, the last row of the window before; None for none.
+
+    Returns:
+        [T + 1, B, n (D + 1)] with D numbers in an input, in its dtype and without gradient.
+
+    Raises:
+        ValueError: if shapes or types disagree, or there are no steps.
+    """
+    _check(inputs, first)
+    if steps < 1:
+        raise ValueError(f"steps: found {steps}, allowed 1 or more; without recent inputs leave the context out")
+    T, B = inputs.shape[:2]
+    x = inputs.detach().reshape(T, B, -1)
+    read = torch.cat([x, x.new_ones(T, B, 1)], dim=-1)
+    size = steps * read.shape[-1]
+    if before is not None and before.shape != (B, size):
+        raise ValueError(f"before: expected [B, Z] = ({B}, {size}), got {tuple(before.shape)}")
+    z = x.new_zeros(B, size) if before is None else before.detach().to(x.dtype)
+    rows = []
+    for t in range(T):
+        if first is not None:
+            z = z.masked_fill(first[t].unsqueeze(-1), 0.0)
+        rows.append(z)
+        z = torch.cat([read[t], z], dim=-1)[:, :size]
+    return torch.stack([*rows, z])
+
+
 def _check(inputs: Tensor, first: Tensor | None) -> None:
     if inputs.dim() < 2 or not inputs.is_floating_point():
         raise ValueError(f"inputs: expected floating-point [T, B, ...], got {inputs.dtype} {tuple(inputs.shape)}")

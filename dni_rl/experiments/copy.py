@@ -69,7 +69,9 @@ _BP_LAMBDA = {"critic_hidden_sizes": (), "max_norm_ratio": None, "hidden_size": 
 PRESETS: dict[str, dict[str, Any]] = {
     # seconds: shows that every arm runs
     "smoke": {
-        "cells": common.grid(("none", "dni", "dni_aux", "sobolev", "bp_lambda", "timescales", "timescales_dni"), (4,)),
+        "cells": common.grid(
+            ("none", "dni", "dni_recent", "dni_aux", "sobolev", "bp_lambda", "timescales", "timescales_dni"), (4,)
+        ),
         "seeds": (0,),
         "arms": {"bp_lambda": {**_BP_LAMBDA, "hidden_size": 8}},
         "num_symbols": 2,

@@ -4,6 +4,7 @@ The state is carried from window to window and never cleared. An arm says what s
 
     none             nothing: truncated BPTT, the baseline
     dni              an error critic
+    dni_recent       an error critic that also reads the last inputs, nothing privileged
     dni_aux          an error critic, and the core predicts the synthetic gradients of the next window (needs to see that window)
     sobolev          a critic that predicts the future loss, trained on its values and gradients
     bp_lambda        a linear critic that learns by eligibility traces; each window is one step of theirs. For small cores
@@ -23,7 +24,7 @@ import dni_rl
 from dni_rl.cores.base import StateHistory, UnrolledState
 from dni_rl.experiments.common import check_allowed, check_at_least
 
-ARMS = ("none", "dni", "dni_aux", "sobolev", "bp_lambda", "timescales", "timescales_dni")
+ARMS = ("none", "dni", "dni_recent", "dni_aux", "sobolev", "bp_lambda", "timescales", "timescales_dni")
 BITS_PER_NAT = 1.0 / math.log(2.0)
 
 
@@ -44,6 +45,7 @@ class WindowConfig:
     gradient_discount: float = 1.0  # per cut
     max_norm_ratio: float | None = None  # bound of the synthetic gradient, in norms of the true one
     warmup_updates: int = 100  # the critic learns, but is not believed; without, the auxiliary task starts with a burst
+    recent_steps: int = 12  # of dni_recent: how many inputs
     auxiliary_cost: float = 0.02  # a guess: the paper gives none
     lambda_: float = 0.9  # of bp_lambda, per window
     num_steps: int = 1_000_000  # of each sequence
@@ -55,7 +57,7 @@ class WindowConfig:
     def __post_init__(self):
         check_allowed(self, arm=ARMS)
         counts = ("window", "hidden_size", "batch_size", "num_steps", "log_every_steps", "checkpoint_every_steps")
-        check_at_least(self, 1, *counts)
+        check_at_least(self, 1, *counts, "recent_steps")
         check_at_least(self, 2, "period")
         for name in ("learning_rate", "critic_learning_rate"):
             if not getattr(self, name) > 0.0:
@@ -84,6 +86,7 @@ class Learner:
     """
 
     trace: Tensor | None = None
+    recent: Tensor | None = None  # [B, Z], what dni_recent's critic reads beside the state
 
     def __init__(self, config: WindowConfig, make_encoder: Callable[[], nn.Module], input_size: int, num_classes: int):
         torch.manual_seed(config.seed)
@@ -98,7 +101,7 @@ class Learner:
         readout = nn.Linear(core.output_size, num_classes)
         self.net = nn.ModuleDict({"encoder": make_encoder(), "core": core, "readout": readout})
         self.core = core
-        self.critic = self._make_critic()
+        self.critic = self._make_critic(input_size)
         self.auxiliary = None
         if config.arm == "dni_aux":
             self.auxiliary = dni_rl.AuxiliaryTask(
@@ -116,13 +119,15 @@ class Learner:
             assert isinstance(self.critic, dni_rl.GradientCritic)
             self.trace = dni_rl.bp_lambda_trace(self.critic, config.batch_size)
 
-    def _make_critic(self) -> dni_rl.ErrorCritic | None:
+    def _make_critic(self, input_size: int) -> dni_rl.ErrorCritic | None:
         config, sizes = self.config, self.core.state_sizes
         use: dict[str, Any] = {"scale": config.critic_scale, "gradient_discount": config.gradient_discount}
         if config.arm in ("none", "timescales"):
             return None
         if config.arm == "bp_lambda":
             return dni_rl.GradientCritic(state_sizes=sizes, normalize_targets=False, **use)
+        if config.arm == "dni_recent":
+            use["context_size"] = config.recent_steps * (input_size + 1)
         kind = dni_rl.SobolevCritic if config.arm == "sobolev" else dni_rl.GradientCritic
         return kind(
             state_sizes=sizes,
@@ -149,16 +154,20 @@ class Learner:
         Returns:
             Metrics, still on the device.
         """
-        config, encoder = self.config, self.net["encoder"]
+        config, encoded = self.config, self.net["encoder"](inputs)
         start = dni_rl.cut(self.state)
         extra: Tensor | None = None
+        context: Tensor | None = None
+        if config.arm == "dni_recent":
+            context = dni_rl.recent_inputs(encoded, None, config.recent_steps, before=self.recent)
+            self.recent = context[-1]
         if isinstance(self.core, dni_rl.MultiTimescaleCore):
             outputs, levelled_end, extra = self.core.unroll_in_ticks(
-                encoder(inputs), start, ticks=config.window, critic=self.critic
+                encoded, start, ticks=config.window, critic=self.critic
             )
             end: dni_rl.State = levelled_end
         else:
-            outputs, end = self.core.unroll(encoder(inputs), start)
+            outputs, end = self.core.unroll(encoded, start)
         losses = loss(self.logits(outputs))
         metrics = {}
         if self.auxiliary is not None:
@@ -177,7 +186,7 @@ class Learner:
                 losses, start=start, end=end, critic=self.critic, trace=self.trace, lambda_=config.lambda_
             )
         else:
-            report = dni_rl.backward(losses, start=start, end=end, critic=self.critic)
+            report = dni_rl.backward(losses, start=start, end=end, critic=self.critic, context=context)
         self.optimizer.step()
         if self.critic_optimizer is not None:
             self.critic_optimizer.step()
@@ -206,6 +215,7 @@ class Learner:
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
             "state": self.state,
             "trace": self.trace,
+            "recent": self.recent,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,3 +226,4 @@ class Learner:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.state, self.trace = tuple(state["state"]), state["trace"]
+        self.recent = state.get("recent")  # older checkpoints have none

@@ -111,6 +111,14 @@ ENTRIES = (
     Entry("copy_fresh", "copy", "--seeds 4 5 6", page="copy", presets=("laptop",)),  # on which nothing was chosen
     # BPTT through windows that hold whole episodes: what there is to reach in as many steps
     Entry("copy_long", "copy", "--cells none@20 none@40", page="copy", presets=("laptop",)),
+    # not the paper's
+    Entry(
+        "copy_recent",
+        "copy",
+        "--cells dni_recent@2 dni_recent@3 dni_recent@4 dni_recent@5",
+        page="copy",
+        presets=("laptop",),
+    ),
     Entry("repeat_copy", "copy", "--task repeat_copy", page="copy"),
     # In the paper's preset it is an arm of copy and ptb; here it takes as long as they do.
     Entry("copy_aux", "copy", "--cells dni_aux@2 dni_aux@3 dni_aux@4 dni_aux@5", page="copy", presets=("laptop",)),

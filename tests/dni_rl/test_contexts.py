@@ -1,4 +1,4 @@
-"""What critics may know beyond the state: inputs that lie ahead."""
+"""What critics may know beyond the state: inputs that lie ahead, and those that were read."""
 
 import math
 
@@ -188,3 +188,66 @@ def test_bad_past_inputs_are_named(arguments, message):
     arguments = {"inputs": torch.zeros(T, B, 3), "first": FIRST, "steps": (2, 5)} | arguments
     with pytest.raises(ValueError, match=message):
         dni_rl.past_inputs(arguments.pop("inputs"), arguments.pop("first"), **arguments)
+
+
+# Recent inputs
+
+
+def naive_recent(inputs, first, steps, before):
+    rows = []
+    for b in range(B):
+        read = list(before[b].view(steps, -1)) if before is not None else []
+        for t in range(T + 1):
+            if t < T and first[t, b]:
+                read = []
+            nothing = torch.zeros(inputs[0, 0].numel() + 1, dtype=DOUBLE)
+            rows.append(torch.cat([*read, *[nothing] * steps][:steps]))
+            if t < T:
+                read = [torch.cat([inputs[t, b].flatten(), torch.ones(1, dtype=DOUBLE)]), *read]
+    return torch.stack(rows).view(B, T + 1, -1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9])
+@pytest.mark.parametrize("shape", [(D,), (2, 2), ()], ids=str)
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("carried", [True, False])
+def test_recent_inputs_match_their_definition(steps, shape, starts, carried):
+    inputs = torch.randn(T, B, *shape, dtype=DOUBLE)
+    first = FIRST if starts else torch.zeros_like(FIRST)
+    size = steps * (math.prod(shape) + 1)
+    before = torch.randn(B, size, dtype=DOUBLE) if carried else None
+    context = dni_rl.recent_inputs(inputs, first if starts else None, steps, before=before)
+    torch.testing.assert_close(context, naive_recent(inputs, first, steps, before), rtol=0, atol=0)
+    assert context.shape == (T + 1, B, size)
+
+
+def test_recent_inputs_go_on_from_window_to_window():
+    inputs = torch.randn(T, B, D)
+    whole = dni_rl.recent_inputs(inputs, FIRST, 4)
+    head = dni_rl.recent_inputs(inputs[:2], FIRST[:2], 4)
+    tail = dni_rl.recent_inputs(inputs[2:], FIRST[2:], 4, before=head[-1])
+    assert torch.equal(torch.cat([head[:-1], tail]), whole)
+
+
+def test_recent_inputs_are_a_constant_and_do_not_cross_episodes():
+    inputs = torch.randn(T, B, D)
+    inputs[1, 0] = math.nan  # of an episode that ends before step 2
+    first = torch.zeros(T, B, dtype=torch.bool)
+    first[2] = True
+    context = dni_rl.recent_inputs(inputs.requires_grad_(), first, 3)
+    assert not context.requires_grad and not context[2].any() and context[2:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, r"steps: found 0, allowed 1 or more; without recent inputs leave the context out"),
+        ({"before": torch.zeros(B, 3)}, r"before: expected \[B, Z\] = \(3, 8\), got \(3, 3\)"),
+        ({"inputs": torch.zeros(T, B, D, dtype=torch.int64)}, "inputs: expected floating-point"),
+        ({"first": FIRST.float()}, r"first: expected bool"),
+    ],
+)
+def test_bad_recent_inputs_are_named(arguments, message):
+    arguments = {"inputs": torch.zeros(T, B, 3), "first": FIRST, "steps": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        dni_rl.recent_inputs(arguments.pop("inputs"), arguments.pop("first"), **arguments)

@@ -165,7 +165,7 @@ def test_all_arms_of_one_core_start_as_truncated_bptt():
         experiment = copy.Experiment(small(arm=arm, hidden_size=6, batch_size=4))
         experiment.update()
         nets[arm] = {k: v for k, v in experiment.learner.net.state_dict().items() if not k.startswith("auxiliary")}
-    for arm in ("dni", "dni_aux", "sobolev", "bp_lambda"):
+    for arm in ("dni", "dni_recent", "dni_aux", "sobolev", "bp_lambda"):
         for name, value in nets["none"].items():
             torch.testing.assert_close(nets[arm][name], value)
     for name, value in nets["timescales"].items():
@@ -183,6 +183,7 @@ def core_after_updates(arm):
     ("arm", "without"),
     [
         ("dni", "none"),
+        ("dni_recent", "dni"),
         ("dni_aux", "dni"),
         ("sobolev", "none"),
         ("bp_lambda", "none"),
@@ -204,6 +205,20 @@ def test_the_critic_stands_in_at_the_cuts_inside_a_window_of_two_levels(monkeypa
         lambda self, *args, ticks, critic: unroll_in_ticks(self, *args, ticks=ticks, critic=None),
     )
     assert not torch.allclose(found, core_after_updates("timescales_dni"))
+
+
+def test_the_critic_of_recent_inputs_reads_the_last_ones_across_windows(monkeypatch):
+    experiment = copy.Experiment(small(arm="dni_recent", recent_steps=5))
+    inputs, contexts, backward = [], [], dni_rl.backward
+    monkeypatch.setattr(dni_rl, "backward", lambda *a, **k: contexts.append(k["context"]) or backward(*a, **k))
+    for _ in range(4):
+        inputs.append(experiment.batch.inputs)
+        experiment.update()
+    read = torch.cat(inputs)
+    T = len(inputs[0])
+    latest = contexts[-1][-1].unflatten(-1, (5, read.shape[-1] + 1))  # [B, n, D + 1]
+    torch.testing.assert_close(latest[..., :-1], read[-5:].flip(0).transpose(0, 1))
+    assert contexts[-1].shape[0] == T + 1 and latest[..., -1].all() and not contexts[0][0].any()
 
 
 def test_the_auxiliary_task_aims_at_the_synthetic_gradients_of_the_next_window():
@@ -263,7 +278,7 @@ def test_the_smoke_preset_runs_every_arm_and_writes_everything(tmp_path, capsys)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [row["arm"] for row in summary["cells"]] == list(ARMS) and summary["preset"] == "smoke"
     assert summary["cells"][0]["per_seed"]["0"] == 4 and summary["cells"][0]["published"] == 10  # copies one symbol
-    assert "| dni | 4 |" in shown.out and "7 of 7 runs done" in shown.err
+    assert "| dni | 4 |" in shown.out and "8 of 8 runs done" in shown.err
     folder = tmp_path / "dni-4-seed0"
     assert {"train/bits", "train/average_bits", "critic/cosine"} <= rows(folder)[-1].keys()
     assert json.loads((folder / "config.json").read_text()) == summary["configs"]["dni-4-seed0"]
