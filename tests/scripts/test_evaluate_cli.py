@@ -34,6 +34,7 @@ def breakout(tmp_path_factory):
 
 
 def _evaluate(capsys, *arguments):
+    capsys.readouterr()  # what training has said
     try:
         code = main([str(argument) for argument in arguments])
     except SystemExit as exit_:
