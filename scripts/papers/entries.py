@@ -115,7 +115,7 @@ ENTRIES = (
     Entry(
         "copy_recent",
         "copy",
-        "--cells dni_recent@2 dni_recent@3 dni_recent@4 dni_recent@5",
+        "--cells dni_recent@2 dni_recent@3 dni_recent@4 dni_recent@5 --seeds 0 1 2 4 5 6",
         page="copy",
         presets=("laptop",),
     ),

@@ -217,7 +217,8 @@ def test_every_entry_has_runs_in_every_preset_with_three_seeds_beyond_smoke(entr
     for preset in entry.presets:
         matrix = planned(entry, preset)
         assert len({member.name for member in matrix}) == len(matrix)
-        assert len({member.config.seed for member in matrix}) == (1 if preset == "smoke" else 3)
+        num_seeds = len({member.config.seed for member in matrix})
+        assert num_seeds == 1 if preset == "smoke" else num_seeds >= 3
 
 
 def test_an_entry_belongs_to_presets_and_has_options_of_them(tmp_path, monkeypatch):
