@@ -1,5 +1,7 @@
 """Settings of every test, and what several of them need."""
 
+import signal
+
 import pytest
 import torch
 
@@ -31,3 +33,11 @@ def device_without_values(monkeypatch):
     monkeypatch.setattr("torch.Generator", HostGenerator)
     monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr("torch.optim.Adam", UnfusedAdam)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where a shell that started the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -715,6 +715,7 @@ def test_ctrl_c_starts_no_further_member(tmp_path, monkeypatch, capsys):
     assert len(started) < 10 and "the same command goes on" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_members_in_flight_are_told_to_stop_by_whoever_told_this_process(tmp_path, monkeypatch):
     program = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     ended = []

@@ -138,14 +138,6 @@ def test_pages_have_what_the_runs_wrote(smoke, tmp_path):
     assert json.loads((tmp_path / "ptb.json").read_text())["presets"]["smoke"]["ptb"]["finished"] == 4
 
 
-@pytest.fixture
-def interruptible():
-    """SIGINT raises KeyboardInterrupt, also where a shell that started the tests in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_a_stop_reaches_the_program_which_saves_and_goes_on_later(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
