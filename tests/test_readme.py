@@ -149,6 +149,17 @@ def test_its_table_of_the_maze_counts_the_seeds_of_the_results():
             },
         ),
         (
+            "method | 128 distractors | 512, twice the steps",
+            [("distractors", "128 distractors"), ("distractors", "512 distractors")],
+            {
+                "critic with privileged context, window 8": "conditioned critic, window 8",
+                "BPTT, windows of 256, small updates": "full BPTT",
+                "BPTT, windows of 64, small updates": "long BPTT, small updates",
+                "critic with past observations, nothing privileged, window 8": "critic with past observations, window 8",
+                "plain truncated BPTT, window 8": "plain truncated BPTT, window 8",
+            },
+        ),
+        (
             "method | KeyToDoor, two doors | MultiRoomKeyDoor, up to four rooms | bsuite memory_len 100",
             [
                 ("gridworlds", "KeyToDoor, two doors, 55 steps"),
