@@ -10,6 +10,8 @@ from agents.model import CONVOLUTIONS, ActorCritic, Torso, conv_torso, mlp_torso
 from envs.timestep import Environment, EnvSpec
 
 EVALUATION_KEY = (0,)  # which no process has
+_NO_CONTEXT = "this environment offers no privileged context"
+_OFFER_CONTEXT = "set --env.kwargs.context, for one gymnasium or dm_env environment of your own to module:function"
 
 
 def spread_seeds(seed: int, count: int, *, key: tuple[int, ...] = ()) -> list[int]:
@@ -99,7 +101,9 @@ def _memories(config: ModelConfig) -> list[float] | None:
 
 
 def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
-    """The actor-critic network; initialised from torch's global generator."""
+    """The actor-critic network; initialised from torch's global generator. ValueError if a context is asked for that does not exist."""
+    if config.privileged_value and not spec.context_size:
+        raise ValueError(f"model.privileged_value: found true, but {_NO_CONTEXT}; allowed false; {_OFFER_CONTEXT}")
     torso = build_torso(config, spec)
     width = torso.output_size + spec.num_actions * config.previous_action + config.previous_reward
     return ActorCritic(
@@ -109,6 +113,7 @@ def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
         previous_action=config.previous_action,
         previous_reward=config.previous_reward,
         head_sizes=config.head_sizes,
+        privileged_size=spec.context_size if config.privileged_value else 0,
     )
 
 
@@ -118,8 +123,7 @@ def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni
         return None
     if config.kind == "cdni" and not spec.context_size:
         raise ValueError(
-            "critic.kind: found 'cdni', but this environment offers no privileged context; allowed every other kind; set "
-            "--env.kwargs.context, for one gymnasium or dm_env environment of your own to module:function, or --critic.kind dni with "
+            f"critic.kind: found 'cdni', but {_NO_CONTEXT}; allowed every other kind; {_OFFER_CONTEXT}, or --critic.kind dni with "
             "--critic.past_steps"
         )
     kinds: dict[str, type[dni_rl.GradientCritic | dni_rl.LossCritic | dni_rl.SobolevCritic]] = {

@@ -155,6 +155,9 @@ class ModelConfig(_Section):
     """Whether the core also sees the previous reward."""
     head_sizes: tuple[PositiveCount, ...] = ()
     """Widths of hidden layers in front of the policy head and, separately, the value head; [] is linear heads."""
+    privileged_value: bool = False
+    """Whether the value function is also told the environment's privileged context, what critic.kind cdni tells the error critic. The
+    policy never sees it, so that training needs it and acting does not (asymmetric actor-critic, Pinto et al. 2018)."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -185,7 +185,7 @@ def _losses(learner: Learner, windows: Windows) -> Callable[[Tensor], Tensor]:
         advantage = normalized_advantages(advantage, windows.valid)
 
     def losses(outputs: Tensor) -> Tensor:
-        logits, values = learner.model.heads(outputs)
+        logits, values = learner.model.heads(outputs, windows.privileged)
         return actor_critic_loss(
             logits,
             values,

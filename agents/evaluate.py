@@ -129,7 +129,7 @@ def evaluate(
     if on_step is not None:
         on_step(timestep)
     while any(len(episodes) < wanted for episodes, wanted in zip(finished, quota, strict=True)):
-        logits, _, state = model.step(timestep.observation, action, timestep.reward, timestep.first, state)
+        logits, _, state = model.act(timestep.observation, action, timestep.reward, timestep.first, state)
         if not bool(logits.isfinite().all()):
             raise ValueError(
                 "logits: found NaN or infinity; allowed finite numbers; training keeps no such parameters, so look for the cause in "

@@ -42,7 +42,8 @@ class Windows:
         action, advantage, value_target, behaviour_log_prob: [K, N].
         valid: [K, N] bool, False at LAST steps, whose action does nothing.
         alive: [N], 0 where the episode ended at the window's end.
-        context: [K + 1, N, Z] or None.
+        context: [K + 1, N, Z] what error critics are told, or None.
+        privileged: [K, N, Z] what the value function is told, or None.
         state: tuple of [N, n] the actor's state at the start of each window.
     """
 
@@ -57,6 +58,7 @@ class Windows:
     valid: Tensor
     alive: Tensor
     context: Tensor | None
+    privileged: Tensor | None
     state: State
 
 
@@ -108,6 +110,7 @@ def make_windows(rollout: Rollout, bptt_horizon: int, discount: float, gae_lambd
         # Nothing follows a LAST step, and nothing before a FIRST step is remembered.
         alive=~(rollout.first | rollout.last)[K::K].flatten(),
         context=context,
+        privileged=None if rollout.privileged is None else windows(rollout.privileged[:-1]),
         state=tuple(s.flatten(0, 1) for s in rollout.states),
     )
 
@@ -187,6 +190,7 @@ def _select(windows: Windows, rows: Tensor) -> Windows:
         valid=pick(windows.valid),
         alive=windows.alive[rows],
         context=None if windows.context is None else pick(windows.context),
+        privileged=None if windows.privileged is None else pick(windows.privileged),
         state=tuple(s[rows] for s in windows.state),
     )
 
@@ -344,7 +348,7 @@ class Learner:
         context = batch.context if critic is not None and critic.context_size else None
         with self._recording(fit):
             outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
-        logits, values = model.heads(outputs)
+        logits, values = model.heads(outputs, batch.privileged)
         alive = torch.cat([batch.valid, batch.alive.unsqueeze(0)])  # nothing follows the state before a LAST step
         loss = actor_critic_loss(
             logits,

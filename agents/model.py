@@ -122,6 +122,10 @@ class ActorCritic(nn.Module):
         x_t = [torso(observation_t), onehot(action_{t-1}), reward_{t-1}],   (y_t, s_{t+1}) = core(x_t, s_t)
         logits_t = policy_head(y_t),   value_t = value_head(y_t)
 
+    With `privileged_size` the value is that of history and hidden state together, value_head([y_t, z_t]), which stays unbiased where a
+    value of the hidden state alone would not (Pinto et al., "Asymmetric actor critic for image-based robot learning", 2018; Baisero &
+    Amato, "Unbiased asymmetric reinforcement learning under partial observability", 2022). The policy never sees z_t.
+
     Args:
         torso: maps observations [..., *observation_shape] to features [..., F].
         core: a core with `input_size` = F (+ num_actions) (+ 1).
@@ -129,6 +133,7 @@ class ActorCritic(nn.Module):
         previous_action: feed the last action to the core, as a one-hot vector; zeros where an episode starts.
         previous_reward: feed the last reward to the core, clipped to [-1, 1]; zero where an episode starts.
         head_sizes: widths of a hidden layer stack in front of each head; () for none.
+        privileged_size: Z, width of the privileged context that the value function is told; 0 for none.
     """
 
     one_hot: Tensor
@@ -142,6 +147,7 @@ class ActorCritic(nn.Module):
         previous_action: bool = True,
         previous_reward: bool = True,
         head_sizes: Sequence[int] = (),
+        privileged_size: int = 0,
     ):
         super().__init__()
         self.torso = torso
@@ -149,11 +155,13 @@ class ActorCritic(nn.Module):
         self.num_actions = num_actions
         self.previous_action = previous_action
         self.previous_reward = previous_reward
+        self.privileged_size = privileged_size
         self.register_buffer("one_hot", torch.eye(num_actions), persistent=False)
         width = head_sizes[-1] if head_sizes else core.output_size
         # A nearly uniform first policy: Andrychowicz et al., "What matters for on-policy deep actor-critic methods?" (2021), sec. 3.2.
         self.policy_head = mlp(core.output_size, head_sizes).append(_orthogonal(nn.Linear(width, num_actions), 0.01))
-        self.value_head = mlp(core.output_size, head_sizes).append(_orthogonal(nn.Linear(width, 1), 1.0))
+        told = core.output_size + privileged_size
+        self.value_head = mlp(told, head_sizes).append(_orthogonal(nn.Linear(width if head_sizes else told, 1), 1.0))
 
     def core_inputs(self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor) -> Tensor:
         """Everything the core reads, for any leading shape [N] or [T, B]: [..., D].
@@ -185,33 +193,46 @@ class ActorCritic(nn.Module):
         """Width of `observed`."""
         return self.torso.observation_shape[0] if self.torso.flat else self.torso.output_size
 
-    def heads(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [..., A] and values [...] of core outputs [..., H]."""
-        return self.policy_head(outputs), self.value_of(outputs)
-
-    def step(
-        self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, State]:
-        """One step of B environments: logits [B, A], value [B], next state. Clears the state where an episode starts."""
-        logits, outputs, next_state = self.act(observation, action_tm1, reward, first, state)
-        return logits, self.value_of(outputs), next_state
+    def heads(self, outputs: Tensor, privileged: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [..., A] and values [...] of core outputs [..., H]; see `value_of`."""
+        return self.policy_head(outputs), self.value_of(outputs, privileged)
 
     def act(
         self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
     ) -> tuple[Tensor, Tensor, State]:
-        """As `step`, but with the core's output [B, H] in place of the value, which `value_of` gives for many steps at once."""
+        """One step of B environments: logits [B, A], the core's output [B, H], of which `value_of` gives the value, and the next state.
+        Clears the state where an episode starts.
+        """
         outputs, next_state = self.core(
             self.core_inputs(observation, action_tm1, reward, first), clear_state(state, first)
         )
         return self.policy_head(outputs), outputs, next_state
 
-    def value_of(self, outputs: Tensor) -> Tensor:
-        """Values [...] of core outputs [..., H]."""
+    def value_of(self, outputs: Tensor, privileged: Tensor | None = None) -> Tensor:
+        """Values [...] of core outputs [..., H] and, where the value function is told it, privileged context [..., Z].
+
+        Raises:
+            ValueError: if there is a context and the value function takes none, or the reverse, or it is of another size.
+        """
+        size = 0 if privileged is None else privileged.shape[-1]
+        if size != self.privileged_size:
+            raise ValueError(
+                f"privileged: found a context of {size} numbers; allowed {self.privileged_size}, as the value function was built with; "
+                "give what model.privileged_value asks for, the environment's context"
+            )
+        if privileged is not None:
+            outputs = torch.cat([outputs, privileged], dim=-1)
         return self.value_head(outputs).squeeze(-1)
 
     def unroll(
-        self, observation: Tensor, action_tm1: Tensor, reward: Tensor, first: Tensor, state: State
+        self,
+        observation: Tensor,
+        action_tm1: Tensor,
+        reward: Tensor,
+        first: Tensor,
+        state: State,
+        privileged: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, State]:
         """Steps over [T, B]: logits [T, B, A], values [T, B], and the state after the last step."""
         outputs, next_state = self.core.unroll(self.core_inputs(observation, action_tm1, reward, first), state, first)
-        return *self.heads(outputs), next_state
+        return *self.heads(outputs, privileged), next_state

@@ -22,13 +22,14 @@ class Rollout:
         discount: [T + 1, B], 0 where that transition terminated an episode.
         first: [T + 1, B] bool.
         last: [T + 1, B] bool.
-        context: [T + 1, B, Z], or None.
+        context: [T + 1, B, Z] what error critics are told, or None; of the environment, until `agents.learner.with_inputs` adds to it.
         action: [T, B] int64.
         logits: [T, B, A] of the policy that acted.
         value: [T + 1, B].
         final_value: [T + 1, B] value of the observation in which a time limit ended the last episode; meaningful only where
             same-step autoreset made step t the `first` of a new one.
         states: tuple of [T / K, B, n]: the core's state before every K-th step, K the truncation window, as the actor had it.
+        privileged: [T + 1, B, Z] the environment's context, where the value function is told it, or None.
     """
 
     observation: Tensor
@@ -43,6 +44,7 @@ class Rollout:
     value: Tensor
     final_value: Tensor
     states: State
+    privileged: Tensor | None = None
 
 
 class EpisodeStatistics:
@@ -164,8 +166,10 @@ class Actor:
         _, output, _ = self.model.act(
             timestep.observation, self.action_tm1, timestep.reward, timestep.first, self.state
         )
-        value_tp1 = self.model.value_of(torch.stack([*outputs, output]))
-        has_context = timestep.context is not None
+        contexts = [step.context for step in timesteps if step.context is not None]
+        context = torch.stack(contexts) if contexts else None
+        privileged = context if self.model.privileged_size else None
+        value_tp1 = self.model.value_of(torch.stack([*outputs, output]), privileged)
         action_tm1 = torch.stack(actions)
         rollout = Rollout(
             observation=torch.stack([step.observation for step in timesteps]),
@@ -174,14 +178,13 @@ class Actor:
             discount=torch.stack([step.discount for step in timesteps]),
             first=torch.stack([step.first for step in timesteps]),
             last=torch.stack([step.last for step in timesteps]),
-            context=torch.stack([step.context for step in timesteps if step.context is not None])
-            if has_context
-            else None,
+            context=context,
             action=action_tm1[1:],
             logits=torch.stack(logits),
             value=value_tp1,
             final_value=torch.stack([v if f is None else f for f, v in zip(final_values, value_tp1, strict=True)]),
             states=tuple(torch.stack(component) for component in zip(*states, strict=True)),
+            privileged=privileged,
         )
         rewards = torch.stack([step.reward if step.raw_reward is None else step.raw_reward for step in timesteps[1:]])
         games_over = [step.game_over for step in timesteps[1:] if step.game_over is not None]
@@ -195,10 +198,15 @@ class Actor:
     def _final_value(self, timestep: TimeStep) -> Tensor:
         """V of the observation in which a time limit cut an episode: the memory that acted there, one observation further."""
         assert timestep.final_observation is not None
-        _, value, _ = self.model.step(
+        if self.model.privileged_size:
+            raise ValueError(
+                "model.privileged_value: found true with an environment that starts a new episode in the step that ends one, and has no "
+                "context of its last observation; allowed environments with a LAST step; set --model.privileged_value false"
+            )
+        _, output, _ = self.model.act(
             timestep.final_observation, self.action_tm1, timestep.reward, torch.zeros_like(timestep.first), self.state
         )
-        return value
+        return self.model.value_of(output)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to act on exactly: core state, last step, random stream and the environments' own state.

@@ -66,7 +66,7 @@ def variants(state_sizes: tuple[int, ...], context_size: int) -> dict[str, dni_r
 def losses_of(config: TrainConfig, trainer: Trainer, windows: Windows, state: State) -> tuple[Tensor, State]:
     """Unreduced losses of the frozen agent, and the state after the windows."""
     logits, values, end = trainer.learner.model.unroll(
-        windows.observation, windows.action_tm1, windows.reward, windows.first, state
+        windows.observation, windows.action_tm1, windows.reward, windows.first, state, windows.privileged
     )
     algorithm = config.algorithm
     loss = actor_critic_loss(

@@ -204,7 +204,8 @@ def naive_row(
             for t in range(length + 1):
                 x = torch.cat([model.torso(episode.observations[t]), action, reward]).unsqueeze(0)
                 output, next_state = model.core(x, state)
-                logits, value = model.heads(output)
+                told = episode.contexts[t].unsqueeze(0) if model.privileged_size else None
+                logits, value = model.heads(output, told)
                 if t == length and env.same_step:  # never acted on, only valued
                     if not episode.terminates:
                         finals[len(steps)] = value

@@ -257,6 +257,16 @@ def test_a_conditioned_critic_needs_a_context_and_no_other_kind_does():
     build_critic(CriticConfig(kind="dni", past_steps=(10, 100)), model, ATARI)
 
 
+def test_a_privileged_value_needs_a_context():
+    assert build_model(ModelConfig(privileged_value=True), VECTOR).privileged_size == VECTOR.context_size > 0
+    with pytest.raises(ValueError) as error:
+        build_model(ModelConfig(privileged_value=True), ATARI)
+    assert str(error.value) == (
+        "model.privileged_value: found true, but this environment offers no privileged context; allowed false; set "
+        "--env.kwargs.context, for one gymnasium or dm_env environment of your own to module:function"
+    )
+
+
 def _refusal(**settings):
     with pytest.raises((ValueError, ImportError)) as error:
         build_environment(EnvConfig(num_envs=2, **settings), 0, CPU)

@@ -195,10 +195,11 @@ def _gradients_by_hand(model, rollout, K, learner):
         for t in range(T):
             if t % K == 0:
                 state = tuple(s.detach() for s in state)
-            logits, v, state = model.step(
+            logits, output, state = model.act(
                 *(x[t, b : b + 1] for x in (rollout.observation, rollout.action_tm1, rollout.reward, rollout.first)),
                 model.core.initial_state(1) if first[t] else state,
             )
+            v = model.value_of(output, rollout.context[t, b : b + 1] if model.privileged_size else None)
             if last[t]:
                 continue
             advantage, weight = 0.0, 1.0  # next-step autoreset: an episode runs up to its LAST step
@@ -215,10 +216,11 @@ def _gradients_by_hand(model, rollout, K, learner):
     return gradients(model)
 
 
+@pytest.mark.parametrize("privileged", [False, True])
 @pytest.mark.parametrize(("core", "num_layers"), CORES)
 @pytest.mark.parametrize("K", [8, 4, 1])
-def test_without_a_critic_the_update_is_truncated_bptt_by_autograd(core, num_layers, K):
-    model = make_model(core, num_layers, head_sizes=(6,))
+def test_without_a_critic_the_update_is_truncated_bptt_by_autograd(core, num_layers, K, privileged):
+    model = make_model(core, num_layers, head_sizes=(6,), privileged_value=privileged)
     rollout = act(model, K=K, rollouts=2)[1]  # the second one starts with a memory
     learner = make_learner(model, K=K)
     expected = _gradients_by_hand(model, rollout, K, learner)
@@ -301,7 +303,7 @@ def test_clipping_acts_per_side():
 
 
 def test_minibatches_hold_whole_sequences():
-    (rollout,) = act(make_model(), K=2)
+    (rollout,) = act(make_model(privileged_value=True), K=2)
     windows = make_windows(rollout, 2, DISCOUNT, LAMBDA)
     rows = torch.tensor([3, 1])
     part = select_sequences(windows, rows, B)

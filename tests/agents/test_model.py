@@ -29,9 +29,9 @@ def test_unroll_equals_steps_across_episode_boundaries(core, num_layers):
     start = tuple(torch.randn(4, size, generator=generator) for size in model.core.state_sizes)
     state, logits, values = start, [], []
     for step in zip(*inputs, strict=True):
-        step_logits, value, state = model.step(*step, state)
+        step_logits, outputs, state = model.act(*step, state)
         logits.append(step_logits)
-        values.append(value)
+        values.append(model.value_of(outputs))
     unrolled_logits, unrolled_values, end = model.unroll(*inputs, start)
     torch.testing.assert_close(unrolled_logits, torch.stack(logits))
     torch.testing.assert_close(unrolled_values, torch.stack(values))
@@ -44,10 +44,36 @@ def test_nothing_of_an_episode_reaches_the_next_one():
     observation, action_tm1, reward, first = _inputs(1, 4, generator)
     first[:] = True
     zeros = model.core.initial_state(4)
-    expected = model.step(observation[0], action_tm1[0], reward[0], first[0], zeros)
+    expected = model.act(observation[0], action_tm1[0], reward[0], first[0], zeros)
     other = tuple(torch.randn_like(s) for s in zeros)
-    actual = model.step(observation[0], (action_tm1[0] + 1) % 3, reward[0] + 1, first[0], other)
+    actual = model.act(observation[0], (action_tm1[0] + 1) % 3, reward[0] + 1, first[0], other)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head_sizes", [(), (6,)])
+def test_a_privileged_context_reaches_the_value_and_nothing_else(head_sizes):
+    model = make_model(privileged_value=True, head_sizes=head_sizes)
+    generator = torch.Generator().manual_seed(0)
+    inputs, state = _inputs(6, 4, generator), model.core.initial_state(4)
+    privileged = torch.randn(6, 4, 2, generator=generator).requires_grad_()
+    logits, values, end = model.unroll(*inputs, state, privileged)
+    outputs, _ = model.core.unroll(model.core_inputs(*inputs), state, inputs[-1])
+    torch.testing.assert_close(values, model.value_head(torch.cat([outputs, privileged], -1)).squeeze(-1))
+    (gradient,) = torch.autograd.grad(values.sum(), privileged, retain_graph=True)
+    assert (gradient != 0).any(-1).all()
+    for told_nothing in (logits, *end):
+        assert torch.autograd.grad(told_nothing.sum(), privileged, allow_unused=True, retain_graph=True) == (None,)
+
+
+@pytest.mark.parametrize(("built", "given"), [(True, 0), (True, 3), (False, 2)])
+def test_a_context_of_another_size_than_the_value_function_was_built_with_is_refused(built, given):
+    model = make_model(privileged_value=built)
+    privileged = torch.zeros(4, given) if given else None
+    message = (
+        f"^privileged: found a context of {given} numbers; allowed {2 * built}, as the value function was built with; "
+    )
+    with pytest.raises(ValueError, match=message):
+        model.value_of(torch.zeros(4, 5), privileged)
 
 
 def test_the_core_reads_features_previous_action_and_clipped_previous_reward():

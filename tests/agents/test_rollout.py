@@ -18,10 +18,11 @@ def collect(env, model, *, rollouts=3, rollout_length=8, bptt_horizon=4):
     return actor, [actor.collect() for _ in range(rollouts)]
 
 
-@pytest.mark.parametrize("same_step", [False, True])
+@pytest.mark.parametrize(("same_step", "privileged"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("core", "num_layers"), CORES)
-def test_the_actor_computes_what_a_fresh_memory_per_episode_would(core, num_layers, same_step):
-    model, env = make_model(core, num_layers), ScriptedEnv(num_envs=3, seed=0, same_step=same_step)
+def test_the_actor_computes_what_a_fresh_memory_per_episode_would(core, num_layers, same_step, privileged):
+    model = make_model(core, num_layers, privileged_value=privileged)
+    env = ScriptedEnv(num_envs=3, seed=0, same_step=same_step)
     _, rollouts = collect(env, model)
     T, K = 8, 4
     cuts = 0
@@ -42,6 +43,12 @@ def test_the_actor_computes_what_a_fresh_memory_per_episode_would(core, num_laye
                     assert rollout.first[t - i * T, row]
                     torch.testing.assert_close(rollout.final_value[t - i * T, row], value.squeeze())
     assert (cuts > 3) == same_step
+
+
+def test_a_privileged_value_needs_the_context_of_the_observation_that_an_episode_ends_with():
+    model, env = make_model(privileged_value=True), ScriptedEnv(num_envs=3, seed=0, same_step=True)
+    with pytest.raises(ValueError, match=r"^model.privileged_value: found true .* set --model.privileged_value false$"):
+        collect(env, model)
 
 
 def test_a_rollout_holds_what_the_environment_showed_and_the_next_one_goes_on_from_there():

@@ -28,10 +28,15 @@ def configure(tmp_path):
 # Resume
 
 
-@pytest.mark.parametrize(("algorithm", "kind"), [(A2C, "cdni"), (PPO, "dni"), (A2C, "none")])
+@pytest.mark.parametrize(
+    ("algorithm", "kind", "privileged"),
+    [(A2C, "cdni", False), (PPO, "dni", False), (A2C, "none", False), (PPO, "cdni", True)],
+)
 @pytest.mark.parametrize("stop", [1, 7])
-def test_a_run_interrupted_and_resumed_equals_one_that_never_stopped(configure, monkeypatch, algorithm, kind, stop):
-    settings = {"algorithm": algorithm, "critic": {"kind": kind}}
+def test_a_run_interrupted_and_resumed_equals_one_that_never_stopped(
+    configure, monkeypatch, algorithm, kind, privileged, stop
+):
+    settings = {"algorithm": algorithm, "critic": {"kind": kind}, "model": {"privileged_value": privileged}}
     whole = train(configure("whole", **settings))
     torch.manual_seed(99)  # nothing may depend on what the process did before
     config = configure("parts", **settings)
