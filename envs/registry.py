@@ -20,12 +20,12 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from envs.arguments import built_with, callable_of, import_named, is_number, refuse, require
+from envs.arguments import ArgumentError, built_with, callable_of, import_named, is_number, refuse, require
 from envs.minigrid import MINIGRID_PREFIXES
 from envs.timestep import Environment
 
@@ -165,6 +165,7 @@ def _make_imported(
     # A time limit comes with registration, so there is none here; and what it takes itself is its own.
     options = set(_IMPORTED_OPTIONS if is_dm or makes_all else _GYMNASIUM_OPTIONS) - {"max_episode_steps"} - takes
     _check_arguments(env_id, kwargs, None if names is None else (takes - _OUR_ARGUMENTS) | options)
+    _check_required(env_id, target, kwargs)
     chosen = {key: kwargs.pop(key) for key in options & kwargs.keys()}
     success_reward = _pop_success_reward(chosen)
 
@@ -302,6 +303,16 @@ def _check_arguments(env_id: str, kwargs: dict[str, Any], allowed: Iterable[str]
             raise ValueError(
                 f"{env_id} has no argument {name!r}; {hint}It takes {', '.join(allowed) or 'none'}; those of a configuration file for "
                 "another environment go with --env.kwargs '{}'"
+            )
+
+
+def _check_required(env_id: str, target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for the first argument of a class or function that has no default and is not given."""
+    for name, parameter in inspect.signature(target).parameters.items():
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if is_named and parameter.default is parameter.empty and name not in _OUR_ARGUMENTS | kwargs.keys():
+            raise ArgumentError(
+                f"{name}: found nothing; allowed what {env_id} takes, which has no default; give it a value"
             )
 
 

@@ -59,6 +59,15 @@ THEIRS = """
         return one(**kwargs)
 
 
+    class Sized(Gym):
+        def __init__(self, length, speed=1.0):
+            super().__init__(speed)
+
+
+    def sized(length, *, speed=1.0):
+        return Gym(speed)
+
+
     def hidden(env):
         return np.array([7.0 * getattr(env, "unwrapped", env).speed])
 
@@ -311,6 +320,15 @@ def test_dm_environments_of_a_module_are_seeded_differently(name):
 def test_what_a_module_does_not_hold_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         make(name, num_envs=2, seed=0)
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("name", ["Sized", "sized"])
+def test_an_argument_without_a_default_is_asked_for(name):
+    message = f"^length: found nothing; allowed what their_envs:{name} takes, which has no default; give it a value$"
+    with pytest.raises(ArgumentError, match=message):
+        make(f"their_envs:{name}", num_envs=2, seed=0, speed=2.5)
+    assert make(f"their_envs:{name}", num_envs=2, seed=0, length=3).num_envs == 2
 
 
 @pytest.mark.usefixtures("theirs")
