@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dni_rl.cores.base import State, UnrolledState
 from dni_rl.critics import ErrorCritic
+from dni_rl.precision import refuse_half
 from dni_rl.statistics import update_running_mean
 from dni_rl.targets import check_alive
 
@@ -156,8 +157,9 @@ class AuxiliaryTask(nn.Module):
             [T, B] losses, not reduced.
 
         Raises:
-            ValueError: if shapes disagree.
+            ValueError: if shapes disagree, or the task is in half precision.
         """
+        refuse_half("auxiliary task", self.target_rms.dtype)
         expected = [(*outputs.shape[:2], size) for size in self.state_sizes]
         if outputs.dim() != 3 or [tuple(g.shape) for g in target] != expected:
             raise ValueError(f"target: expected shapes {expected}, got {[tuple(g.shape) for g in target]}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
 from dni_rl.critics import CriticFit, ErrorCritic, Window, norm_ratio
-from dni_rl.precision import HALF_PRECISION, out_of_autocast
+from dni_rl.precision import HALF_PRECISION, out_of_autocast, refuse_half
 from dni_rl.targets import check_alive, check_weight, per_sequence, scaled_weight
 
 P = ParamSpec("P")
@@ -438,11 +438,7 @@ def check_window(
             "end: expected the state that `core.unroll` returned, with its graph; it was cut; call `dni_rl.cut` after `backward`, where "
             "the next window starts"
         )
-    if critic.target_rms.dtype in HALF_PRECISION:
-        raise ValueError(
-            f"critic: found {critic.target_rms.dtype}, allowed torch.float32 or torch.float64, since running statistics stand still in "
-            "half precision; keep it in float32 and put the model under torch.autocast"
-        )
+    refuse_half("critic", critic.target_rms.dtype)
     precision = reduce(torch.promote_types, (s.dtype for s in end))
     if precision not in HALF_PRECISION and precision != critic.target_rms.dtype:
         raise ValueError(

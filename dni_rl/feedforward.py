@@ -479,13 +479,15 @@ class DecoupledSequential(nn.Module):
             What happened. Nothing in it carries gradient.
 
         Raises:
-            ValueError: if losses are reduced, a critic refuses its shapes, or there is a context that no critic takes.
+            ValueError: if the batch is empty, losses are reduced, a critic refuses its shapes, or there is a context that no critic takes.
             RuntimeError: if gradients are switched off.
         """
         if context is not None:
             _check_context_is_taken([c for c, there in zip(self.critics, self._has_critic, strict=True) if there])
         if not torch.is_grad_enabled():
             raise RuntimeError("update: gradients are switched off here; call it outside of torch.no_grad()")
+        if not len(x):
+            raise ValueError("x: found a batch of no examples; allowed at least one; leave out what is empty")
         activations = self._forward_pass(x, context)
         losses = losses_of(activations[-1].output)
         if losses.shape != (len(x),):

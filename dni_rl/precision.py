@@ -13,6 +13,15 @@ def out_of_half(values: Tensor) -> Tensor:
     return values.float() if values.dtype in HALF_PRECISION else values
 
 
+def refuse_half(name: str, dtype: torch.dtype) -> None:
+    """Raises ValueError where what keeps running statistics is in half precision, in which they stand still."""
+    if dtype in HALF_PRECISION:
+        raise ValueError(
+            f"{name}: found {dtype}, allowed torch.float32 or torch.float64, since running statistics stand still in half precision; "
+            "keep it in float32 and put the model under torch.autocast"
+        )
+
+
 def out_of_autocast(device: torch.device) -> AbstractContextManager:
     """While it lasts, there is no autocast on this kind of device."""
     if torch.is_autocast_enabled(device.type):

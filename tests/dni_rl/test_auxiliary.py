@@ -177,6 +177,10 @@ def test_errors():
         auxiliary(outputs, (torch.zeros(3, 6, 4),))
     with pytest.raises(ValueError, match=r"valid: expected \[T, B\] = \(3, 6\), got \(6,\)"):
         auxiliary(outputs, (torch.zeros(3, 6, 4),) * 2, torch.ones(6, dtype=torch.bool))
+    with pytest.raises(
+        ValueError, match=r"auxiliary task: found torch.bfloat16, allowed torch.float32 or torch.float64"
+    ):
+        dni_rl.AuxiliaryTask(output_size=4, state_sizes=(4, 4)).bfloat16()(outputs, (torch.zeros(3, 6, 4),) * 2)
     with pytest.raises(ValueError, match=r"cost: found -1\.0, allowed 0 or more"):
         dni_rl.AuxiliaryTask(output_size=4, state_sizes=(4,), cost=-1.0)
     with pytest.raises(ValueError, match=r"statistics_decay: found 1\.0"):

@@ -792,6 +792,8 @@ def test_sequential_refuses_wrong_settings_and_losses():
         with pytest.raises(ValueError, match=message):
             make_sequential(**settings)
     net = make_sequential()
+    with pytest.raises(ValueError, match=r"^x: found a batch of no examples; "):
+        net.update(draw(B, D)[:0], losses_of)
     with pytest.raises(ValueError, match="do not reduce"):
         net.update(draw(B, D), lambda output: losses_of(output).mean())
     with pytest.raises(RuntimeError, match="switched off"), torch.no_grad():
