@@ -116,7 +116,7 @@ def test_its_table_of_the_maze_counts_the_seeds_of_the_results():
         "critic of the core's state alone, window 8": ("tmaze", "critic without context, window 8"),
         "the same, small updates (state)": ("tmaze", "critic without context, window 8, small updates"),
         "plain truncated BPTT, window 8": ("tmaze", "plain truncated BPTT, window 8"),
-        "BPTT, window 64, at corridor 80 128": ("tmaze", "long BPTT"),
+        "BPTT, window 64 (128 at corridor 80)": ("tmaze", "long BPTT"),
         "full BPTT, windows of six episodes": ("tmaze", "full BPTT"),
         "BPTT, windows of 64, 128 and 256, small updates": ("tmaze", "long BPTT, small updates"),
         "element-wise LSTM, exact RTRL": ("methods", "element-wise LSTM, exact RTRL"),
