@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
 from dni_rl.critics import CriticFit, ErrorCritic, Window, norm_ratio
-from dni_rl.precision import HALF_PRECISION, out_of_autocast, refuse_half
-from dni_rl.targets import check_alive, check_weight, per_sequence, scaled_weight
+from dni_rl.precision import HALF_PRECISION, check_precision, out_of_autocast
+from dni_rl.targets import check_alive, check_weight, keeping_graph, per_sequence, scaled_weight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -193,7 +193,7 @@ def _bootstrap_and_fit(
     stands_for = critic.window_is_due() if fit else 0
     if stands_for:
         # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
-        with nullcontext() if history is None else history.unwatched():
+        with keeping_graph(), nullcontext() if history is None else history.unwatched():
             from_losses = torch.autograd.grad(
                 losses,
                 start,
@@ -313,7 +313,8 @@ def _mixed_gradients(
     with history.mixing(critic.target_lambda, tuple((g * weight).unflatten(0, (T, B)) for g in b)):
         roots, vectors = surrogate(losses, end, synthetic, weight)
         leaves = [*start, *getattr(end, "leaves", ())]
-        found = torch.autograd.grad(roots, leaves, vectors, retain_graph=True, allow_unused=True)
+        with keeping_graph():
+            found = torch.autograd.grad(roots, leaves, vectors, retain_graph=True, allow_unused=True)
         if all(g is None for g in found):
             look_for_start(losses, start, end, stacklevel=6)
     gradients = history.gradients
@@ -430,6 +431,10 @@ def check_window(
         )
     if critic is None:
         return T, B
+    if not hasattr(critic, "target_rms"):  # and not by its type, which torch.compile changes
+        raise ValueError(
+            f"critic: found {type(critic).__name__}, allowed one error critic for the whole state, or None"
+        )
     graph = [s for s in end if s.requires_grad]  # a count of steps, say, may have none
     if not graph:
         raise RuntimeError("end: expected the state that `core.unroll` returned, with its graph; it was detached")
@@ -438,11 +443,13 @@ def check_window(
             "end: expected the state that `core.unroll` returned, with its graph; it was cut; call `dni_rl.cut` after `backward`, where "
             "the next window starts"
         )
-    refuse_half("critic", critic.target_rms.dtype)
-    precision = reduce(torch.promote_types, (s.dtype for s in end))
-    if precision not in HALF_PRECISION and precision != critic.target_rms.dtype:
+    check_precision(critic.target_rms.dtype, reduce(torch.promote_types, (s.dtype for s in end)))
+    shapes = getattr(critic, "state_shapes", tuple((size,) for size in critic.state_sizes))
+    of_core = tuple(tuple(s.shape[1:]) for s in start)
+    if of_core != shapes:
         raise ValueError(
-            f"critic: found {critic.target_rms.dtype}, allowed {precision} as the states; use critic.to({precision})"
+            f"critic: found one for states [B, ...] of {shapes}, allowed {of_core} as the core's; build it with core.state_sizes, flatten "
+            "in the cell what is no vector, or take ConvGradientCritic where all of them are feature maps (C, Y, X)"
         )
     if critic.target_rms.device != losses.device:
         raise ValueError(

@@ -8,12 +8,14 @@ costs state times critic parameters.
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from dni_rl.backward import Report, check_window, gradients_of, in_own_precision, look_for_start, report_of, surrogate
 from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.critics import GradientCritic
 from dni_rl.precision import out_of_half
-from dni_rl.targets import per_sequence, scaled_weight
+from dni_rl.targets import keeping_graph, per_sequence, scaled_weight
 
 
 def bp_lambda_trace(critic: GradientCritic, batch_size: int, *, max_bytes: int = 2 * 1024**3) -> Tensor:
@@ -169,14 +171,23 @@ def state_jacobian(core: Core, inputs: Tensor, state: State, first: Tensor | Non
     one backward pass over S B sequences in place of S passes over B.
 
     Args:
-        core: any; its parameters get no gradient.
+        core: any that is deterministic; its parameters get no gradient.
         inputs: [T, B, D].
         state: before the window, [B, .] each, S numbers together.
         first: [T, B] bool as in `unroll`; the rows and columns of a sequence that begins anew inside the window are zero.
 
     Returns:
         [B, S, S], without graph.
+
+    Raises:
+        ValueError: if the core drops out or normalises over the batch: each copy would be another function. `bp_lambda_backward` finds
+            the Jacobian on its own where none is given.
     """
+    random = [type(m).__name__ for m in core.modules() if m.training and isinstance(m, (_DropoutNd, _BatchNorm))]
+    if random:
+        raise ValueError(
+            f"core: found {random[0]} in training mode, allowed one that is deterministic; leave `jacobian` out, or call core.eval()"
+        )
     B, S = inputs.shape[1], sum(s.shape[-1] for s in state)
     with torch.enable_grad():
         copies = tuple(s.detach().repeat_interleave(S, 0).requires_grad_() for s in state)
@@ -209,7 +220,10 @@ def _jacobian(end: State, start: State) -> Tensor:
             continue
         for column in range(component.shape[-1]):
             root = component[:, column].sum()
-            gradient = torch.autograd.grad(root, start, retain_graph=True, allow_unused=True, materialize_grads=True)
+            with keeping_graph():
+                gradient = torch.autograd.grad(
+                    root, start, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
             rows.append(torch.cat(gradient, dim=-1))
     return torch.stack(rows, dim=1)
 

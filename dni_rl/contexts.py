@@ -41,8 +41,10 @@ def future_inputs(inputs: Tensor, first: Tensor | None, steps: int) -> Tensor:
         ValueError: if shapes or types disagree, or there are no steps.
     """
     _check(inputs, first)
-    if steps < 1:
-        raise ValueError(f"steps: found {steps}, allowed 1 or more; without future inputs leave the context out")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"steps: found {steps}, allowed an integer from 1 on; without future inputs leave the context out"
+        )
     T, B = inputs.shape[:2]
     x = inputs.detach().reshape(T, B, -1)
     starts = torch.zeros(T, B, dtype=torch.bool, device=x.device) if first is None else first
@@ -78,8 +80,8 @@ def past_inputs(inputs: Tensor, first: Tensor | None, steps: Sequence[int], *, b
         ValueError: if shapes or types disagree, or an average goes over fewer than 2 steps.
     """
     _check(inputs, first)
-    if not steps or any(n < 2 for n in steps):
-        raise ValueError(f"steps: found {tuple(steps)}, allowed one or more numbers of at least 2")
+    if not isinstance(steps, Sequence) or not steps or any(n < 2 for n in steps):
+        raise ValueError(f"steps: found {steps}, allowed a list of one or more numbers of at least 2, as in (10, 100)")
     T, B = inputs.shape[:2]
     x = out_of_half(inputs.detach()).reshape(T, B, -1)  # in which a small share of a step would be lost
     size = x.shape[-1] + 1
@@ -123,8 +125,10 @@ def recent_inputs(inputs: Tensor, first: Tensor | None, steps: int, *, before: T
         ValueError: if shapes or types disagree, or there are no steps.
     """
     _check(inputs, first)
-    if steps < 1:
-        raise ValueError(f"steps: found {steps}, allowed 1 or more; without recent inputs leave the context out")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"steps: found {steps}, allowed an integer from 1 on; without recent inputs leave the context out"
+        )
     T, B = inputs.shape[:2]
     x = inputs.detach().reshape(T, B, -1)
     read = torch.cat([x, x.new_ones(T, B, 1)], dim=-1)

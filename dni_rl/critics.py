@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_rl.cores.base import State, evenly_spaced_steps, select_steps
-from dni_rl.precision import HALF_PRECISION, out_of_autocast
+from dni_rl.precision import HALF_PRECISION, check_precision, out_of_autocast
 from dni_rl.statistics import update_running_mean
 from dni_rl.targets import lambda_targets
 
@@ -355,9 +355,9 @@ class ErrorCritic(nn.Module, ABC):
                 f"target_lambda: found {target_lambda} with dense_targets=False, allowed 1; mixed targets come from the steps "
                 "inside the window, so use dense_targets=True"
             )
-        if targets_per_window is not None and targets_per_window < 2:
+        if targets_per_window is not None and not (isinstance(targets_per_window, int) and targets_per_window >= 2):
             raise ValueError(
-                f"targets_per_window: found {targets_per_window}, allowed 2 or more, or None for every step; for one use "
+                f"targets_per_window: found {targets_per_window}, allowed an integer from 2 on, or None for every step; for one use "
                 "dense_targets=False"
             )
         if targets_per_window is not None and (not dense_targets or target_lambda < 1.0):
@@ -365,8 +365,8 @@ class ErrorCritic(nn.Module, ABC):
                 f"targets_per_window: found {targets_per_window} with dense_targets={dense_targets} and "
                 f"target_lambda={target_lambda}, allowed None; it thins out dense, unmixed targets"
             )
-        if yardstick_interval < 1:
-            raise ValueError(f"yardstick_interval: found {yardstick_interval}, allowed 1 or more")
+        if not isinstance(yardstick_interval, int) or yardstick_interval < 1:
+            raise ValueError(f"yardstick_interval: found {yardstick_interval}, allowed an integer from 1 on")
         self.state_sizes = tuple(state_sizes)
         self.context_size = context_size
         self.normalize_context = normalize_context
@@ -679,6 +679,7 @@ class ErrorCritic(nn.Module, ABC):
 
     def _in_own_precision(self, joined: Tensor) -> Tensor:
         """Out of half precision, which autocast leaves states and gradients in; other types must agree with the critic's."""
+        check_precision(self.target_rms.dtype, joined.dtype)
         return joined.to(self.target_rms.dtype) if joined.dtype in HALF_PRECISION else joined
 
     def _join_gradient(self, gradient: State) -> Tensor:

@@ -5,7 +5,8 @@ sequences with frozen parameters; no `.grad` is touched and nothing is trained.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.cores.timescales import Bootstrap, LevelledState
-from dni_rl.targets import before_each_step
+from dni_rl.targets import before_each_step, keeping_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,8 @@ def credit_horizon(
         s.detach().requires_grad_() for s in (core.initial_state(inputs.shape[1]) if state is None else state)
     )
     with torch.enable_grad():
-        outputs, end = core.unroll(inputs.detach(), start, first)
+        with _own_buffers(core):
+            outputs, end = core.unroll(inputs.detach(), start, first)
         losses = loss_fn(outputs)
     if losses.shape != inputs.shape[:2]:
         raise ValueError(f"loss_fn: expected losses [T, B] = {tuple(inputs.shape[:2])}, got {tuple(losses.shape)}")
@@ -412,7 +414,7 @@ def _bootstraps(
             x[steps].unflatten(0, (W, window)).transpose(0, 1).flatten(1, 2) for x in (inputs.detach(), starts)
         ]
         start = tuple(s[:-B].clone().requires_grad_() for s in at_cuts)
-        with torch.enable_grad():
+        with torch.enable_grad(), _own_buffers(core):
             _, ends = core.unroll(by_window[0], start, by_window[1])
         assert isinstance(ends, UnrolledState)
         inside = []
@@ -428,6 +430,19 @@ def _bootstraps(
     return both[0], both[1]
 
 
+@contextmanager
+def _own_buffers(core: Core) -> Iterator[None]:
+    """Meanwhile the core writes to copies of its buffers, such as running statistics: measuring trains nothing."""
+    buffers = [(module, name, b) for module in core.modules() for name, b in module._buffers.items() if b is not None]
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+
+
 def _gradients(
     roots: Tensor | State, leaves: State, end: UnrolledState, vectors: State | None = None
 ) -> tuple[Tensor, ...]:
@@ -437,7 +452,10 @@ def _gradients(
     pairs = [(r, v) for r, v in zip(roots, vectors or (None,) * len(roots), strict=True) if r.requires_grad]
     if pairs:
         # Towards the leaves, hence past every state on the way, where the history takes notes.
-        torch.autograd.grad([r for r, _ in pairs], leaves, [v for _, v in pairs], retain_graph=True, allow_unused=True)
+        with keeping_graph():
+            torch.autograd.grad(
+                [r for r, _ in pairs], leaves, [v for _, v in pairs], retain_graph=True, allow_unused=True
+            )
     valid = end.history.valid
     gradients = tuple(
         torch.where(valid.view(*valid.shape, *[1] * (g.dim() - 2)), g, 0.0) for g in end.history.gradients

@@ -22,6 +22,13 @@ def refuse_half(name: str, dtype: torch.dtype) -> None:
         )
 
 
+def check_precision(critic: torch.dtype, states: torch.dtype) -> None:
+    """Raises ValueError unless a critic in the first precision can read states in the second."""
+    refuse_half("critic", critic)
+    if states not in HALF_PRECISION and states != critic:
+        raise ValueError(f"critic: found {critic}, allowed {states} as the states; use critic.to({states})")
+
+
 def out_of_autocast(device: torch.device) -> AbstractContextManager:
     """While it lasts, there is no autocast on this kind of device."""
     if torch.is_autocast_enabled(device.type):

@@ -102,7 +102,7 @@ class RecurrentGradientCritic(GradientRegression):
         """The core, with this critic's memory as the last tensor of its state.
 
         Raises:
-            ValueError: if the critic was built for a core of other state sizes.
+            ValueError: if it is no core, or the critic was built for one of other state sizes.
         """
         return WatchedCore(core, self)
 
@@ -172,6 +172,8 @@ class WatchedCore(Core):
 
     def __init__(self, core: Core, critic: RecurrentGradientCritic):
         super().__init__()
+        if not isinstance(core, Core):
+            raise ValueError(f"core: found {type(core).__name__}, allowed a core; make one of it with dni_rl.wrap")
         if any(len(shape) > 1 for shape in core.state_shapes):
             raise ValueError(
                 f"core: found state_shapes {core.state_shapes}, allowed vectors, which are what its critic remembers; use "

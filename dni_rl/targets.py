@@ -4,7 +4,8 @@ The recursion is that of lambda-returns; what is carried from step to step is a 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -62,6 +63,21 @@ def lambda_targets(
                 carried = carried.masked_fill(first[t + 1].view(-1, *[1] * (local.dim() - 2)), 0.0)
         targets.append(local[t] + (carried if pull_back is None else pull_back(t, carried)))
     return torch.stack(targets[::-1])
+
+
+@contextmanager
+def keeping_graph() -> Iterator[None]:
+    """Around a backward pass that is not the last one through its graph: says what torch.compile has to know of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "torch.compile: found a compiled graph that gives its memory away in its first backward pass; allowed one that is kept, since "
+            "max_norm_ratio, target_lambda, BP(lambda) and credit horizons pass through it more than once; before the model is "
+            "compiled, import torch._functorch.config and set torch._functorch.config.donated_buffer = False"
+        ) from error
 
 
 def per_sequence(gradients: tuple[Tensor, ...], weight: float | Tensor) -> tuple[Tensor, ...]:

@@ -306,7 +306,7 @@ class GymnasiumEnvs(_SerialEnvs):
             seed: of the run; every environment gets its own, see `environment_seeds`.
             device: of the TimeSteps.
             encoder: replaces the standard conversion of observations, see the module.
-            context: maps an environment to its [Z] privileged state, for error critics only.
+            context: maps an environment to its [Z] privileged state, which the policy never sees.
 
         Raises:
             ArgumentError: if the context is no array of numbers.
@@ -359,7 +359,7 @@ class DmEnvs(_SerialEnvs):
             num_envs: B, with a constructor only.
             seed: of the run, with a constructor only: dm_env has no way to seed an environment that exists.
             device: of the TimeSteps.
-            context: maps an environment to its [Z] privileged state, for error critics only.
+            context: maps an environment to its [Z] privileged state, which the policy never sees.
 
         Raises:
             ArgumentError: if the context is no array of numbers.
@@ -416,7 +416,7 @@ def gymnasium_vector(
         device: of the TimeSteps.
         vectorization: "sync" steps them in this process, "async" each in a process of its own, which pays where
             a step takes much longer than the exchange of its observation (about 0.1 ms).
-        context: privileged state for error critics: a function of the environment, which gives [Z] numbers, or its place as
+        context: privileged state, which the policy never sees: a function of the environment, which gives [Z] numbers, or its place as
             "module:function", or "grid" for `minigrid_context`; with "sync" only.
         view_size: MiniGrid's view, cells to a side, odd; 7 unless given.
         encoding: of MiniGrid's view: "one_hot" (the default) or "symbolic", the small integers themselves.

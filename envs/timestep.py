@@ -34,7 +34,7 @@ class TimeStep:
             environment's own, as dm_env allows, and multiplies the agent's.
         first: [B] bool, the observation starts an episode: recurrent state must be cleared before it is used.
         last: [B] bool, the episode is over: the action taken here is ignored, and the next step is `first`.
-        context: [B, Z] float32 privileged information for error critics only (the policy never sees it), or None.
+        context: [B, Z] float32 privileged information, for error critics and perhaps the value function (not the policy), or None.
         final_observation: [B, ...] or None. Only under same-step autoreset, when at least one row is cut by a time
             limit: the observation in which that episode ended; rows that did not end repeat `observation`.
         raw_reward: [B] float32 unclipped reward where `reward` is clipped (Atari), otherwise None.

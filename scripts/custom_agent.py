@@ -12,6 +12,7 @@ both where it matters, on longer corridors and with the same care for either.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -105,7 +106,7 @@ def train(critic_kind: str, num_steps: int, seed: int) -> tuple[Agent, dni_rl.Gr
             for s in steps[1:]:
                 episodes += int(s.last.sum())
                 successes += int((s.last & (s.reward == 1.0)).sum())
-    return agent, critic, successes / max(episodes, 1)
+    return agent, critic, successes / episodes if episodes else math.nan
 
 
 def main(argv: Sequence[str] | None = None) -> int:

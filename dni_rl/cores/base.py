@@ -201,7 +201,11 @@ class Core(nn.Module, ABC):
         """
 
     def initial_state(self, batch_size: int) -> State:
-        """Zeros, on the device and in the precision of the parameters, if there are any."""
+        """Zeros, on the device and in the precision of the parameters, if there are any.
+
+        An episode that starts inside a window starts from zeros, too, whatever this returns. An initial state that is learned, or
+        is not zero, belongs into the step, as what the state is counted from.
+        """
         like = next(self.parameters(), torch.empty(()))
         return tuple(like.new_zeros(batch_size, *shape) for shape in self.state_shapes)
 
@@ -219,6 +223,7 @@ class Core(nn.Module, ABC):
 
         Raises:
             ValueError: if shapes disagree.
+            RuntimeError: if a step writes to the state in place.
         """
         self.check_unroll(inputs, state, first)
         return unroll_stepwise(self, inputs, state, first)
@@ -237,6 +242,11 @@ class Core(nn.Module, ABC):
 
     def check_unroll(self, inputs: Tensor, state: State, first: Tensor | None) -> None:
         """Checks the arguments of `unroll`; raises ValueError in one line."""
+        if not isinstance(inputs, Tensor):
+            raise ValueError(
+                f"inputs: found {type(inputs).__name__}, allowed a tensor [T, B, D]; join what an observation consists of, or encode it, "
+                "before the core"
+            )
         if inputs.dim() < 3 or len(inputs) == 0:
             raise ValueError(f"inputs: expected [T, B, D] with T >= 1, got {tuple(inputs.shape)}")
         if inputs.dim() == 3 and inputs.shape[2] != self.input_size:  # fused kernels read past their memory otherwise
@@ -305,7 +315,15 @@ def unroll_stepwise(core: Core, inputs: Tensor, state: State, first: Tensor | No
         # may also serve as that step's output and would collect the gradient of its own loss as well.
         state = tuple(s.view_as(s) for s in state) if first is None else clear_state(state, first[t])
         visited.append(state)
+        versions = _versions(state)
         output, state = core(x, state)
+        if (
+            _versions(visited[-1]) != versions
+        ):  # the history would hold the state after the write, and so would the caller
+            raise RuntimeError(
+                "cell: found a state that it wrote to in place; allowed a next state of new tensors; write `m * 0.5 + h`, not "
+                "`m.mul_(0.5).add_(h)`, or write to a clone"
+            )
         outputs.append(output)
     valid = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if first is None else ~first
     history = StateHistory(
@@ -316,6 +334,13 @@ def unroll_stepwise(core: Core, inputs: Tensor, state: State, first: Tensor | No
             if s.requires_grad:
                 s.register_hook(partial(_note_and_hand_on, history, index, t))
     return torch.stack(outputs), UnrolledState.of(state, history)
+
+
+def _versions(state: State) -> list[int]:
+    """How often each tensor was written to in place, where that is counted."""
+    if torch.compiler.is_compiling():
+        return []
+    return [s._version for s in state if not s.is_inference()]
 
 
 def _note_and_hand_on(history: StateHistory, index: int, step: int, gradient: Tensor | None) -> Tensor | None:

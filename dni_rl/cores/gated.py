@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dni_rl.cores.base import (
     Core,
@@ -389,8 +391,9 @@ class _LayerRecorder:
             self.history.record(self.index + 1, dc)
 
 
-def _check_only_parameters_count(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises ValueError if calling the module does more than a `kind` does: a core reads its parameters, and never calls it."""
+def _check_only_parameters_count(module: nn.LSTM | nn.GRU) -> None:
+    """Raises ValueError if calling the module does more than PyTorch's does: a core reads its parameters, and never calls it."""
+    kind = nn.LSTM if isinstance(module, nn.LSTM) else nn.GRU
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     found = [name[1:] for name in hooks if getattr(module, name)]
     if "forward" in vars(module) or type(module).forward is not kind.forward:
@@ -410,7 +413,7 @@ class _Gated(Core):
 
     def __init__(self, module: nn.LSTM | nn.GRU, chrono_max: float | None):
         super().__init__()
-        _check_only_parameters_count(module, nn.LSTM if isinstance(module, nn.LSTM) else nn.GRU)
+        _check_only_parameters_count(module)
         kind = type(module).__name__
         if module.bidirectional:
             raise ValueError(
@@ -455,6 +458,8 @@ class _Gated(Core):
 
     def _parameters_of(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         rnn, (w_ih, w_hh, b_ih, b_hh) = self.rnn, self._names[layer]
+        if rnn._forward_pre_hooks or rnn._forward_hooks or rnn._backward_pre_hooks or rnn._backward_hooks:
+            _check_only_parameters_count(rnn)  # they came after the core was made
         if not rnn.bias:
             return getattr(rnn, w_ih), getattr(rnn, w_hh), None, None
         return getattr(rnn, w_ih), getattr(rnn, w_hh), getattr(rnn, b_ih), getattr(rnn, b_hh)
@@ -508,6 +513,10 @@ class LSTM(_Gated):
         """Same as stepping, in fewer and larger operations; see `Core.unroll`. First derivatives only."""
         self.check_unroll(inputs, state, first)
         self.check_window(inputs)
+        with parametrize.cached() if parametrize.is_parametrized(self.rnn) else nullcontext():
+            return self._unroll_by_length(inputs, state, first)
+
+    def _unroll_by_length(self, inputs: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, UnrolledState]:
         fused = _fused_is_possible(inputs, state, list(self.rnn.parameters()))
         steps = evenly_spaced_steps(len(inputs), self.targets_per_window) if self.targets_per_window != 0 else ()
         if fused and steps and len(inputs) >= 8 * len(steps):
@@ -590,6 +599,11 @@ class GRU(_Gated):
             x = torch.gru_cell(x, state[layer], *self._parameters_of(layer))
             next_state.append(x)
         return x, tuple(next_state)
+
+    def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:
+        """See `Core.unroll`. Parametrized weights are computed once for the window, as `nn.GRU` does."""
+        with parametrize.cached() if parametrize.is_parametrized(self.rnn) else nullcontext():
+            return super().unroll(inputs, state, first)
 
 
 class CellCore(Core):
@@ -697,7 +711,8 @@ def wrap(
 
     Raises:
         ValueError: if the module is bidirectional or `batch_first`, projects its state or drops out between layers, if an nn.LSTM or nn.GRU
-            has a forward of its own or hooks, which would not run, or if sizes are missing.
+            has a forward of its own or hooks, which would not run (hooks that come later are refused by the first step), or if sizes are
+            missing.
     """
     match module:
         case Core():

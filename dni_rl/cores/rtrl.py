@@ -47,9 +47,9 @@ torch.serialization.add_safe_globals([Sensitivity])  # what torch.load reads by 
 
 
 class _DatedState(UnrolledState):
-    """A state that knows of which version the parameters were that led to it."""
+    """A state that keeps the parameters that led to it: an optimiser's step in between leaves no trace that could be refused."""
 
-    versions: list[int]
+    parameters: tuple[Tensor, Tensor, Tensor]
 
 
 class ElementwiseLSTM(Core):
@@ -70,7 +70,7 @@ class ElementwiseLSTM(Core):
         outputs, next_state = core.unroll(inputs, core.attach(state, sensitivity), first)   # instead of `state`
         losses = my_losses(outputs, batch)
         dni_rl.backward(losses, start=state, end=next_state)
-        sensitivity = core.advance(sensitivity, inputs, next_state)                         # before the optimiser's step
+        sensitivity = core.advance(sensitivity, inputs, next_state)
 
     The parameters of the core then receive the gradient of full BPTT since the start of each episode: exactly, if
     they did not change meanwhile; an optimiser's steps make older derivatives stale, as always in online RTRL. What
@@ -117,12 +117,12 @@ class ElementwiseLSTM(Core):
         outputs, end = unroll_stepwise(self._step, projected, state, first)  # type: ignore[arg-type]
         assert isinstance(end, UnrolledState)
         dated = _DatedState.of(end, end.history)
-        dated.versions = self._versions()
+        dated.parameters = (
+            self.weight_ih.detach().clone(),
+            self.weight_hh.detach().clone(),
+            self.bias.detach().clone(),
+        )
         return outputs, dated
-
-    def _versions(self) -> list[int]:
-        """How often each parameter was written to in place."""
-        return [p._version for p in self.parameters() if not p.is_inference()]
 
     def _step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
@@ -172,28 +172,31 @@ class ElementwiseLSTM(Core):
         Args:
             sensitivity: of the state before the window; unchanged.
             inputs: [T, B, D], those that were unrolled.
-            end: the state that `unroll` returned, with its history. Call before the parameters change.
+            end: the state that `unroll` returned, with its history and the parameters of that time.
 
         Returns:
             The sensitivity of `end`.
 
         Raises:
-            ValueError: if shapes disagree or `end` has no history.
-            RuntimeError: if the parameters have changed since.
+            ValueError: if shapes disagree or `end` is not from this core's `unroll`.
         """
-        if not isinstance(end, UnrolledState) or end.history.valid.shape != inputs.shape[:2]:
+        if not isinstance(end, _DatedState) or end.history.valid.shape != inputs.shape[:2]:
             raise ValueError("end: expected the state that `unroll` returned for these inputs, with its history")
         self._check(sensitivity, inputs.shape[1])
-        if isinstance(end, _DatedState) and end.versions != self._versions():
-            raise RuntimeError(
-                "ElementwiseLSTM.advance: its parameters changed in place since `unroll`; call it before the optimiser's step"
-            )
         inputs = inputs.detach()
         with out_of_autocast(inputs.device):
-            like = self.weight_ih if inputs.dtype in HALF_PRECISION else inputs
-            return self._advance(sensitivity, inputs.to(like.dtype), end.history)
+            like = end.parameters[0] if inputs.dtype in HALF_PRECISION else inputs
+            return self._advance(sensitivity, inputs.to(like.dtype), end.history, *end.parameters)
 
-    def _advance(self, sensitivity: Sensitivity, inputs: Tensor, history: StateHistory) -> Sensitivity:
+    def _advance(
+        self,
+        sensitivity: Sensitivity,
+        inputs: Tensor,
+        history: StateHistory,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor,
+    ) -> Sensitivity:
         T, B, _ = inputs.shape
         H = self.output_size
         valid = history.valid.unsqueeze(-1)  # [T, B, 1]
@@ -201,8 +204,8 @@ class ElementwiseLSTM(Core):
         starts = (~valid).flip(0).cumsum(0).flip(0)  # in each step and later
         reaches = starts == ~valid  # none later
         inputs, h, c = (torch.where(reaches, x, 0.0) for x in (inputs, *history.states))
-        v = self.weight_hh.view(4, H)
-        gates = F.linear(inputs, self.weight_ih, self.bias).view(T, B, 4, H) + v * h.unsqueeze(2)
+        v = weight_hh.view(4, H)
+        gates = F.linear(inputs, weight_ih, bias).view(T, B, 4, H) + v * h.unsqueeze(2)
         i, f, o = (gates[:, :, q].sigmoid() for q in (0, 1, 3))
         g = gates[:, :, 2].tanh()
         tanh_c = (f * c + i * g).tanh()

@@ -1090,11 +1090,20 @@ def test_parts_of_a_batch_accumulate_to_the_whole(name):
     assert critic.num_updates == 2  # each part is an update of the statistics, see `backward`
 
 
+def test_two_critics_for_one_core_are_refused():
+    model, x, y, state = problem()
+    critics = [make_critic(model), make_critic(model)]
+    with pytest.raises(
+        ValueError, match=r"^critic: found list, allowed one error critic for the whole state, or None$"
+    ):
+        run_window(model, x, y, state, critics)
+
+
 def test_a_refused_call_does_not_count_as_a_window():
     model, x, y, state = problem()
     critic = dni_rl.GradientCritic(state_sizes=(7,), max_norm_ratio=1.0).double()
     before = copy.deepcopy(critic.state_dict())
-    with pytest.raises(ValueError, match="state: expected widths"):
+    with pytest.raises(ValueError, match="critic: found one for states"):
         run_window(model, x, y, state, critic)
     exactly(critic.state_dict(), before)
 
@@ -1427,7 +1436,8 @@ WRONG_CALLS = {
     "a critic for another core": (
         lambda w: {"critic": dni_rl.GradientCritic(state_sizes=(4,), context_size=2).double()},
         ValueError,
-        "state: expected widths (4,), got shapes [(3, 4), (3, 4)]",
+        "critic: found one for states [B, ...] of ((4,),), allowed ((4,), (4,)) as the core's; build it with core.state_sizes, flatten in "
+        "the cell what is no vector, or take ConvGradientCritic where all of them are feature maps (C, Y, X)",
     ),
     "a critic in another precision": (
         lambda w: {"critic": make_critic(w["model"], context_size=2).float()},

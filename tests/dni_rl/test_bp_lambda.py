@@ -252,6 +252,25 @@ def test_alive_may_be_of_any_type_and_any_number(inputs):
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("module", [torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(3)])
+def test_the_jacobian_in_one_pass_is_that_of_a_deterministic_core(module):
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.module = torch.nn.GRUCell(D, 3), module
+
+        def forward(self, x, state):
+            h = self.module(self.cell(x, state[0]))
+            return h, (h,)
+
+    core = dni_rl.wrap(Cell(), state_sizes=(3,), input_size=D, output_size=3)
+    with pytest.raises(
+        ValueError, match=rf"^core: found {type(module).__name__} in training mode, allowed one that is"
+    ):
+        state_jacobian(core, torch.randn(1, B, D), core.initial_state(B))
+    assert state_jacobian(core.eval(), torch.randn(1, B, D), core.initial_state(B)).shape == (B, 3, 3)
+
+
 @pytest.mark.parametrize("how", ["first", "alive"])
 @pytest.mark.parametrize("length", [1, 3])
 def test_what_was_not_finite_is_forgotten_with_its_episode(inputs, how, length):

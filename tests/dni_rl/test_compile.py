@@ -121,6 +121,38 @@ def test_parts_and_whole_steps_can_be_compiled(what, name):
     assert graphs or what == "core"  # a wrapped core unrolls as it is written
 
 
+@pytest.mark.parametrize("donated", [True, False])
+def test_a_compiled_graph_that_gives_its_memory_away_is_refused_with_the_setting_that_keeps_it(donated):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.core, self.head = dni_rl.LSTM(D, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+        def forward(self, x, state):
+            outputs, end = self.core.unroll(x, state)
+            return self.head(outputs).squeeze(-1), end
+
+    net = Net()
+    critic = dni_rl.GradientCritic(state_sizes=net.core.state_sizes, max_norm_ratio=1.0)
+
+    def windows():
+        compiled, state = torch.compile(net, backend=BACKEND), net.core.initial_state(B)
+        for number in range(3):
+            start = dni_rl.cut(state)
+            values, state = compiled(torch.randn(T, B, D), start)
+            # a first window without a critic passes through the graph once, which then gives its memory away
+            dni_rl.backward(values.square(), start=start, end=state, critic=critic if number else None)
+
+    with torch._functorch.config.patch(donated_buffer=donated):
+        if donated:
+            with pytest.raises(
+                RuntimeError, match=r"^torch\.compile: found a compiled graph .*donated_buffer = False$"
+            ):
+                windows()
+        else:
+            windows()
+
+
 @pytest.mark.parametrize("kind", [dni_rl.GradientCritic, dni_rl.LossCritic])
 @pytest.mark.parametrize("what", ["critic", "net"])
 def test_a_compiled_critic_learns_what_it_learns_uncompiled(kind, what):

@@ -95,7 +95,8 @@ def test_a_critic_that_looks_ahead_predicts_what_the_state_cannot_tell():
         ((torch.zeros(5, 3, dtype=torch.uint8), None, 1), "inputs: expected floating-point .* got torch.uint8"),
         ((torch.zeros(5, 3), FIRST[:4], 1), r"first: expected bool \[T, B\] = \(5, 3\), got torch.bool \(4, 3\)"),
         ((torch.zeros(5, 3), FIRST.float(), 1), "first: expected bool .* got torch.float32"),
-        ((torch.zeros(5, 3), None, 0), "steps: found 0, allowed 1 or more; without future inputs leave the context"),
+        ((torch.zeros(5, 3), None, 0), "steps: found 0, allowed an integer from 1 on; without future inputs leave the"),
+        ((torch.zeros(5, 3), None, (2,)), r"steps: found \(2,\), allowed an integer from 1 on"),
     ],
 )
 def test_errors(arguments, message):
@@ -177,7 +178,8 @@ def test_past_inputs_remember_what_the_state_has_lost():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": ()}, r"steps: found \(\), allowed one or more numbers of at least 2"),
+        ({"steps": ()}, r"steps: found \(\), allowed a list of one or more numbers of at least 2"),
+        ({"steps": 10}, r"steps: found 10, allowed a list"),
         ({"steps": (1, 5)}, r"steps: found \(1, 5\), allowed"),
         ({"before": torch.zeros(B, 3)}, r"before: expected \[B, Z\] = \(3, 8\), got \(3, 3\)"),
         ({"inputs": torch.zeros(T, B, D, dtype=torch.int64)}, "inputs: expected floating-point"),
@@ -241,7 +243,8 @@ def test_recent_inputs_are_a_constant_and_do_not_cross_episodes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, r"steps: found 0, allowed 1 or more; without recent inputs leave the context out"),
+        ({"steps": 0}, r"steps: found 0, allowed an integer from 1 on; without recent inputs leave the context out"),
+        ({"steps": (10,)}, r"steps: found \(10,\), allowed an integer"),
         ({"before": torch.zeros(B, 3)}, r"before: expected \[B, Z\] = \(3, 8\), got \(3, 3\)"),
         ({"inputs": torch.zeros(T, B, D, dtype=torch.int64)}, "inputs: expected floating-point"),
         ({"first": FIRST.float()}, r"first: expected bool"),

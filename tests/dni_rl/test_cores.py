@@ -408,6 +408,39 @@ def test_a_module_whose_call_would_be_left_out_is_refused(make, found):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_what_is_hung_on_a_module_after_it_was_wrapped_is_refused_by_the_next_step(kind):
+    module = getattr(nn, kind)(D, H)
+    core = dni_rl.wrap(module)
+    inputs, state = torch.randn(5, B, D), core.initial_state(B)
+    core.unroll(inputs, state)
+    nn.utils.spectral_norm(module, "weight_hh_l0")
+    message = f"module: found {kind} with forward_pre_hooks, allowed nn.{kind} as it is, whose parameters a core reads"
+    refuses(message, core.unroll, inputs, state)
+    refuses(message, core, inputs[0], state)
+
+
+@pytest.mark.parametrize("num_steps", [5, 64])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_parametrized_weight_is_computed_once_for_a_window(kind, num_steps):
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight + 0.0
+
+    module, counted = getattr(nn, kind)(D, H), Counted()
+    nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", counted)
+    core = dni_rl.wrap(module)
+    for targets in (None, 2):
+        core.targets_per_window = targets  # of an LSTM: the window in stretches
+        counted.calls = 0
+        core.unroll(torch.randn(num_steps, B, D), core.initial_state(B))
+        assert counted.calls == 1
+
+
 def hooked(module, kind):
     getattr(module, f"register_{kind}_hook")(lambda *_: None)
     return module
@@ -546,6 +579,41 @@ def test_a_core_says_what_shapes_its_state_has():
     assert [tuple(s.shape) for s in core.initial_state(2)] == [(2, 1, 2, 2)] * 2
     with pytest.raises(ValueError, match=r"state: expected shapes \[\(2, 1, 2, 2\), \(2, 1, 2, 2\)\], got"):
         core.unroll(torch.zeros(1, 2, D), (torch.zeros(2, 4),) * 2)
+
+
+@pytest.mark.parametrize("first", [None, torch.tensor([[False] * B, [True] * B])])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_cell_that_writes_to_its_state_in_place_is_refused(first, grad):
+    class Cell(nn.Module):
+        def __init__(self, write):
+            super().__init__()
+            self.write = write
+
+        def forward(self, x, state):
+            memory = self.write(state[0] + 0.0 if self.write is decayed else state[0])
+            return x, (memory + x,)
+
+    def decayed(memory):
+        return memory.mul_(0.5)
+
+    def overwritten(memory):
+        return memory.detach().mul_(0.5)  # the same storage, and nothing that autograd would refuse
+
+    sizes = {"state_sizes": (D,), "input_size": D, "output_size": D}
+    inputs, state = torch.ones(2, B, D), dni_rl.cut((torch.ones(B, D),))
+    with torch.set_grad_enabled(grad):
+        dni_rl.wrap(Cell(decayed), **sizes).unroll(inputs, state, first)  # a tensor of its own may be
+        with pytest.raises(
+            RuntimeError, match=r"^cell: found a state that it wrote to in place; allowed a next state of"
+        ):
+            dni_rl.wrap(Cell(overwritten), **sizes).unroll(inputs, state, first)
+
+
+def test_inputs_that_are_no_tensor_are_refused():
+    core = dni_rl.GRU(D, H)
+    refuses(
+        "inputs: found dict, allowed a tensor [T, B, D]", core.unroll, {"x": torch.ones(2, B, D)}, core.initial_state(B)
+    )
 
 
 def test_a_cell_whose_next_state_is_a_tensor_is_refused():

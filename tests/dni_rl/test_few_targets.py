@@ -87,11 +87,13 @@ def test_settings_out_of_range_are_refused():
     for settings, line in (
         (
             {"targets_per_window": 1},
-            "targets_per_window: found 1, allowed 2 or more, or None for every step; for one use",
+            "targets_per_window: found 1, allowed an integer from 2 on, or None for every step; for one use",
         ),
         ({"targets_per_window": 2, "dense_targets": False}, "targets_per_window: found 2 with dense_targets=False"),
         ({"targets_per_window": 2, "target_lambda": 0.5}, "targets_per_window: found 2 with .* allowed None"),
-        ({"yardstick_interval": 0}, "yardstick_interval: found 0, allowed 1 or more"),
+        ({"yardstick_interval": 0}, "yardstick_interval: found 0, allowed an integer from 1 on"),
+        ({"yardstick_interval": 2.5}, r"yardstick_interval: found 2\.5, allowed"),
+        ({"targets_per_window": 2.5}, r"targets_per_window: found 2\.5, allowed"),
     ):
         with pytest.raises(ValueError, match=line):
             dni_rl.GradientCritic(state_sizes=(3,), **settings)

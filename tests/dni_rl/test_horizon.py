@@ -283,6 +283,26 @@ def test_inference_mode_is_refused(inputs):
         credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs)
 
 
+def test_running_statistics_stay_as_they_were():
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.norm = torch.nn.GRUCell(1, 4), torch.nn.BatchNorm1d(4)
+
+        def forward(self, x, state):
+            h = self.cell(x, state[0])
+            return self.norm(h), (h,)
+
+    torch.manual_seed(0)
+    core = dni_rl.wrap(Cell(), state_sizes=(4,), input_size=1, output_size=4)
+    before = {name: b.clone() for name, b in core.named_buffers()}
+    critic = dni_rl.GradientCritic(state_sizes=(4,))
+    credit_horizon(core, squared, torch.randn(12, 8, 1), window=4, critic=critic)
+    torch.testing.assert_close(dict(core.named_buffers()), before, rtol=0, atol=0)
+    core.unroll(torch.randn(2, 8, 1), core.initial_state(8))
+    assert not core.cell.norm.running_mean.equal(before["cell.norm.running_mean"])
+
+
 def test_a_module_that_was_not_wrapped_is_refused(inputs):
     for state in (None, (torch.zeros(B, 2),) * 2):
         with pytest.raises(

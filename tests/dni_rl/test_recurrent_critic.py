@@ -350,6 +350,8 @@ def test_wrong_settings_and_cores_are_refused():
     critic = dni_rl.RecurrentGradientCritic(state_sizes=(3,))
     with pytest.raises(ValueError, match=r"core: found state_sizes \(4, 4\), but the critic was built for \(3,\)"):
         critic.watch(dni_rl.LSTM(D, 4))
+    with pytest.raises(ValueError, match=r"core: found LSTM, allowed a core; make one of it with dni_rl\.wrap"):
+        critic.watch(torch.nn.LSTM(D, 3))
 
 
 def test_a_core_of_feature_maps_is_refused():
@@ -378,5 +380,7 @@ def test_a_core_that_is_not_watched_is_refused_by_its_widths():
     critic = make_critic(core)
     start = dni_rl.cut(core.initial_state(B))
     outputs, end = core.unroll(torch.randn(T, B, D, dtype=DOUBLE), start)
-    with pytest.raises(ValueError, match=r"state: expected widths \(4, 4, 4\), got shapes \[\(3, 4\), \(3, 4\)\]"):
+    with pytest.raises(
+        ValueError, match=r"critic: found one for states .* of \(\(4,\), \(4,\), \(4,\)\), allowed \(\(4,\), \(4,\)\)"
+    ):
         dni_rl.backward(outputs.sum(-1), start=start, end=end, critic=critic)
