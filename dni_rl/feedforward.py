@@ -26,6 +26,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from dni_rl.cores.base import State
 from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
@@ -141,9 +143,12 @@ class _Crossing:
     context: Tensor | None
     weight: float | Tensor
     version: int  # of the state, which shares its memory with the model's activation
+    sent: "_Sent | None" = None
     gradient: Tensor | None = None
 
     def arrive(self, gradient: Tensor | None) -> None:
+        if self.sent is not None:
+            self.sent.look()  # before a step that the caller may take with gradients that were set to zero
         if gradient is not None:  # autograd's undefined gradient is zero
             gradient = gradient.detach()
             self.gradient = gradient if self.gradient is None else self.gradient + gradient
@@ -198,7 +203,8 @@ class DecoupledPass:
         self._context = context
         self._scaler = scaler
         self._crossings: dict[Interface, list[_Crossing]] = {}
-        self._sent: list[_Sent] = []
+        self._sent: dict[nn.Parameter, _Sent] = {}
+        self._step_hook: RemovableHandle | None = None
         self._token: Token[DecoupledPass | None] | None = None
         self._used = False
 
@@ -207,15 +213,19 @@ class DecoupledPass:
             raise RuntimeError("DecoupledPass: entered for the second time; make a new one for every pass")
         self._used = True
         self._token = _current_pass.set(self)
+        self._step_hook = register_optimizer_step_post_hook(self._note_step)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._token is not None
+        assert self._token is not None and self._step_hook is not None
         _current_pass.reset(self._token)
-        crossings, sent = self._crossings, self._sent
-        self._crossings, self._sent = {}, []
+        self._step_hook.remove()
+        crossings, sent = self._crossings, self._sent.values()
+        self._crossings, self._sent = {}, {}
+        for s in sent:
+            s.close()
         if kind is not None:
             return
         if any(s.vanished() for s in sent) and not _skipped_a_step(self._scaler):
@@ -224,10 +234,7 @@ class DecoupledPass:
                 "zero_grad before the block, after it, or after the optimiser's step"
             )
         if any(c.state._version != c.version for cs in crossings.values() for c in cs):
-            raise RuntimeError(
-                "DecoupledPass: an activation was modified in place after it had crossed an interface, so the critic would learn from "
-                "the wrong one; use the form that makes a new tensor, for example ReLU without inplace=True"
-            )
+            raise _modified_in_place("DecoupledPass")
         if any(c.gradient is None for cs in crossings.values() for c in cs):
             raise RuntimeError(
                 "DecoupledPass: no gradient arrived at an interface; call loss.backward() inside the block, and use "
@@ -252,10 +259,19 @@ class DecoupledPass:
                 # retained, since other paths may lead from the part below to a later loss; it lives no longer than h does
                 # the weight first: half precision may lose the gradient before its scale is in it
                 torch.autograd.backward([h], [(synthetic * weight).to(h.dtype)], retain_graph=True)
-                self._sent += _Sent.to(h)
+                parameter = _nearest_parameter(h)
+                if parameter is not None:
+                    crossing.sent = self._sent[parameter] = self._sent.get(parameter) or _Sent(parameter)
+                    crossing.sent.expect_use()
         sent_on.register_hook(crossing.arrive)
         self._crossings.setdefault(interface, []).append(crossing)
         return sent_on
+
+    def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._sent and parameter.grad is not None:
+                    self._sent[parameter].stepped = True
 
 
 _current_pass: ContextVar[DecoupledPass | None] = ContextVar("dni_rl_current_pass", default=None)
@@ -272,47 +288,85 @@ def _fit(interface: Interface, crossed: Sequence[_Crossing], scaler: torch.amp.G
     return fit
 
 
-@dataclass(frozen=True, slots=True)
+def _nearest_parameter(h: Tensor) -> nn.Parameter | None:
+    """Of those below h that have a gradient; None if there is none."""
+    seen: set[Any] = set()
+    nodes = [h.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        parameter = getattr(node, "variable", None)  # of nodes that accumulate into a leaf
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and parameter.grad is not None:
+            return parameter
+        nodes += [following for following, _ in reversed(node.next_functions)]
+    return None
+
+
 class _Sent:
-    """A parameter that a synthetic gradient has reached, to notice when that gradient is wiped before it was used."""
+    """A parameter that synthetic gradients have reached, to notice when they are wiped before they were used.
 
-    parameter: nn.Parameter
-    version: int
-    gradient_version: int
-    is_nonzero: Tensor
+    What is below an interface may get gradients on other ways, too, around it or through a tied weight, and `.grad` is then there again.
+    So it is looked at whenever something is about to be added, and remembered afterwards.
+    """
 
-    @classmethod
-    def to(cls, h: Tensor) -> "list[_Sent]":
-        """The nearest parameter below h; none if there is none."""
-        seen: set[Any] = set()
-        nodes = [h.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            parameter = getattr(node, "variable", None)  # of nodes that accumulate into a leaf
-            if isinstance(parameter, nn.Parameter) and parameter.grad is not None:
-                gradient = parameter.grad
-                return [cls(parameter, parameter._version, gradient._version, gradient.detach().any())]
-            nodes += [following for following, _ in reversed(node.next_functions)]
-        return []
+    def __init__(self, parameter: nn.Parameter):
+        self._parameter = parameter
+        self._lost: list[bool | Tensor] = []
+        self._remember(parameter)
+        self.expect_use()
+        self._handles = [
+            parameter.register_hook(self.look),
+            parameter.register_post_accumulate_grad_hook(self._remember),
+        ]
+
+    def expect_use(self) -> None:
+        """A synthetic gradient is in `.grad`, and no optimiser has used it yet."""
+        self.stepped = False  # told from outside, since fused optimisers do not raise the version
+        self._version = self._parameter._version
+
+    def look(self, _: Tensor | None = None) -> None:
+        """Notes whether what is remembered has vanished; does not wait for the device."""
+        self._lost.append(self._is_lost())
 
     def vanished(self) -> bool:
-        if self.parameter._version != self.version:  # its optimiser has used the gradient
+        """Whether it had whenever it was looked at, or has now. Waits for the device, but only if `.grad` was changed by hand."""
+        self.look()
+        return any(map(bool, self._lost))
+
+    def close(self) -> None:
+        """Leaves the parameter as it was found."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _remember(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._gradient, self._gradient_version = parameter.grad, parameter.grad._version
+            self._is_nonzero = parameter.grad.detach().any()
+
+    def _is_lost(self) -> bool | Tensor:
+        if self.stepped or self._parameter._version != self._version:  # its optimiser has used the gradient
             return False
-        gradient = self.parameter.grad
+        gradient = self._parameter.grad
         if gradient is None:
             return True
-        if gradient._version == self.gradient_version:
+        if gradient is self._gradient and gradient._version == self._gradient_version:
             return False
-        return bool(self.is_nonzero & ~gradient.detach().any())  # waits for the device, but only if something was added
+        return self._is_nonzero & ~gradient.detach().any()
 
 
 def _skipped_a_step(scaler: torch.amp.GradScaler | None) -> bool:
     """Whether it found an overflow since its last update, and left out a step that would have used a gradient. Waits for the device."""
     states = () if scaler is None or not scaler.is_enabled() else scaler._per_optimizer_states.values()
     return any(bool(found) for state in states for found in state["found_inf_per_device"].values())
+
+
+def _modified_in_place(where: str) -> RuntimeError:
+    return RuntimeError(
+        f"{where}: an activation was modified in place after it had crossed an interface, so the critic would learn from "
+        "the wrong one; use the form that makes a new tensor, for example ReLU without inplace=True"
+    )
 
 
 def _takes_context(critic: InterfaceCritic | nn.Module) -> bool:
@@ -373,6 +427,7 @@ class _Activation:
 
     leaf: Tensor | None  # its input, cut from the layer below; None for the lowest
     output: Tensor
+    version: int  # of the output, which the layer above may overwrite
     answer: Tensor | None = field(
         default=None
     )  # the gradient of its output in units of one example's loss, if there is any
@@ -411,7 +466,8 @@ class DecoupledSequential(nn.Module):
         seed: of the generator that draws order and probabilities.
 
     Raises:
-        ValueError: if numbers of modules disagree, or mode and settings do.
+        ValueError: if numbers of modules disagree, or mode and settings do, an optimiser is given twice, or one has no parameter of its
+            module although that can learn.
     """
 
     def __init__(
@@ -457,6 +513,7 @@ class DecoupledSequential(nn.Module):
         self._critic_optimizers = list(critic_optimizers)
         self._input_optimizers = list(input_optimizers)
         self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._check_optimizers()
 
     def forward(self, x: Tensor) -> Tensor:
         """The composition of all layers, [B, ...] to [B, ...]; critics and input models play no part."""
@@ -480,7 +537,7 @@ class DecoupledSequential(nn.Module):
 
         Raises:
             ValueError: if the batch is empty, losses are reduced, a critic refuses its shapes, or there is a context that no critic takes.
-            RuntimeError: if gradients are switched off.
+            RuntimeError: if gradients are switched off, or a layer modified its input in place.
         """
         if context is not None:
             _check_context_is_taken([c for c, there in zip(self.critics, self._has_critic, strict=True) if there])
@@ -532,13 +589,22 @@ class DecoupledSequential(nn.Module):
                 with torch.no_grad():
                     h = self.input_models[i - 1](x) if self.input_models else h
                 leaf = h = h.detach().requires_grad_()
-            h = layer(h)
-            activation = _Activation(leaf, h)
+            try:
+                h = layer(h)
+            except RuntimeError as error:
+                if leaf is not None and "leaf Variable that requires grad" in str(error):
+                    raise _modified_in_place("update") from error
+                raise
+            activation = _Activation(leaf, h, h._version)
             if i < len(self.layers) - 1 and self.mode != "locked" and self._has_critic[i]:
                 (activation.answer,) = self.critics[i].synthetic_gradient(  # type: ignore[operator]
                     (h.detach(),), self._context_for(i, context)
                 )
             activations.append(activation)
+        if any(
+            there and a.output._version != a.version for a, there in zip(activations, self._has_critic, strict=False)
+        ):
+            raise _modified_in_place("update")
         return activations
 
     def _learn_locked(self, losses: Tensor, weight: float) -> list[bool]:
@@ -597,6 +663,30 @@ class DecoupledSequential(nn.Module):
                 if optimizer is not None:
                     # An optimiser would share its moments with those of `state`.
                     optimizer.load_state_dict(copy.deepcopy(saved))
+
+    def _check_optimizers(self) -> None:
+        """Raises ValueError where one would step more than once in an update, or never teach what it is given for."""
+        seen: dict[torch.optim.Optimizer, tuple[str, nn.Module]] = {}
+        modules = (self.layers, self.critics, self.input_models)
+        for (kind, optimizers), taught in zip(self._all_optimizers().items(), modules, strict=True):
+            for i, (optimizer, module) in enumerate(zip(optimizers, taught, strict=True)):
+                if optimizer is None:
+                    continue
+                name = f"{kind}[{i}]"
+                first, owner = seen.setdefault(optimizer, (name, module))
+                # a critic or input model that stands in several places steps after a regression of its own in each
+                if first != name and (owner is not module or kind == "optimizers"):
+                    raise ValueError(
+                        f"{name}: found the same object as {first}, allowed each once, since each takes a step of its own; "
+                        "make one for each module"
+                    )
+                held = {p for group in optimizer.param_groups for p in group["params"]}
+                trainable = {p for p in module.parameters() if p.requires_grad}
+                if trainable and held.isdisjoint(trainable):
+                    raise ValueError(
+                        f"{name}: found none of the {len(trainable)} trainable parameters of its module, allowed an optimiser over them; "
+                        "give optimisers in the order of their modules, or None for what does not learn"
+                    )
 
     def _all_optimizers(self) -> Mapping[str, Sequence[torch.optim.Optimizer | None]]:
         return {

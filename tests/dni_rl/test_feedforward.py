@@ -9,6 +9,7 @@ import torch
 from core_cases import DOUBLE
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks as step_hooks
 from torch.utils.checkpoint import checkpoint
 
 import dni_rl
@@ -398,9 +399,80 @@ def test_zero_grad_before_or_after_the_pass_is_the_same_and_in_its_middle_an_err
     assert gradients(critic) == [None] * len(list(critic.parameters()))
 
 
-def test_a_part_may_step_and_zero_as_soon_as_it_has_its_gradient():
+def around_in_one_loss(layer, interface, x, middle):
+    h = layer(x)
+    loss = interface(h).square().sum() + h.sin().sum()
+    middle()
+    loss.backward()
+
+
+def around_in_a_loss_of_its_own(layer, interface, x, middle):
+    h = layer(x)
+    sent_on = interface(h)
+    middle()
+    h.sin().sum().backward(retain_graph=True)
+    sent_on.square().sum().backward()
+
+
+def around_twice_differentiable(layer, interface, x, middle):  # which puts another tensor into .grad
+    h = layer(x)
+    loss = interface(h).square().sum() + h.sin().sum()
+    middle()
+    loss.backward(create_graph=True, inputs=list(layer.parameters()))
+    loss.backward()
+
+
+def tied_weight(layer, interface, x, middle):
+    h = interface(layer(x))
+    middle()
+    (h @ layer.weight + layer.bias.sum()).square().sum().backward()
+
+
+def sent_again(layer, interface, x, middle):
+    h = interface(layer(x))
+    middle()
+    (h + interface(layer(x))).square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "other_way",
+    [around_in_one_loss, around_in_a_loss_of_its_own, around_twice_differentiable, tied_weight, sent_again],
+)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_a_gradient_that_vanished_is_noticed_though_others_come_after_it(other_way):
+    layer, interface, x = linear(D, H, 1), dni_rl.Interface(make_critic()), draw(B, D)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for set_to_none in (True, False):
+        layer.zero_grad()
+        with pytest.raises(RuntimeError, match="zero_grad before the block"), dni_rl.DecoupledPass():
+            other_way(layer, interface, x, lambda set_to_none=set_to_none: optimizer.zero_grad(set_to_none))
+            optimizer.step()
+        assert all(p.grad is not None and p.grad.any() for p in layer.parameters())  # which is why it was hard to see
+
+    def step():
+        optimizer.step(), optimizer.zero_grad()
+
+    for middle in (lambda: None, step):  # two passes, whose gradients add up, and the documented order
+        with dni_rl.DecoupledPass():
+            other_way(layer, interface, x, middle)
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters())
+
+
+def test_gradients_that_were_set_to_zero_are_noticed_though_a_step_is_taken_with_them():
+    layer, interface, x = linear(D, H, 1), dni_rl.Interface(make_critic()), draw(B, D)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="zero_grad before the block"), dni_rl.DecoupledPass():
+        h = interface(layer(x))
+        optimizer.zero_grad(set_to_none=False)
+        h.square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}])
+def test_a_part_may_step_and_zero_as_soon_as_it_has_its_gradient(settings):
     layer, critic = linear(D, H, 1), make_critic()
-    optimizer, interface, x = torch.optim.SGD(layer.parameters(), 0.1), dni_rl.Interface(critic), draw(B, D)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, **settings)
+    interface, x = dni_rl.Interface(critic), draw(B, D)
     before = layer.weight.detach().clone()
     with dni_rl.DecoupledPass():
         h = interface(layer(x))
@@ -410,10 +482,38 @@ def test_a_part_may_step_and_zero_as_soon_as_it_has_its_gradient():
     assert_same(layer.weight.detach(), expected)
 
 
-@pytest.mark.parametrize("weight", [1.0, 1e300])
-def test_a_step_that_a_scaler_skips_inside_of_the_pass_has_used_its_gradient(weight):
+def test_a_fused_step_counts_where_it_has_used_the_gradient_and_only_in_passes_that_are_open():
+    before = dict(step_hooks)
     layer, interface, x = linear(D, H, 1), dni_rl.Interface(make_critic()), draw(B, D)
-    optimizer, before = torch.optim.SGD(layer.parameters(), 0.1), layer.weight.detach().clone()
+    optimizer = torch.optim.Adam(layer.parameters(), 0.1, fused=True)
+    with dni_rl.DecoupledPass():
+        h = interface(layer(x))
+        with dni_rl.DecoupledPass():
+            sent_on = dni_rl.Interface(make_critic())(h)
+            optimizer.step(), optimizer.zero_grad()  # of the part below the outer interface
+            sent_on.sum().backward()
+    assert step_hooks == before
+    for early in (True, False):  # a step before the gradient was sent, or after it was gone, has not used it
+        layer.weight.grad = torch.ones_like(layer.weight)
+        with pytest.raises(RuntimeError, match="zero_grad before the block"), dni_rl.DecoupledPass():
+            if early:
+                optimizer.step()
+            h = interface(layer(x))
+            optimizer.zero_grad()
+            optimizer.step()
+            h.square().sum().backward()
+        assert step_hooks == before
+    with pytest.raises(ZeroDivisionError), dni_rl.DecoupledPass():
+        interface(layer(x))
+        raise ZeroDivisionError
+    assert step_hooks == before and not layer.weight._backward_hooks and not layer.weight._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}])
+@pytest.mark.parametrize("weight", [1.0, 1e300])
+def test_a_step_that_a_scaler_skips_inside_of_the_pass_has_used_its_gradient(weight, settings):
+    layer, interface, x = linear(D, H, 1), dni_rl.Interface(make_critic()), draw(B, D)
+    optimizer, before = torch.optim.SGD(layer.parameters(), 0.1, **settings), layer.weight.detach().clone()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**64)
     with dni_rl.DecoupledPass(weight=weight, scaler=scaler):
         h = interface(layer(x))
@@ -798,6 +898,92 @@ def test_sequential_refuses_wrong_settings_and_losses():
         net.update(draw(B, D), lambda output: losses_of(output).mean())
     with pytest.raises(RuntimeError, match="switched off"), torch.no_grad():
         net.update(draw(B, D), losses_of)
+
+
+@pytest.mark.parametrize("mode", ["locked", "decoupled", "unlocked"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sequential_refuses_a_layer_that_overwrites_its_input(mode, frozen):
+    net = make_sequential(mode)
+    net.layers[0] = net.layers[0][0].requires_grad_(not frozen)  # linear: autograd itself has nothing against it
+    net.layers[1] = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), net.layers[1])
+    before = parameters_of(net)
+    with pytest.raises(RuntimeError, match=r"^update: an activation was modified in place.* ReLU without inplace"):
+        net.update(draw(B, D), losses_of)
+    assert_same(parameters_of(net), before)
+    net.layers[1][1].inplace = False
+    net.layers[2] = nn.Sequential(linear(H, H, 4), nn.ReLU(inplace=True))  # before its output goes on
+    assert all(fit is not None for fit in net.update(draw(B, D), losses_of).fits)
+
+
+def test_sequential_leaves_other_errors_of_layers_and_what_no_critic_learns_from_alone():
+    net = make_sequential("locked", critics=[None] * 3)
+    plain = nn.Sequential(*copy.deepcopy(list(net.layers)))
+    net.layers[1] = nn.Sequential(nn.Sigmoid(), net.layers[1])
+    plain[1] = nn.Sequential(nn.Sigmoid(), plain[1])
+    net.layers[1].register_forward_pre_hook(lambda _, inputs: (inputs[0].sin_(),))
+    plain[1].register_forward_pre_hook(lambda _, inputs: (inputs[0].sin(),))
+    net.layers[0][1] = plain[0][1] = nn.Softplus()  # whose gradient does not need its output
+    net.update(draw(B, D), losses_of)
+    losses_of(plain(draw(B, D))).mean().backward()
+    torch.optim.SGD(plain.parameters(), 0.05).step()
+    assert_same(parameters_of(net.layers), parameters_of(plain))
+    net.layers[1] = linear(H + 1, H, 1)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        net.update(draw(B, D), losses_of)
+
+
+@pytest.mark.parametrize("kind", ["optimizers", "critic_optimizers", "input_optimizers"])
+def test_sequential_refuses_optimizers_that_are_not_those_of_their_modules(kind):
+    def build(change, frozen=False):
+        modules = {
+            "optimizers": [linear(D, H, 1), linear(H, H, 2), linear(H, Y, 3)],
+            "critic_optimizers": [make_critic(seed=1), make_critic(seed=2)],
+            "input_optimizers": [linear(D, H, 4), linear(D, H, 5)],
+        }
+        optimizers = {k: [torch.optim.SGD(m.parameters(), 0.1) for m in ms] for k, ms in modules.items()}
+        modules[kind][0].requires_grad_(not frozen)
+        change(optimizers, modules)
+        layers, critics, input_models = modules.values()
+        return dni_rl.DecoupledSequential(
+            layers, critics, optimizers["optimizers"], optimizers["critic_optimizers"], mode="unlocked",
+            input_models=input_models, input_optimizers=optimizers["input_optimizers"],
+        )  # fmt: skip
+
+    def one_for_all(optimizers, modules):
+        optimizers[kind] = [torch.optim.SGD(nn.ModuleList(modules[kind]).parameters(), 0.1)] * len(modules[kind])
+
+    def of_another_kind(optimizers, modules):
+        other = "critic_optimizers" if kind == "optimizers" else "optimizers"
+        optimizers[other][1].add_param_group({"params": list(modules[kind][1].parameters())})
+        optimizers[kind][1] = optimizers[other][1]
+
+    def mixed_up(optimizers, modules):
+        optimizers[kind].reverse()
+
+    def one_module(optimizers, modules):
+        modules[kind][1], optimizers[kind][1] = modules[kind][0], optimizers[kind][0]
+
+    with pytest.raises(ValueError, match=rf"^{kind}\[1\]: found the same object as {kind}\[0\], allowed each once"):
+        build(one_for_all)
+    with pytest.raises(ValueError, match=r"optimizers\[1\]: found the same object as .*optimizers\[1\], allowed"):
+        build(of_another_kind)
+    with pytest.raises(ValueError, match=rf"^{kind}\[0\]: found none of the \d trainable parameters of its module"):
+        build(mixed_up)
+    with pytest.raises(ValueError, match=rf"^{kind}\[0\]: found none"):
+        build(lambda optimizers, _: optimizers[kind].__setitem__(0, torch.optim.SGD([nn.Parameter(torch.ones(1))])))
+    build(lambda optimizers, _: optimizers[kind].__setitem__(0, torch.optim.SGD([nn.Parameter(torch.ones(1))])), True)
+    if kind != "input_optimizers":
+        build(lambda optimizers, _: optimizers[kind].__setitem__(0, None))
+    if kind == "critic_optimizers":  # one critic in two places steps after a regression of its own in each
+        build(one_module).update(draw(B, D), losses_of)
+
+
+def test_sequential_refuses_one_optimizer_for_a_layer_in_two_places():
+    layer = linear(D, D, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"optimizers\[1\]: found the same object"):
+        dni_rl.DecoupledSequential([layer] * 2, [None], [optimizer] * 2, [None], mode="locked")
+    dni_rl.DecoupledSequential([layer, layer, nn.Tanh()], [None] * 2, [optimizer, None, None], [None] * 2)
 
 
 def test_sequential_exception_in_the_loss_changes_nothing():
