@@ -23,7 +23,7 @@ from dni_rl.distributed import (
     train_pipeline,
 )
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 WIDTHS = (5, 6, 7, 3)
 B, STEPS = 4, 9
 

@@ -16,7 +16,7 @@ from dni_rl import data
 from dni_rl.distributed import ProcessError, StageReport, launch
 from dni_rl.experiments import asynchronous, images
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 SMALL = ["--num-steps", "12", "--no-unlocked"]
 
 
@@ -137,7 +137,7 @@ def test_a_run_with_processes_goes_on_from_its_checkpoint(tmp_path):
     run = asynchronous.Run(arm="cdni", processes=3, max_staleness=2)
 
     def carry_out(folder, function, *step):
-        launch(function, 3, *step, config, [run], folder, timeout_sec=50)
+        launch(function, 3, *step, config, [run], folder, timeout_sec=100)
         return results(folder)[str(run)], (folder / run.folder / "metrics.jsonl").read_text()
 
     for name in ("whole", "pieces"):
@@ -222,7 +222,7 @@ def torchrun(processes, *arguments):
         ],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
