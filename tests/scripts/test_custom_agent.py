@@ -27,6 +27,11 @@ def test_it_runs(capsys, critic):
     assert capsys.readouterr().out.startswith(f"critic {critic}, seed 0: ")
 
 
+def test_where_no_episode_has_ended_there_is_no_success_to_claim(capsys):
+    assert main(["--steps", str(UPDATE)]) == 0
+    assert "seed 0: nan % success" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
