@@ -317,9 +317,8 @@ def unroll_stepwise(core: Core, inputs: Tensor, state: State, first: Tensor | No
         visited.append(state)
         versions = _versions(state)
         output, state = core(x, state)
-        if (
-            _versions(visited[-1]) != versions
-        ):  # the history would hold the state after the write, and so would the caller
+        # the history would hold the state after the write, and so would the caller
+        if _versions(visited[-1]) != versions:
             raise RuntimeError(
                 "cell: found a state that it wrote to in place; allowed a next state of new tensors; write `m * 0.5 + h`, not "
                 "`m.mul_(0.5).add_(h)`, or write to a clone"
