@@ -24,10 +24,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.arguments import ArgumentError, built_with, callable_of, import_named, refuse, require, require_flag
+from envs.arguments import (
+    ArgumentError,
+    built_with,
+    callable_of,
+    import_named,
+    is_integer,
+    refuse,
+    require,
+    require_flag,
+)
 from envs.minigrid import (
     MINIGRID_PREFIXES,
     MINIGRID_SCALE,
+    check_symbolic,
+    has_missions,
     image_view,
     is_minigrid,
     minigrid_context,
@@ -178,7 +189,8 @@ class GymnasiumVector:
     def _final_observation(self, observation: np.ndarray, ended: np.ndarray, info: dict[str, Any]) -> np.ndarray:
         """`observation` [B, ...] with the rows that `ended` [B] replaced by what their episodes ended in."""
         # The rows of the others are whatever the array held before, so the mask decides.
-        rows = np.flatnonzero(info["_final_obs"]) if "final_obs" in info else np.empty(0, np.int64)
+        # gymnasium's own vectors give one; ALE's give an array of all rows without.
+        rows = np.flatnonzero(info.get("_final_obs", ended)) if "final_obs" in info else np.empty(0, np.int64)
         if not ended[rows].all() or len(rows) != ended.sum():
             raise RuntimeError(
                 f"{type(self.vector_env).__name__} resets within a step, but info['final_obs'] lacks the observation "
@@ -212,6 +224,7 @@ class _SerialEnvs:
     resumable = False
     spec: EnvSpec
     _encode: Encoder
+    _example: np.ndarray  # of one observation, as the environment says that it looks
     _context: Callable[[Any], np.ndarray] | None = None
 
     def __init__(self, envs: Sequence[Any], device: str | torch.device):
@@ -237,7 +250,7 @@ class _SerialEnvs:
         """Starts B new episodes. The first call uses the run's seed, later ones continue the generators."""
         observations = [self._reset_row(row) for row in range(self.num_envs)]
         self._last = np.zeros(self.num_envs, bool)
-        return _first_step(self._encode(np.stack(observations)), self.device, self._contexts())
+        return _first_step(self._encode(self._stacked(observations)), self.device, self._contexts())
 
     def step(self, actions: Tensor) -> TimeStep:
         """Takes `actions` [B]; see `Environment.step`."""
@@ -251,12 +264,34 @@ class _SerialEnvs:
             if first[row]:
                 observations.append(self._reset_row(row))
             else:
-                observation, reward[row], discount[row], last[row] = self._step_row(row, action)
+                observation, given, discount[row], last[row] = self._step_row(row, action)
                 observations.append(observation)
+                try:
+                    reward[row] = given
+                except (TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"{self._name}.step: found a reward of {_shown(given)}; expected a number"
+                    ) from error
         self._last = last
-        return _time_step(
-            self._encode(np.stack(observations)), reward, discount, first, last, self.device, context=self._contexts()
-        )
+        observation = self._encode(self._stacked(observations))
+        return _time_step(observation, reward, discount, first, last, self.device, context=self._contexts())
+
+    @property
+    def _name(self) -> str:
+        return type(getattr(self.envs[0], "unwrapped", self.envs[0])).__name__
+
+    def _stacked(self, observations: list[Any]) -> np.ndarray:
+        """[B, *original], if they look as the environment says: what is off by a shape or a type would be learned from all the same."""
+        shape, dtype = self._example.shape, self._example.dtype
+        for observation in observations:
+            found = np.asarray(observation)
+            is_alike = found.dtype == np.uint8 if dtype == np.uint8 else dtype.kind == "f" or found.dtype.kind in "biu"
+            if found.shape != shape or found.dtype.kind not in "biuf" or not is_alike:
+                raise ValueError(
+                    f"{self._name}: found an observation of shape {found.shape} and type {found.dtype}; expected shape {shape} "
+                    f"and type {dtype}, as its observation space says; correct either"
+                )
+        return np.stack(observations)
 
     def _set_context(self, context: Callable[[Any], np.ndarray]) -> None:
         """Has every step carry what a function of one environment gives. Environment 0 must have been reset."""
@@ -265,7 +300,15 @@ class _SerialEnvs:
 
     def _contexts(self) -> np.ndarray | None:
         """[B, Z] privileged information, or None."""
-        return None if self._context is None else np.stack([_context_vector(self._context(env)) for env in self.envs])
+        if self._context is None:
+            return None
+        vectors = [_context_vector(self._context(env)) for env in self.envs]
+        for vector in vectors:
+            if len(vector) != self.spec.context_size:
+                raise ValueError(
+                    f"context: found {len(vector)} numbers; expected {self.spec.context_size}, as it first gave"
+                )
+        return np.stack(vectors)
 
     def state_dict(self) -> dict[str, Any]:
         """Refused: see the module."""
@@ -313,6 +356,8 @@ class GymnasiumEnvs(_SerialEnvs):
             ValueError: if a space is not supported or the spaces differ.
         """
         super().__init__(envs, device)
+        for env in self.envs:
+            _check_members(env)
         observation_space, action_space = self.envs[0].observation_space, self.envs[0].action_space
         for row, env in enumerate(self.envs):
             if env.observation_space != observation_space or env.action_space != action_space:
@@ -321,6 +366,7 @@ class GymnasiumEnvs(_SerialEnvs):
                     f"environment 0 {observation_space} and {action_space}"
                 )
         self.spec, self._encode, self._action_start = _gymnasium_spec(observation_space, action_space, encoder)
+        self._example = _example_of(observation_space)
         self._seeds: list[int | None] = [*environment_seeds(seed, self.num_envs)]
         if context is not None:
             self.envs[0].reset(seed=self._seeds[0])  # the context of an environment that was never reset may not exist
@@ -328,10 +374,21 @@ class GymnasiumEnvs(_SerialEnvs):
 
     def _reset_row(self, row: int) -> Any:
         seed, self._seeds[row] = self._seeds[row], None
-        return self.envs[row].reset(seed=seed)[0]
+        given = self.envs[row].reset(seed=seed)
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise ValueError(
+                f"{self._name}.reset: found {_shown(given)}; expected (observation, info), as gymnasium has it and gym had not"
+            )
+        return given[0]
 
     def _step_row(self, row: int, action: int) -> tuple[Any, float, float, bool]:
-        observation, reward, terminated, truncated, _ = self.envs[row].step(action + self._action_start)
+        given = self.envs[row].step(action + self._action_start)
+        if not isinstance(given, tuple) or len(given) != 5:
+            raise ValueError(
+                f"{self._name}.step: found {_shown(given)}; expected (observation, reward, terminated, truncated, info), as "
+                "gymnasium has it and gym had not"
+            )
+        observation, reward, terminated, truncated, _ = given
         return observation, reward, 1.0 - terminated, terminated or truncated
 
 
@@ -374,16 +431,21 @@ class DmEnvs(_SerialEnvs):
                 raise ValueError("num_envs and seed go with a constructor; a list of environments has both already")
             built = list(envs)
         super().__init__(built, device)
-        self.spec, self._encode, self._flatten, self._action_start = _dm_spec(self.envs[0])
+        self.spec, self._encode, self._flatten, self._action_start, self._example = _dm_spec(self.envs[0])
         for row, env in enumerate(self.envs):
-            if _dm_spec(env)[0] != self.spec:
+            spec, _, _, action_start, _ = _dm_spec(env)
+            if (spec, action_start) != (self.spec, self._action_start):
                 raise ValueError(f"expected equal specs; those of environment {row} differ from environment 0's")
+        self._begun: dict[int, Any] = {}  # first steps of environments that were reset before the first `reset`
         if context is not None:
-            self.envs[0].reset()  # the context of an environment that was never reset may not exist
+            # The context of an environment that was never reset may not exist; the episode is kept, so that its random
+            # stream is that of a run without context.
+            self._begun[0] = self.envs[0].reset()
             self._set_context(context)
 
     def _reset_row(self, row: int) -> Any:
-        return self._flatten(self.envs[row].reset().observation)
+        step = self._begun.pop(row) if row in self._begun else self.envs[row].reset()
+        return self._flatten(step.observation)
 
     def _step_row(self, row: int, action: int) -> tuple[Any, float, float, bool]:
         step = self.envs[row].step(action + self._action_start)
@@ -402,6 +464,7 @@ def gymnasium_vector(
     encoding: str | None = None,
     ignore_mission: bool = False,
     fast_view: bool = True,
+    max_episode_steps: int | None = None,
     **env_kwargs: Any,
 ) -> Environment:
     """Builds B copies of one gymnasium environment.
@@ -423,6 +486,8 @@ def gymnasium_vector(
         ignore_mission: take a MiniGrid environment whose mission differs between episodes, though the policy cannot
             read it.
         fast_view: whether MiniGrid's view is computed by `envs.minigrid.FastView`, which gives the same numbers, or by MiniGrid.
+        max_episode_steps: cuts episodes there (`TimeStep.last` with discount 1); None: where its id says, or nowhere. What a
+            constructor makes is wrapped in gymnasium's TimeLimit.
         **env_kwargs: go to `gymnasium.make` or to the constructor.
 
     Returns:
@@ -441,17 +506,20 @@ def gymnasium_vector(
     require_flag("ignore_mission", ignore_mission)
     require_flag("fast_view", fast_view)
     owner = env if isinstance(env, str) else getattr(env, "__name__", repr(env))
+    if max_episode_steps is not None:
+        env_kwargs["max_episode_steps"] = max_episode_steps
     probe = built_with(
         lambda **arguments: _EnvConstructor(env, None, fast_view, arguments).unwrapped_view(), env_kwargs, owner
     )
     constructor = _EnvConstructor(env, view_size, fast_view, env_kwargs)
     encoder = None
     try:
-        spaces: Any = probe.observation_space
+        _check_members(probe)
         if is_minigrid(probe):
             require("encoding", encoding, encoding in (None, "one_hot", "symbolic"), "'one_hot' or 'symbolic'")
             encoder = minigrid_symbols if encoding == "symbolic" else minigrid_view
-            if getattr(spaces["mission"], "ordered_placeholders", None) and not ignore_mission:
+            check_symbolic(probe)
+            if not ignore_mission and has_missions(probe):
                 raise ValueError(
                     f"the mission of {_env_name(probe)} differs between episodes, and the policy sees the image only; "
                     "pass ignore_mission=True to train without it"
@@ -520,13 +588,18 @@ class _EnvConstructor:
         self.env = env
         self.view_size, self.fast_view = view_size, fast_view
         self.env_kwargs = dict(env_kwargs)
+        # gymnasium.make sets the limit by itself
+        self.time_limit = None if isinstance(env, str) else self.env_kwargs.pop("max_episode_steps", None)
+        require_limit = self.time_limit is None or is_integer(self.time_limit, 1)
+        require("max_episode_steps", self.time_limit, require_limit, "an integer of at least 1, or None")
 
     def unwrapped_view(self) -> "gymnasium.Env":
         """The environment before its view is taken out of MiniGrid's dictionary."""
-        if not isinstance(self.env, str):
-            return self.env(**self.env_kwargs)
         import gymnasium
 
+        if not isinstance(self.env, str):
+            env = self.env(**self.env_kwargs)
+            return env if self.time_limit is None else gymnasium.wrappers.TimeLimit(env, self.time_limit)
         if self.env.startswith(MINIGRID_PREFIXES):
             importlib.import_module("minigrid")  # registers its ids, in worker processes too
         # The checker repeats at every step what tests check once, and warns about things we cannot change.
@@ -541,6 +614,33 @@ def _env_name(env: "gymnasium.Env") -> str:
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
+def _shown(value: object) -> str:
+    """It in a short line."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _check_members(env: "gymnasium.Env") -> None:
+    """Raises ValueError if an environment lacks what every one has to say of itself, or cannot be seeded."""
+    name = type(getattr(env, "unwrapped", env)).__name__
+    for member in ("observation_space", "action_space"):
+        if getattr(env, member, None) is None:
+            raise ValueError(f"{name}: found no {member}; expected a gymnasium.spaces.Space; set it in __init__")
+    if not _takes_seed(env.unwrapped.reset):
+        raise ValueError(
+            f"{name}.reset: found no argument seed; expected reset(self, *, seed=None, options=None), as gymnasium has it and gym "
+            "had not; begin it with super().reset(seed=seed)"
+        )
+
+
+def _example_of(observation_space: Any) -> np.ndarray:
+    """An observation of a supported space, zeros."""
+    from gymnasium import spaces
+
+    if isinstance(observation_space, spaces.Discrete):
+        return np.zeros((), np.int64)
+    return np.zeros(observation_space.shape, observation_space.dtype)
+
+
 def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder | None) -> tuple[EnvSpec, Encoder, int]:
     """Returns the spec, the conversion of observations and the number of the first action."""
     from gymnasium import spaces
@@ -550,25 +650,24 @@ def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder 
     if isinstance(observation_space, spaces.Discrete):
         n, start = int(observation_space.n), int(observation_space.start)
         encoder = encoder or _one_hot_encoder(n, start)
-        example = np.zeros((1,), np.int64)
+        spec = _spec_of(encoder(np.full(1, start)), int(action_space.n))
     elif isinstance(observation_space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
-        assert observation_space.shape is not None and observation_space.dtype is not None
-        example = np.zeros((1, *observation_space.shape), observation_space.dtype)
-        encoder = encoder or _array_encoder(example[0])
+        example = _example_of(observation_space)
+        encoder = encoder or _array_encoder(example)
+        spec = _spec_of(encoder(example[None]), int(action_space.n))
     else:
         raise ValueError(
             f"the observation space is {observation_space}, but only Box, Discrete, MultiBinary and MultiDiscrete are "
             "supported; select or flatten its parts, with gymnasium.wrappers.FlattenObservation for one, in a function or "
             "class of your module, and name that: --env.id my_module:make"
         )
-    spec = _spec_of(encoder(example), int(action_space.n))
-    if isinstance(observation_space, spaces.Box) and observation_space.dtype == np.uint8 == example.dtype:
+    if isinstance(observation_space, spaces.Box) and observation_space.dtype == np.uint8:
         spec = _scaled(spec, observation_space.high)
     return spec, encoder, int(action_space.start)
 
 
-def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], int]:
-    """Returns the spec, the conversion of a batch, that of one observation before batching, and the first action."""
+def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], int, np.ndarray]:
+    """Returns the spec, the conversion of a batch, that of one observation before batching, the first action and an example."""
     action_spec = env.action_spec()
     if getattr(action_spec, "shape", None) != () or not np.issubdtype(action_spec.dtype, np.integer):
         raise ValueError(
@@ -585,7 +684,7 @@ def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], i
     if len(leaves) == 1 and hasattr(leaves[0], "num_values"):
         one_hot = _one_hot_encoder(int(leaves[0].num_values), 0)
         spec = _spec_of(one_hot(np.zeros(1, np.int64)), num_actions)
-        return spec, one_hot, lambda observation: np.asarray(_leaves(observation)[0]), start
+        return spec, one_hot, lambda observation: np.asarray(_leaves(observation)[0]), start, np.zeros((), np.int64)
     for leaf in leaves:
         if not np.issubdtype(leaf.dtype, np.number) and leaf.dtype != np.bool_:
             raise ValueError(f"the observation spec {leaf} is not numeric")
@@ -599,7 +698,7 @@ def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], i
     spec = _spec_of(encoder(example[None]), num_actions)
     if example.dtype == np.uint8 and hasattr(leaves[0], "maximum"):
         spec = _scaled(spec, leaves[0].maximum)
-    return spec, encoder, flatten, start
+    return spec, encoder, flatten, start, example
 
 
 def _scaled(spec: EnvSpec, highest: Any) -> EnvSpec:
@@ -623,7 +722,18 @@ def _concatenated(nest: Any) -> np.ndarray:
 
 def _one_hot_encoder(num_values: int, start: int) -> Encoder:
     """[B] numbers from `start` on to float32 [B, num_values]."""
-    return lambda x: (np.asarray(x)[:, None] == np.arange(start, start + num_values)).astype(np.float32)
+
+    def encoded(x: np.ndarray) -> np.ndarray:
+        one_hot = np.asarray(x)[:, None] == np.arange(start, start + num_values)
+        if not one_hot.any(1).all():
+            wrong = np.asarray(x)[~one_hot.any(1)][0]
+            raise ValueError(
+                f"found the observation {wrong}; expected a number from {start} to {start + num_values - 1}, as the space of "
+                f"{num_values} values says; correct either"
+            )
+        return one_hot.astype(np.float32)
+
+    return encoded
 
 
 def _array_encoder(example: np.ndarray) -> Encoder:

@@ -6,6 +6,7 @@ Every refusal is an `ArgumentError`, in one line that starts with the argument's
 
 import difflib
 import importlib
+import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -47,13 +48,15 @@ def require_flag(name: str, value: object) -> None:
 
 
 def is_integer(value: object, low: int, high: int | None = None) -> bool:
-    """Whether it is an int in [low, high], and not a bool; `high` None is no bound."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    """Whether it is an integer, of Python or NumPy, in [low, high], and not a bool; `high` None is no bound."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        return False
+    return int(value) >= low and (high is None or int(value) <= high)
 
 
 def is_number(value: object, low: float, high: float) -> bool:
-    """Whether it is an int or a float in [low, high], and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    """Whether it is a real number, of Python or NumPy, in [low, high], and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
 
 
 def import_named(text: str) -> tuple[ModuleType, str]:

@@ -2,8 +2,9 @@
 
 Defaults follow Machado et al., "Revisiting the Arcade Learning Environment" (2018): sticky actions with probability
 0.25 make the games stochastic, so there are no random no-ops and no automatic FIRE at the start, and an episode is
-a whole game. In two things they differ, as most users do from the paper: the agent chooses from the game's own actions
-(all 18 with `full_action_space`), and it sees one grey frame, because remembering is the work of the recurrent core.
+a whole game, cut after 108,000 frames, half an hour of play. In two things they differ, as most users do from the paper: the
+agent chooses from the game's own actions (from all of the console's with `full_action_space`), and it sees one grey frame, because
+remembering is the work of the recurrent core.
 """
 
 import difflib

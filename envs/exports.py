@@ -9,7 +9,7 @@ Keyword arguments are those of the class in `envs.gridworlds`. The privileged co
 dm_env, in the attribute `context`. Importing this module registers nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dm_env
@@ -21,6 +21,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from envs import gridworlds
+from envs.arguments import refuse
 from envs.gridworlds import BatchedGridworld
 from envs.registry import GRIDWORLDS as NAMES
 from envs.timestep import TimeStep
@@ -63,7 +64,7 @@ class GridworldEnv(gymnasium.Env[np.ndarray, np.int64]):
             ValueError: if the name is unknown or a dial is out of range.
         """
         _check_render_mode(render_mode)
-        self._env = _make(name, num_envs=1, **dials)
+        self._env = _make(name, 1, dials)
         self.observation_space = _observation_space(self._env)
         self.action_space = gymnasium.spaces.Discrete(self._env.spec.num_actions)
         self._seeded = False
@@ -122,7 +123,7 @@ class GridworldVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.n
             ValueError: if the name is unknown or a dial is out of range.
         """
         _check_render_mode(render_mode)
-        self._env = _make(name, num_envs=num_envs, **dials)
+        self._env = _make(name, num_envs, dials)
         self.num_envs = num_envs
         self.single_observation_space = _observation_space(self._env)
         self.single_action_space = gymnasium.spaces.Discrete(self._env.spec.num_actions)
@@ -177,7 +178,7 @@ class GridworldDmEnv(dm_env.Environment):
         Raises:
             ValueError: if the name is unknown or a dial is out of range.
         """
-        self._env = _make(name, num_envs=1, seed=seed, **dials)
+        self._env = _make(name, 1, dials, seed)
         self._over = True
 
     def reset(self) -> dm_env.TimeStep:
@@ -213,7 +214,12 @@ class GridworldDmEnv(dm_env.Environment):
         return dm_env.TimeStep(step_type, float(step.reward), float(step.discount), observation)
 
 
-def _make(name: str, *, num_envs: int, seed: int = 0, **dials: Any) -> BatchedGridworld:
+def _make(name: str, num_envs: int, dials: Mapping[str, Any], seed: int = 0) -> BatchedGridworld:
+    """The gridworld; what is seeded by `reset` leaves the seed out."""
+    for given in ("num_envs", "seed"):
+        if given in dials:
+            way_out = "give it to reset(seed=...)" if given == "seed" else "gymnasium.make_vec makes several"
+            refuse(given, dials[given], f"what {name} takes beside num_envs and seed", way_out)
     if name not in GRIDWORLDS:
         raise ValueError(f"name must be one of {sorted(GRIDWORLDS)}, got {name!r}")
     return GRIDWORLDS[name](num_envs=num_envs, seed=seed, **dials)

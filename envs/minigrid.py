@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 MINIGRID_PREFIXES = ("MiniGrid-", "BabyAI-")  # of the ids that the package registers
 MINIGRID_SIZES = (11, 6, 3)  # objects, colours and door states of MiniGrid's encoding of a cell
 MINIGRID_SCALE = 10.0  # the largest number in it
+# Wrappers of minigrid that make other images; full observability also puts the agent in its cell, whose direction is no door's state.
+_OTHER_IMAGES = (
+    "RGBImgObsWrapper",
+    "RGBImgPartialObsWrapper",
+    "OneHotPartialObsWrapper",
+    "FullyObsWrapper",
+    "SymbolicObsWrapper",
+)
 
 
 def minigrid_view(view: np.ndarray) -> np.ndarray:
@@ -33,7 +41,15 @@ def minigrid_view(view: np.ndarray) -> np.ndarray:
 
     Returns:
         [B, 20, Y, X] uint8.
+
+    Raises:
+        ValueError: if a number is none of MiniGrid's encoding.
     """
+    if not (view.reshape(-1, 3).max(0) < MINIGRID_SIZES).all():
+        raise ValueError(
+            f"found up to {view.reshape(-1, 3).max(0).tolist()} for object, colour and state of a cell; expected less than "
+            f"{list(MINIGRID_SIZES)}, as in MiniGrid's view; --env.kwargs.encoding symbolic takes them as they are"
+        )
     view = view.transpose(0, 3, 2, 1)  # [B, 3, Y, X]
     planes = [
         view[:, channel, None] == np.arange(size, dtype=np.uint8)[:, None, None]  # [B, size, Y, X]
@@ -71,6 +87,27 @@ def is_minigrid(env: "gymnasium.Env") -> bool:
     """Whether the observations are MiniGrid's dictionaries."""
     spaces = getattr(env.observation_space, "spaces", None)
     return isinstance(spaces, dict) and {"image", "direction", "mission"} <= spaces.keys()
+
+
+def check_symbolic(env: "gymnasium.Env") -> None:
+    """Raises ValueError if a wrapper has put something else in the place of MiniGrid's symbolic view."""
+    from gymnasium import Wrapper
+
+    wrapper = env
+    while isinstance(wrapper, Wrapper):
+        if type(wrapper).__name__ in _OTHER_IMAGES:
+            raise ValueError(
+                f"the image of {type(env.unwrapped).__name__} is what {type(wrapper).__name__} makes of it, and no symbolic view; "
+                "leave that wrapper out, or put minigrid.wrappers.ImgObsWrapper around it, which makes it an image as any other"
+            )
+        wrapper = wrapper.env
+
+
+def has_missions(env: "gymnasium.Env") -> bool:
+    """Whether the mission differs between episodes, as it says of itself or a few of them show."""
+    if getattr(env.observation_space["mission"], "ordered_placeholders", None):  # type: ignore[index]  # of a Dict
+        return True
+    return len({env.reset(seed=seed)[0]["mission"] for seed in range(8)}) > 1
 
 
 def image_view(env: "gymnasium.Env", view_size: int | None, fast: bool) -> "gymnasium.Env":

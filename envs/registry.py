@@ -20,12 +20,22 @@ import importlib.util
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from envs.arguments import ArgumentError, built_with, callable_of, import_named, is_number, refuse, require
+from envs.arguments import (
+    ArgumentError,
+    built_with,
+    callable_of,
+    import_named,
+    is_number,
+    refuse,
+    require,
+    require_integer,
+)
 from envs.minigrid import MINIGRID_PREFIXES
 from envs.timestep import Environment
 
@@ -74,8 +84,8 @@ def make(env_id: str, *, num_envs: int, seed: int, device: str | torch.device = 
         ArgumentError: if a setting is known, and its value is not one that the environment takes; starts with its name.
         ImportError: if an optional package is missing; says how to install it.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    require_integer("num_envs", num_envs, 1, way_out="say how many")
+    require_integer("seed", seed, 0, way_out="choose one")
     if env_id in GRIDWORLDS:
         cls = getattr(importlib.import_module("envs.gridworlds"), env_id)
         _check_arguments(env_id, kwargs, _argument_names(cls))
@@ -104,8 +114,9 @@ def _make_atari(
 
 
 def _make_gymnasium(
-    env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any]
+    env_id: str, num_envs: int, seed: int, device: str | torch.device, kwargs: dict[str, Any], module: str | None = None
 ) -> Environment:
+    """B environments of an id that is registered, by `module` if it is one of the user's."""
     if env_id.startswith(MINIGRID_PREFIXES):
         try:
             importlib.import_module("minigrid")  # registers its ids
@@ -141,7 +152,9 @@ def _make_gymnasium(
 
         env = make_popgym(env_id, num_envs, seed=seed, device=device, **kwargs)
     else:
-        env = gymnasium_vector(env_id, num_envs, seed=seed, device=device, **kwargs)
+        # With the module's name another process can find the id as well.
+        named = env_id if module is None else f"{module}:{env_id}"
+        env = gymnasium_vector(named, num_envs, seed=seed, device=device, **kwargs)
     if env_id.startswith(MINIGRID_PREFIXES) and success_reward is None:
         success_reward = _MINIGRID_SUCCESS
     return _with_success_reward(env, success_reward)
@@ -153,7 +166,7 @@ def _make_imported(
     module, name = import_named(env_id)
     gymnasium = sys.modules.get("gymnasium")
     if not hasattr(module, name) and gymnasium is not None and name in gymnasium.registry:
-        return _make_gymnasium(name, num_envs, seed, device, kwargs)
+        return _make_gymnasium(name, num_envs, seed, device, kwargs, module.__name__)
     target = callable_of(module, name)
     names = _argument_names(target, ours=True)
     takes = set(inspect.signature(target).parameters) if names is None else names
@@ -162,10 +175,11 @@ def _make_imported(
     makes_all = "num_envs" in takes and not is_class_of_one
     if inspect.isclass(target) and not is_class_of_one and not makes_all:
         raise ValueError(f"{env_id}: expected {_IMPORTED}; it takes {sorted(takes)}")
-    # A time limit comes with registration, so there is none here; and what it takes itself is its own.
-    options = set(_IMPORTED_OPTIONS if is_dm or makes_all else _GYMNASIUM_OPTIONS) - {"max_episode_steps"} - takes
+    options = set(_IMPORTED_OPTIONS if is_dm or makes_all else _GYMNASIUM_OPTIONS) - takes  # what it takes is its own
     _check_arguments(env_id, kwargs, None if names is None else (takes - _OUR_ARGUMENTS) | options)
     _check_required(env_id, target, kwargs)
+    if not makes_all:
+        _check_not_ours(env_id, target, {"num_envs", "device"})
     chosen = {key: kwargs.pop(key) for key in options & kwargs.keys()}
     success_reward = _pop_success_reward(chosen)
 
@@ -209,15 +223,22 @@ def _adapted(
         return constructor(**{name: value for name, value in arguments.items() if name in takes})
 
     if _is_subclass(constructor.func, "gymnasium", "Env"):
+        _check_not_ours(env_id, constructor, {"seed"})
         return gymnasium_vector(constructor, num_envs, seed=seed, device=device, **options)
     seeds = environment_seeds(seed, num_envs)
     env = made(num_envs=num_envs, seed=seed, device=device) if makes_all else made(seed=seeds[0])
     kind = type(env)
     if _is_subclass(kind, "gymnasium", "Env") and not makes_all:
         env.close()  # it has shown what it is
+        _check_not_ours(env_id, constructor, {"seed"})
         return gymnasium_vector(constructor, num_envs, seed=seed, device=device, **options)
     _check_arguments(env_id, options, (takes - _OUR_ARGUMENTS).union(_IMPORTED_OPTIONS))
     if _is_subclass(kind, "dm_env", "Environment") and not makes_all:
+        if "seed" not in takes and num_envs > 1:
+            warnings.warn(
+                f"{env_id} has no argument of the name seed, so that its environments may be all alike, and no run can be repeated",
+                stacklevel=4,
+            )
         envs = [env, *(made(seed=s) for s in seeds[1:])]
         return DmEnvs(envs, device=device, context=named_context(options.get("context")))
     if options.get("context") is not None:
@@ -313,6 +334,16 @@ def _check_required(env_id: str, target: Callable[..., Any], kwargs: Mapping[str
         if is_named and parameter.default is parameter.empty and name not in _OUR_ARGUMENTS | kwargs.keys():
             raise ArgumentError(
                 f"{name}: found nothing; allowed what {env_id} takes, which has no default; give it a value"
+            )
+
+
+def _check_not_ours(env_id: str, constructor: Callable[..., Any], names: set[str]) -> None:
+    """Raises ArgumentError if a constructor of one environment cannot do without what it is not given."""
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        if name in names and parameter.default is parameter.empty:
+            way_out = "reset(seed=...) is where it comes" if name == "seed" else "leave it out"
+            raise ArgumentError(
+                f"{name}: found an argument of {env_id} that has no default; allowed none, as it makes one environment; {way_out}"
             )
 
 

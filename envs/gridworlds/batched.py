@@ -46,7 +46,7 @@ class BatchedGridworld(ABC):
 
         Args:
             num_envs: B.
-            seed: of the random stream, in [0, 2**63).
+            seed: of the random stream, in [0, 2**63); PyTorch's generator on the CPU reads its lowest 32 bits.
             device: where all tensors live.
             dials: the resolved settings of the task; saved states are only accepted by an equal task.
         """
@@ -68,7 +68,7 @@ class BatchedGridworld(ABC):
     def reseed(self, seed: int) -> None:
         """Restarts the random stream; the next call must be `reset`."""
         require_integer("seed", seed, 0, 2**63 - 1)
-        self._generator.manual_seed(seed)
+        self._generator.manual_seed(int(seed))  # it takes no NumPy integer
         self._generator_state = self._generator.get_state()  # from which the current draws were made
         self._cursor = 0
         self._started = False

@@ -330,6 +330,135 @@ def test_final_observations_of_unfinished_rows_repeat_the_observation():
     assert step.discount.tolist() == [0, 1, 1] and step.final_observation is None
 
 
+def test_final_observations_without_a_mask_are_those_of_the_rows_that_ended():
+    class Unmasked(gymnasium.vector.VectorWrapper):
+        """As ALE's vectors do: every row is there, and nothing says which ones count."""
+
+        def step(self, actions):
+            *arrays, info = super().step(actions)
+            rows = info.get("final_obs", [None] * self.num_envs)
+            filled = [np.full(1, -1.0) if row is None else row for row in rows]
+            return *arrays, {"final_obs": np.stack(filled)}
+
+    vector = SyncVectorEnv([lambda limit=limit: Counter(limit=limit) for limit in (1, 9)], autoreset_mode="SameStep")
+    env = GymnasiumVector(Unmasked(vector), seed=0)
+    env.reset()
+    step = env.step(zeros(env))
+    assert step.final_observation.squeeze(-1).tolist() == [1, 1]
+
+
+def test_ale_vectors_that_reset_within_a_step():
+    ale_py = pytest.importorskip("ale_py")
+    options = {"max_num_frames_per_episode": 16, "noop_max": 0, "autoreset_mode": AutoresetMode.SAME_STEP}
+    env = GymnasiumVector(ale_py.AtariVectorEnv("pong", 2, **options), seed=0)
+    env.reset()
+    finals = [step.final_observation for step in (env.step(zeros(env)) for _ in range(12))]
+    assert any(final is not None and final.any() for final in finals)
+    env.close()
+
+
+# What environments return is what they say
+
+
+class Wrong(Counter):
+    """A mistake of somebody's."""
+
+    def __init__(self, space=None, observation=None, reset=None, step=None, reward=1.0):
+        super().__init__(observation_space=space)
+        self.observation, self.given_reset, self.given_step, self.reward = observation, reset, step, reward
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return (self._shown(), {}) if self.given_reset is None else self.given_reset
+
+    def step(self, action):
+        return (self._shown(), self.reward, False, False, {}) if self.given_step is None else self.given_step
+
+    def _shown(self):
+        return np.zeros(self.observation_space.shape, np.float32) if self.observation is None else self.observation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"space": spaces.Discrete(5, start=1), "observation": 0},
+            "found the observation 0; expected a number from 1 to 5",
+        ),
+        ({"space": spaces.Discrete(5), "observation": np.array([3])}, r"of shape \(1,\) .*expected shape \(\) "),
+        ({"space": spaces.Discrete(5), "observation": 1.0}, "type float64; expected shape .* and type int64"),
+        (
+            {"space": spaces.Box(0, 1, (3,)), "observation": np.zeros(5)},
+            r"of shape \(5,\) and type float64; expected shape \(3,\)",
+        ),
+        (
+            {"space": spaces.Box(0, 255, (4, 4), np.uint8), "observation": np.zeros((4, 4))},
+            "type float64; expected shape .* and type uint8, as its observation space says",
+        ),
+        ({"reset": np.zeros(1)}, r"Wrong.reset: found array\(\[0\.\]\); expected \(observation, info\)"),
+        ({"step": (np.zeros(1), 1.0, False, {})}, r"Wrong.step: found .*expected \(observation, reward, terminated,"),
+        ({"reward": [1.0, 2.0]}, r"Wrong.step: found a reward of \[1.0, 2.0\]; expected a number"),
+    ],
+)
+def test_what_does_not_fit_its_space_is_refused(arguments, message):
+    env = GymnasiumEnvs([Wrong(**arguments) for _ in range(2)], seed=0)
+    with pytest.raises(ValueError, match=message) as error:
+        env.reset()
+        env.step(zeros(env))
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_another_width_are_taken():
+    for space, observation in (
+        (spaces.Box(0, 1, (3,), np.float32), np.zeros(3)),
+        (spaces.Box(0, 1, (3,), np.float32), [0, 1, 0]),
+        (spaces.Discrete(5), np.int32(3)),
+        (spaces.MultiDiscrete([2, 2]), np.zeros(2, np.int32)),
+    ):
+        env = GymnasiumEnvs([Wrong(space, observation)], seed=0)
+        assert env.step(zeros(env) if env.reset() else None).observation.dtype == torch.float32
+
+
+def test_environments_of_gym_are_refused():
+    class Old(Counter):
+        def reset(self):
+            return np.zeros(1)
+
+    with pytest.raises(ValueError, match=r"Old.reset: found no argument seed; expected reset\(self, \*, seed=None"):
+        gymnasium_vector(Old, 2, seed=0)
+
+    class Spaceless(gymnasium.Env):
+        action_space = spaces.Discrete(2)
+
+    with pytest.raises(ValueError, match="Spaceless: found no observation_space"):
+        gymnasium_vector(Spaceless, 2, seed=0)
+
+
+def test_a_context_that_changes_its_length_is_refused():
+    lengths = iter([1, 1, 1, 2, 1])
+    env = GymnasiumEnvs([Counter(), Counter()], seed=0, context=lambda env: np.zeros(next(lengths)))
+    env.reset()
+    with pytest.raises(ValueError, match="context: found 2 numbers; expected 1, as it first gave"):
+        env.step(zeros(env))
+
+
+def test_a_context_leaves_the_random_stream_of_dm_environments_alone():
+    plain, told = (
+        DmEnvs(Catch, num_envs=2, seed=0, context=context) for context in (None, lambda env: np.array([env._ball]))
+    )
+    for _ in range(5):
+        assert torch.equal(plain.reset().observation, told.reset().observation)
+
+
+def test_dm_environments_with_other_actions_are_refused():
+    class Later(Catch):
+        def action_spec(self):
+            return specs.BoundedArray((), np.int32, 7, 9)
+
+    with pytest.raises(ValueError, match="expected equal specs"):
+        DmEnvs([Catch(), Later()])
+
+
 def test_a_same_step_vector_without_final_observations_is_refused_where_one_is_needed():
     class Forgetful(gymnasium.vector.VectorWrapper):
         def step(self, actions):

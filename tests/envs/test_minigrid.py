@@ -1,5 +1,5 @@
 import gymnasium
-import minigrid  # noqa: F401  registers its ids
+import minigrid.wrappers  # registers its ids
 import numpy as np
 import pytest
 import torch
@@ -129,3 +129,39 @@ def test_context_tells_where_the_agent_is_and_what_it_carries():
     assert np.array_equal(before[:75], after[:75])
     assert before[-2:].tolist() == [-1, -1] and after[75:81].tolist() == [1, -1, 0, 0, 1, 0]
     assert after[-2] == pytest.approx(2 * 5 / 10 - 1)  # a key is object 5 of 0 to 10
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["RGBImgPartialObsWrapper", "RGBImgObsWrapper", "OneHotPartialObsWrapper", "FullyObsWrapper", "SymbolicObsWrapper"],
+)
+def test_images_that_are_no_symbolic_view_are_refused(name):
+    wrapper = getattr(minigrid.wrappers, name)
+
+    def wrapped():
+        return wrapper(gymnasium.make("MiniGrid-MemoryS7-v0", disable_env_checker=True))
+
+    with pytest.raises(ValueError, match=f"the image of MemoryEnv is what {name} makes of it"):
+        gymnasium_vector(wrapped, 2, seed=0)
+
+
+def test_pixels_of_minigrid_are_an_image_as_any_other():
+    def pixels():
+        env = gymnasium.make("MiniGrid-MemoryS7-v0", disable_env_checker=True)
+        return minigrid.wrappers.ImgObsWrapper(minigrid.wrappers.RGBImgPartialObsWrapper(env))
+
+    env = gymnasium_vector(pixels, 2, seed=0)
+    assert env.spec.observation_shape == (3, 56, 56) and env.spec.observation_scale == 255
+
+
+def test_numbers_that_are_none_of_the_encoding_are_refused():
+    view = np.zeros((1, 7, 7, 3), np.uint8)
+    view[0, 2, 3] = 11, 0, 0
+    with pytest.raises(ValueError, match=r"found up to \[11, 0, 0\] .*expected less than \[11, 6, 3\]"):
+        minigrid_view(view)
+
+
+def test_missions_that_differ_are_refused_unless_they_are_to_be_ignored():
+    with pytest.raises(ValueError, match="the mission of BabyAI-GoToObj-v0 differs between episodes"):
+        gymnasium_vector("BabyAI-GoToObj-v0", 2, seed=0)
+    assert gymnasium_vector("BabyAI-GoToObj-v0", 2, seed=0, ignore_mission=True)

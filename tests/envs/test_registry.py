@@ -2,6 +2,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,8 +111,21 @@ THEIRS = """
         return Dm(seed, speed)
 
 
-    def any_dm(**kwargs):
+    def any_dm(seed=0, **kwargs):
+        return Dm(seed, **kwargs)
+
+
+    def unseeded_dm(**kwargs):
         return Dm(0, **kwargs)
+
+
+    class NeedsSeed(Gym):
+        def __init__(self, seed):
+            super().__init__()
+
+
+    def needs_device(device):
+        return Gym()
 
 
     class Ours:
@@ -408,8 +422,52 @@ def test_a_value_that_an_environment_cannot_take_is_named(env_id, arguments, mes
 
 @pytest.mark.parametrize("env_id", ["PassiveTMaze", "ALE/Pong-v5", "CartPole-v1"])
 def test_at_least_one_environment(env_id):
-    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
-        make(env_id, num_envs=0, seed=0)
+    for number in (0, "4", 2.0):
+        with pytest.raises(
+            ArgumentError, match=f"^num_envs: found {number!r}; allowed an integer of at least 1; say how many$"
+        ):
+            make(env_id, num_envs=number, seed=0)
+    with pytest.raises(ArgumentError, match=r"^seed: found None; allowed an integer of at least 0; choose one$"):
+        make(env_id, num_envs=1, seed=None)
+    env = make(env_id, num_envs=np.int64(2), seed=np.int64(3))
+    assert env.num_envs == 2
+    env.close()
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(("name", "argument"), [("NeedsSeed", "seed"), ("needs_device", "device")])
+def test_what_nobody_gives_to_a_gymnasium_environment_is_named(name, argument):
+    with pytest.raises(ArgumentError, match=f"^{argument}: found an argument of their_envs:{name} that has no default"):
+        make(f"their_envs:{name}", num_envs=2, seed=0)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_dm_environments_that_cannot_be_seeded_are_told_of():
+    with pytest.warns(UserWarning, match="their_envs:unseeded_dm has no argument of the name seed"):
+        make("their_envs:unseeded_dm", num_envs=2, seed=0)
+    make("their_envs:unseeded_dm", num_envs=1, seed=0)  # nothing to be alike
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("name", ["Gym", "one"])
+def test_a_time_limit_for_what_a_module_makes(name):
+    env = make(f"their_envs:{name}", num_envs=2, seed=0, max_episode_steps=3)
+    env.reset()
+    steps = [env.step(torch.zeros(2, dtype=torch.int64)) for _ in range(4)]
+    assert [bool(step.last.all()) for step in steps] == [False, False, True, False]
+    assert all((step.discount == 1).all() for step in steps)
+    with pytest.raises(ArgumentError, match=r"^max_episode_steps: found 0; allowed an integer of at least 1, or None"):
+        make(f"their_envs:{name}", num_envs=2, seed=0, max_episode_steps=0)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_other_processes_find_what_a_module_registers():
+    env = make("their_envs:Theirs-v0", num_envs=1, seed=0, vectorization="async", speed=2.5)
+    try:
+        env.reset()
+        assert env.step(torch.tensor([0])).reward.tolist() == [2.5]
+    finally:
+        env.close()
 
 
 @pytest.mark.parametrize(
