@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dni_rl.cores.base import State, UnrolledState
+from dni_rl.cores.base import State, UnrolledState, are_counts
 from dni_rl.critics import ErrorCritic
 from dni_rl.precision import refuse_half
 from dni_rl.statistics import update_running_mean
@@ -47,6 +47,10 @@ def later_synthetic_gradients(
     Raises:
         ValueError: if there are not at least two windows, the batch is none of them, or `alive` has another shape.
     """
+    if not isinstance(end, UnrolledState):
+        raise ValueError(
+            f"end: found a plain {type(end).__name__}, without the window's history; pass the state that `core.unroll` returned as it is"
+        )
     T, N = end.history.valid.shape
     if num_windows < 2 or N % num_windows:
         raise ValueError(
@@ -117,10 +121,13 @@ class AuxiliaryTask(nn.Module):
         statistics_decay: float = 0.99,
     ):
         super().__init__()
-        if not state_sizes or any(size < 1 for size in (output_size, *state_sizes, *hidden_sizes)):
+        lists = state_sizes, hidden_sizes
+        if not all(isinstance(sizes, Sequence) for sizes in lists) or not are_counts(
+            output_size, len(state_sizes), *state_sizes, *hidden_sizes
+        ):
             raise ValueError(
                 "output_size, state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got "
-                f"{output_size}, {tuple(state_sizes)}, {tuple(hidden_sizes)}"
+                f"{output_size}, {state_sizes}, {hidden_sizes}"
             )
         if not cost >= 0.0:
             raise ValueError(f"cost: found {cost}, allowed 0 or more")

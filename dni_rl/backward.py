@@ -89,6 +89,10 @@ def in_own_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[
 
     @wraps(function)
     def plainly(losses: Tensor, *arguments: P.args, **settings: P.kwargs) -> R:
+        if not isinstance(losses, Tensor):
+            raise ValueError(
+                f"losses: found {type(losses).__name__}, allowed a tensor [T, B], one loss per step and sequence"
+            )
         as_written = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
         with out_of_autocast(losses.device):
             return as_written(losses, *arguments, **settings)
@@ -412,6 +416,9 @@ def check_window(
         )
     if not losses.requires_grad:
         raise RuntimeError("losses: no gradient flows from them; were they computed under torch.no_grad()?")
+    for name, state in (("start", start), ("end", end)):
+        if not isinstance(state, (tuple, list)) or not all(isinstance(s, Tensor) for s in state):
+            raise ValueError(f"{name}: found {type(state).__name__}, allowed a state, a tuple of tensors [B, ...]")
     if [s.shape for s in start] != [s.shape for s in end]:
         raise ValueError(
             f"start, end: expected equal shapes, got {[tuple(s.shape) for s in start]} and {[tuple(s.shape) for s in end]}"
@@ -423,14 +430,14 @@ def check_window(
             "start: expected the leaves that `dni_rl.cut(state)` returned before the window was unrolled"
         )
     check_alive(alive, T, B)
+    if critic is None:
+        return T, B
     history = end.history if isinstance(end, UnrolledState) else None
     if history is not None and history.valid.shape != (T, B):
         raise ValueError(
-            f"losses: found [T, B] = ({T}, {B}), allowed {tuple(history.valid.shape)}, the window that `end` was unrolled over; pass one "
-            "loss for each of its steps and sequences, 0 where there is none"
+            f"losses: found [T, B] = ({T}, {B}), allowed {tuple(history.valid.shape)}, the window that `end` was unrolled over; unroll all "
+            "of a window's steps in one call, and pass one loss for each of its steps and sequences, 0 where there is none"
         )
-    if critic is None:
-        return T, B
     if not hasattr(critic, "target_rms"):  # and not by its type, which torch.compile changes
         raise ValueError(
             f"critic: found {type(critic).__name__}, allowed one error critic for the whole state, or None"
@@ -446,6 +453,10 @@ def check_window(
     check_precision(critic.target_rms.dtype, reduce(torch.promote_types, (s.dtype for s in end)))
     shapes = getattr(critic, "state_shapes", tuple((size,) for size in critic.state_sizes))
     of_core = tuple(tuple(s.shape[1:]) for s in start)
+    if of_core == shapes[:-1] and hasattr(critic, "watch"):
+        raise ValueError(
+            f"critic: found a {type(critic).__name__} whose memory is not in the state; unroll `critic.watch(core)` in place of the core"
+        )
     if of_core != shapes:
         raise ValueError(
             f"critic: found one for states [B, ...] of {shapes}, allowed {of_core} as the core's; build it with core.state_sizes, flatten "

@@ -23,13 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from numbers import Integral
 from typing import Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from dni_rl.cores.base import State, evenly_spaced_steps, select_steps
+from dni_rl.cores.base import State, are_counts, evenly_spaced_steps, select_steps
 from dni_rl.precision import HALF_PRECISION, check_precision, out_of_autocast
 from dni_rl.statistics import update_running_mean
 from dni_rl.targets import lambda_targets
@@ -249,8 +248,9 @@ def check_sizes(state_sizes: Sequence[int], hidden_sizes: Sequence[int]) -> None
     """Refuses what is not positive widths, in one line."""
     if (
         not isinstance(state_sizes, Sequence)
+        or not isinstance(hidden_sizes, Sequence)
         or not state_sizes
-        or any(not isinstance(size, Integral) or size < 1 for size in (*state_sizes, *hidden_sizes))
+        or not are_counts(*state_sizes, *hidden_sizes)
     ):
         raise ValueError(
             f"state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got {state_sizes}, {hidden_sizes}; "
@@ -330,7 +330,7 @@ class ErrorCritic(nn.Module, ABC):
         yardstick_interval: int = 8,
     ):
         super().__init__()
-        if context_size < 0:
+        if context_size != 0 and not are_counts(context_size):
             raise ValueError(f"context_size: found {context_size}, allowed 0 (no context) or more")
         if normalize_context and not context_size:
             raise ValueError(
@@ -809,11 +809,12 @@ class ConvGradientCritic(GradientRegression):
         if (
             not shapes
             or any(len(shape) != 3 or min(shape) < 1 or shape[1:] != shapes[0][1:] for shape in shapes)
-            or any(channels < 1 for channels in hidden_channels)
+            or not isinstance(hidden_channels, Sequence)
+            or not are_counts(*hidden_channels)
         ):
             raise ValueError(
                 "state_shapes, hidden_channels: expected at least one (C, Y, X), Y and X alike in all, and positive integers, got "
-                f"{shapes}, {tuple(hidden_channels)}"
+                f"{shapes}, {hidden_channels}"
             )
         super().__init__(state_sizes=[math.prod(shape) for shape in shapes], **settings)
         self.state_shapes = shapes

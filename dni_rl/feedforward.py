@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dni_rl.cores.base import State
 from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
+from dni_rl.precision import out_of_autocast
 from dni_rl.targets import check_weight, per_sequence, scaled_weight
 
 
@@ -258,7 +259,8 @@ class DecoupledPass:
                 (synthetic,) = critic.synthetic_gradient((crossing.state,), crossing.context)
                 # retained, since other paths may lead from the part below to a later loss; it lives no longer than h does
                 # the weight first: half precision may lose the gradient before its scale is in it
-                torch.autograd.backward([h], [(synthetic * weight).to(h.dtype)], retain_graph=True)
+                with out_of_autocast(h.device):
+                    torch.autograd.backward([h], [(synthetic * weight).to(h.dtype)], retain_graph=True)
                 parameter = _nearest_parameter(h)
                 if parameter is not None:
                     crossing.sent = self._sent[parameter] = self._sent.get(parameter) or _Sent(parameter)
@@ -284,7 +286,8 @@ def _fit(interface: Interface, crossed: Sequence[_Crossing], scaler: torch.amp.G
     contexts = [c.context for c in crossed if c.context is not None]
     fit = interface.critic.fit((states,), (targets,), torch.cat(contexts) if contexts else None)
     if fit.loss.requires_grad:  # not if the critic is frozen
-        (fit.loss if scaler is None else scaler.scale(fit.loss)).backward()
+        with out_of_autocast(states.device):
+            (fit.loss if scaler is None else scaler.scale(fit.loss)).backward()
     return fit
 
 
@@ -613,7 +616,8 @@ class DecoupledSequential(nn.Module):
             if optimizer is not None:
                 optimizer.zero_grad()
         if losses.requires_grad:
-            torch.autograd.backward([losses], [torch.full_like(losses, weight)])
+            with out_of_autocast(losses.device):
+                torch.autograd.backward([losses], [torch.full_like(losses, weight)])
         return [_step_if_reached(optimizer) for optimizer in self._optimizers]
 
     def _learn(self, i: int, activation: _Activation, losses: Tensor | None, weight: float) -> bool:
@@ -626,7 +630,8 @@ class DecoupledSequential(nn.Module):
             output, answer = losses, torch.ones_like(losses)
         if answer is None or not output.requires_grad:
             return False
-        torch.autograd.backward([output], [(answer * weight).to(output.dtype)])
+        with out_of_autocast(output.device):
+            torch.autograd.backward([output], [(answer * weight).to(output.dtype)])
         return _step_if_reached(optimizer)
 
     def _fit_critic(self, i: int, state: Tensor, target: Tensor, context: Tensor | None) -> CriticFit | None:
@@ -709,5 +714,6 @@ def _step(optimizer: torch.optim.Optimizer | None, loss: Tensor) -> None:
     if optimizer is None or not loss.requires_grad:
         return
     optimizer.zero_grad()
-    loss.backward()
+    with out_of_autocast(loss.device):
+        loss.backward()
     optimizer.step()

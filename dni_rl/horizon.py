@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dni_rl.cores.base import Core, State, UnrolledState
+from dni_rl.cores.base import Core, State, UnrolledState, are_counts
 from dni_rl.cores.timescales import Bootstrap, LevelledState
 from dni_rl.targets import before_each_step, keeping_graph
 
@@ -498,8 +498,10 @@ def _check(
     margin: int,
 ) -> int:
     T = len(inputs)
-    if window is not None and window < 1:
-        raise ValueError(f"window: found {window}, allowed 1 or more steps, or None for full BPTT")
+    if T == 0:
+        raise ValueError(f"inputs: found {tuple(inputs.shape)}, allowed [T, B, D] with T >= 1")
+    if window is not None and not are_counts(window):
+        raise ValueError(f"window: found {window}, allowed an integer of 1 or more steps, or None for full BPTT")
     if critic is not None and window is None:
         raise ValueError("critic: it is used at cuts; give window=, the steps between them")
     if context is not None and context.shape[:2] != (T + 1, inputs.shape[1]):

@@ -14,7 +14,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from dni_rl.cores.base import Core, State, UnrolledState
+from dni_rl.cores.base import Core, State, UnrolledState, are_counts
 from dni_rl.critics import (
     CriticFit,
     CriticSettings,
@@ -86,8 +86,10 @@ class RecurrentGradientCritic(GradientRegression):
         **settings: Unpack[CriticSettings],
     ):
         check_sizes(state_sizes, hidden_sizes)
-        if memory_size < 1:
-            raise ValueError(f"memory_size: found {memory_size}, allowed 1 or more; without memory use GradientCritic")
+        if not are_counts(memory_size):
+            raise ValueError(
+                f"memory_size: found {memory_size}, allowed an integer of 1 or more; without memory use GradientCritic"
+            )
         if settings.get("targets_per_window") is not None:
             raise ValueError(
                 f"targets_per_window: found {settings['targets_per_window']}, allowed None; the memory reads every step of the window"

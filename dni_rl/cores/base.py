@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from typing import Self
 
 import torch
@@ -139,6 +140,11 @@ class StateHistory:
                 self._recorded_states[index], dtype=None if gradient is None else gradient.dtype
             )
         buffer[step] = 0.0 if gradient is None else gradient
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a gradient was recorded that `clear` has not forgotten."""
+        return bool(self._gradients)
 
     def clear(self) -> None:
         """Forgets recorded gradients, so that a second backward pass cannot be mistaken for the first."""
@@ -273,6 +279,11 @@ def evenly_spaced_steps(num_steps: int, wanted: int | None) -> tuple[int, ...]:
 def select_steps(values: Tensor, steps: Sequence[int]) -> Tensor:
     """[R, ...] of values [T, ...] at R steps. An index made of a list would be copied to the device, and the host wait for it."""
     return torch.stack([values[step] for step in steps])
+
+
+def are_counts(*values: object) -> bool:
+    """Whether all of them are integers of at least 1."""
+    return all(isinstance(value, Integral) and int(value) >= 1 for value in values)
 
 
 def check_chrono_max(chrono_max: float) -> None:

@@ -17,6 +17,7 @@ from dni_rl.cores.base import (
     State,
     StateHistory,
     UnrolledState,
+    are_counts,
     check_chrono_max,
     chrono_bias_,
     clear_state,
@@ -167,7 +168,10 @@ class _FusedLSTMLayer(torch.autograd.Function):
         ]
         with torch.set_grad_enabled(any(learns)):
             outputs, last_h, last_c = _fused_lstm(leaves, first, timetable)
-        ctx.leaves, ctx.results, ctx.recorder = leaves, (outputs, last_h, last_c), recorder
+        # saved, and not kept as attributes: these would hold the kernel's graph, all of its activations, until the last of the window's
+        # tensors is gone, where what is saved is freed by the backward pass
+        ctx.save_for_backward(*leaves, outputs, last_h, last_c)
+        ctx.recorder = recorder
         recorder.inside = _Recall(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, first, outputs)
         return outputs.detach(), last_h.detach(), last_c.detach()
 
@@ -177,16 +181,20 @@ class _FusedLSTMLayer(torch.autograd.Function):
             raise RuntimeError(_FIRST_DERIVATIVES_ONLY)
         recorder, learns = ctx.recorder, ctx.needs_input_grad[:7]
         if recorder.history is None or not recorder.history.watches:
-            wanted = [leaf for leaf, needed in zip(ctx.leaves, learns, strict=True) if needed]
-            found = iter(torch.autograd.grad(ctx.results, wanted, (d_outputs, d_h, d_c), retain_graph=True))
+            *leaves, outputs, last_h, last_c = ctx.saved_tensors
+            wanted = [leaf for leaf, needed in zip(leaves, learns, strict=True) if needed]
+            results = outputs, last_h, last_c
+            found = iter(torch.autograd.grad(results, wanted, (d_outputs, d_h, d_c), retain_graph=True))
             return *(next(found) if needed else None for needed in learns), None, None, None
-        x, _, _, weight_ih, weight_hh, _, _ = ctx.leaves
         recall = recorder.inside
         gates, h_prev, c_prev, tanh_c = recall()
         recall.check("inputs", "parameters", "first")  # used once more below, whenever the inside was computed
+        x, _, _, weight_ih, weight_hh, *_ = ctx.saved_tensors
         d_gates, d_h, d_c = _backward_recursion(
             gates, c_prev, tanh_c, weight_hh, recall.resets, d_outputs, d_h, d_c, recorder
         )
+        if not recorder.history.mixes:  # after which a second pass follows
+            recall.forget_gates()
         rows = d_gates.flatten(0, 1)
         d_bias = rows.sum(0) if learns[5] or learns[6] else None
         gradients = (
@@ -312,6 +320,7 @@ class _Recall:
         self.resets = None if first is None else first.detach().unsqueeze(-1)
         self.versions = self._versions()
         self._inside: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._states: tuple[Tensor, Tensor] | None = None
 
     def _versions(self) -> dict[str, list[int]]:
         """How often the tensors that it reads were written to in place; they share their memory with the caller's."""
@@ -364,10 +373,18 @@ class _Recall:
         self._inside = gates, h_prev, c_prev, c_all.tanh_()
         return self._inside
 
+    def states(self) -> tuple[Tensor, Tensor]:
+        """h and c before every step, [T, B, H] each."""
+        return self()[1:3] if self._states is None else self._states
+
+    def forget_gates(self) -> None:
+        """Keeps of the inside what `states` gives, two sevenths of it."""
+        self._inside, self._states = None, self.states()
+
 
 def _states_before(insides: "Sequence[tuple[Tensor, Tensor] | _Recall]") -> State:
     """h and c of every layer before every step, [T, B, H] each."""
-    return tuple(s for inside in insides for s in (inside()[1:3] if isinstance(inside, _Recall) else inside))
+    return tuple(s for inside in insides for s in (inside.states() if isinstance(inside, _Recall) else inside))
 
 
 class _LayerRecorder:
@@ -690,6 +707,11 @@ _STEPS: dict[Any, Callable[[nn.Module, Tensor, State], tuple[Tensor, State]]] = 
 }
 
 
+def _listed(sizes: object) -> Sequence[Any]:
+    """What is no list has no sizes."""
+    return sizes if isinstance(sizes, Sequence) else ()
+
+
 def wrap(
     module: nn.Module,
     *,
@@ -736,7 +758,11 @@ def wrap(
             f"module: {type(module).__name__} is none of nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell; for a module of your own "
             "that maps (x, state) to (output, next_state), pass state_sizes=, input_size= and output_size="
         )
-    shapes = [size if isinstance(size, (tuple, list)) else (size,) for size in state_sizes]
-    if not shapes or not all(shape and all(isinstance(n, int) and n > 0 for n in shape) for shape in shapes):
-        raise ValueError(f"state_sizes: expected positive integers, or tuples of them, got {tuple(state_sizes)}")
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"module: found {type(module).__name__}, allowed a torch.nn.Module, whose parameters are found; make it one"
+        )
+    shapes = [size if isinstance(size, (tuple, list)) else (size,) for size in _listed(state_sizes)]
+    if not shapes or not all(shape and are_counts(*shape) for shape in shapes):
+        raise ValueError(f"state_sizes: expected positive integers, or tuples of them, got {state_sizes}")
     return CellCore(module, state_sizes=state_sizes, input_size=input_size, output_size=output_size)

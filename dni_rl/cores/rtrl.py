@@ -107,6 +107,10 @@ class ElementwiseLSTM(Core):
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step; see `Core.forward`."""
         self.check_step(x)
+        if len(state[0]) != len(x):  # it would be broadcast
+            raise ValueError(
+                f"state: expected {len(x)} sequences as in x, got {len(state[0])}; use initial_state({len(x)})"
+            )
         return self._step(F.linear(x, self.weight_ih, self.bias), state)
 
     def unroll(self, inputs: Tensor, state: State, first: Tensor | None = None) -> tuple[Tensor, State]:

@@ -12,9 +12,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, chrono_bias_, unroll_stepwise
+from dni_rl.cores.base import Core, State, StateHistory, UnrolledState, are_counts, chrono_bias_, unroll_stepwise
 from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
-from dni_rl.precision import out_of_half
+from dni_rl.precision import out_of_autocast, out_of_half
 from dni_rl.targets import before_each_step, check_weight, per_sequence, scaled_weight
 
 
@@ -87,17 +87,19 @@ class MultiTimescaleCore(Core):
         chrono_max: float | Sequence[float] | None = None,
     ):
         super().__init__()
-        if input_size < 1 or not hidden_sizes or any(size < 1 for size in hidden_sizes):
-            raise ValueError(
-                f"input_size, hidden_sizes: expected positive integers, got {input_size}, {tuple(hidden_sizes)}"
-            )
-        is_ladder = periods[:1] in ((1,), [1]) and all(
-            above > below and above % below == 0 for below, above in pairwise(periods)
+        if not isinstance(hidden_sizes, Sequence) or not hidden_sizes or not are_counts(input_size, *hidden_sizes):
+            raise ValueError(f"input_size, hidden_sizes: expected positive integers, got {input_size}, {hidden_sizes}")
+        is_ladder = (
+            isinstance(periods, Sequence)
+            and len(periods) == len(hidden_sizes)
+            and are_counts(*periods)
+            and periods[0] == 1
+            and all(above > below and above % below == 0 for below, above in pairwise(periods))
         )
-        if len(periods) != len(hidden_sizes) or not is_ladder:
+        if not is_ladder:
             raise ValueError(
                 f"periods: expected one for each of {len(hidden_sizes)} levels: 1, then rising multiples of the one "
-                f"below, such as (1, 8); got {tuple(periods)}"
+                f"below, such as (1, 8); got {periods}"
             )
         if message not in ("last", "mean"):
             raise ValueError(f"message: found {message!r}, allowed 'last' or 'mean'")
@@ -323,12 +325,18 @@ def fit_interfaces(
         Each critic's fit.
 
     Raises:
+        RuntimeError: if no gradient is there: before `dni_rl.backward`, or in a second call.
         ValueError: if the window was not unrolled with as many interface critics, or the weight is not one positive number.
     """
     check_weight(weight)
     interfaces = getattr(end, "interfaces", ())  # which the state that plain `unroll` returns does not have
     if len(interfaces) != len(critics):
         raise ValueError(f"critics: expected those of the window's {len(interfaces)} interfaces, got {len(critics)}")
+    if any(not history.arrived and history.valid.any() for history in interfaces):
+        raise RuntimeError(
+            "fit_interfaces: found no gradient at the messages of this window, allowed one call for each window, after "
+            "`dni_rl.backward`; without it critics would be taught 0"
+        )
     fits = []
     for history, critic in zip(interfaces, critics, strict=True):
         arrived = history.gradients[0].flatten(0, 1)
@@ -337,7 +345,8 @@ def fit_interfaces(
             (history.states[0].flatten(0, 1),), per_sequence((arrived,), divisor), None, history.valid.flatten()
         )
         if fit.loss.requires_grad:  # not if the critic is frozen
-            (fit.loss if scaler is None else scaler.scale(fit.loss)).backward()
+            with out_of_autocast(arrived.device):
+                (fit.loss if scaler is None else scaler.scale(fit.loss)).backward()
         history.clear()
         fits.append(fit)
     return fits
@@ -349,4 +358,6 @@ def _history(messages: list[Tensor], heard: list[Tensor]) -> StateHistory:
     for t, message in enumerate(messages):
         if message.requires_grad:
             message.register_hook(lambda gradient, t=t: history.record_step(0, t, gradient))
+    if not any(message.requires_grad for message in messages):  # of a frozen level
+        history.record(0, torch.zeros_like(history.states[0]))
     return history

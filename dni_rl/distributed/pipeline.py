@@ -198,8 +198,8 @@ def train_pipeline(
 ) -> list[StageReport] | None:
     """Trains a net with each layer in its own process; layer i is that of rank i. Called by every process with the same arguments.
 
-    With `max_staleness=0` it does what `net.update` does in one process, number for number, in mode "decoupled" as in
-    mode "locked"; only that in mode "decoupled" the layers work on different batches at the same time: a layer may
+    With `max_staleness=0` it does what `net.update` does in one process, number for number in mode "decoupled", and up to
+    rounding in mode "locked"; only that in mode "decoupled" the layers work on different batches at the same time: a layer may
     take up the next batch as soon as the layer above it has sent back the gradient of the last one, and never waits
     for those further up.
 
@@ -263,6 +263,8 @@ def train_pipeline(
 def _checked(batches: Iterable[Batch], net: DecoupledSequential) -> Iterator[Batch]:
     critics = [critic for critic, there in zip(net.critics, net._has_critic, strict=True) if there]
     for batch in batches:
+        if not len(batch[0]):
+            raise ValueError("batches: found one of no examples; allowed at least one; leave out what is empty")
         if batch[1] is not None:
             _check_context_is_taken(critics)
         yield batch

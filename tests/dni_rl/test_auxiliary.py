@@ -172,6 +172,8 @@ def test_errors():
         dni_rl.later_synthetic_gradients(critic, end, 1)
     with pytest.raises(ValueError, match="num_windows: found 4 for a batch of 6"):
         dni_rl.later_synthetic_gradients(critic, end, 4)
+    with pytest.raises(ValueError, match="end: found a plain tuple, without the window's history"):
+        dni_rl.later_synthetic_gradients(critic, tuple(end), 2)
     auxiliary = dni_rl.AuxiliaryTask(output_size=4, state_sizes=core.state_sizes).double()
     with pytest.raises(ValueError, match=r"target: expected shapes \[\(3, 6, 4\), \(3, 6, 4\)\], got \[\(3, 6, 4\)\]"):
         auxiliary(outputs, (torch.zeros(3, 6, 4),))
@@ -187,3 +189,5 @@ def test_errors():
         dni_rl.AuxiliaryTask(output_size=4, state_sizes=(4,), statistics_decay=1.0)
     with pytest.raises(ValueError, match="output_size, state_sizes, hidden_sizes: expected positive integers"):
         dni_rl.AuxiliaryTask(output_size=0, state_sizes=(4,))
+    with pytest.raises(ValueError, match="expected positive integers and at least one state tensor, got 4, 5, "):
+        dni_rl.AuxiliaryTask(output_size=4, state_sizes=5)

@@ -1405,8 +1405,8 @@ WRONG_CALLS = {
     "losses of a part of the window": (
         lambda w: {"losses": w["losses"][-1:], "context": torch.zeros(2, 3, 2)},
         ValueError,
-        "losses: found [T, B] = (1, 3), allowed (5, 3), the window that `end` was unrolled over; pass one loss for each of its steps "
-        "and sequences, 0 where there is none",
+        "losses: found [T, B] = (1, 3), allowed (5, 3), the window that `end` was unrolled over; unroll all of a window's steps in "
+        "one call, and pass one loss for each of its steps and sequences, 0 where there is none",
     ),
     "alive": (
         lambda w: {"alive": torch.ones(5, 3)},
@@ -1551,3 +1551,35 @@ def test_a_window_cannot_be_used_twice():
     dni_rl.backward(losses, start=start, end=end, critic=make_critic(model))
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         dni_rl.backward(losses, start=start, end=end, critic=make_critic(model))
+
+
+def test_steps_unrolled_one_by_one_need_no_history_where_nothing_is_learned_from_it():
+    core = dni_rl.wrap(nn.LSTM(3, 5))
+    inputs = torch.randn(5, 4, 3)
+    found = []
+    for one_by_one in (False, True):
+        core.zero_grad()
+        start = state = dni_rl.cut(core.initial_state(4))
+        pieces = inputs.split(1) if one_by_one else (inputs,)
+        outputs = []
+        for piece in pieces:
+            output, state = core.unroll(piece, state)
+            outputs.append(output)
+        dni_rl.backward(torch.cat(outputs).square().sum(-1), start=start, end=state)
+        found.append([p.grad.clone() for p in core.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"losses": 1.0}, "losses: found float, allowed a tensor"),
+        ({"end": None}, "end: found NoneType, allowed a state"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(arguments, message):
+    core = dni_rl.wrap(nn.LSTM(3, 5))
+    start = dni_rl.cut(core.initial_state(4))
+    outputs, end = core.unroll(torch.randn(5, 4, 3), start)
+    with pytest.raises(ValueError, match=message):
+        dni_rl.backward(**{"losses": outputs.square().sum(-1), "start": start, "end": end, **arguments})

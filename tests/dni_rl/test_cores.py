@@ -736,3 +736,16 @@ def test_a_state_of_half_precision_starts_a_window(first):
     torch.testing.assert_close(outputs, expected)
     outputs.sum().backward()
     assert all(s.grad.dtype == torch.bfloat16 and s.grad.any() for s in half)
+
+
+@pytest.mark.parametrize(
+    ("module", "state_sizes", "message"),
+    [
+        (nn.Linear(3, 3), 3, "state_sizes: expected positive integers"),
+        (nn.Linear(3, 3), (3.0,), "state_sizes: expected positive integers"),
+        (lambda x, state: (x, state), (3,), "module: found function, allowed a torch.nn.Module"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(module, state_sizes, message):
+    with pytest.raises(ValueError, match=message):
+        dni_rl.wrap(module, state_sizes=state_sizes, input_size=3, output_size=3)

@@ -863,6 +863,7 @@ def refuses(message, function, *arguments, **settings):
     ("settings", "message"),
     [
         ({"context_size": -1}, "context_size: found -1, allowed 0 (no context) or more"),
+        ({"context_size": 2.0}, "context_size: found 2.0, allowed 0 (no context) or more"),
         ({"gradient_discount": 1.5}, "gradient_discount: found 1.5, allowed 0 to 1"),
         ({"gradient_discount": -0.5}, "gradient_discount: found -0.5, allowed 0 to 1"),
         ({"gradient_discount": math.nan}, "gradient_discount: found nan, allowed 0 to 1"),
@@ -889,7 +890,7 @@ def test_settings_out_of_range_are_refused(name, settings, message):
 
 
 @pytest.mark.parametrize(
-    ("state_sizes", "hidden_sizes"), [((), ()), ((3, 0), ()), ((3,), (4, 0)), (3, ()), (((3, 2, 2),), ())]
+    ("state_sizes", "hidden_sizes"), [((), ()), ((3, 0), ()), ((3,), (4, 0)), ((3,), 4), (3, ()), (((3, 2, 2),), ())]
 )
 def test_sizes_out_of_range_are_refused(state_sizes, hidden_sizes):
     message = "state_sizes, hidden_sizes: expected positive integers and at least one state tensor, got "

@@ -395,6 +395,17 @@ def test_a_context_that_no_critic_takes_is_refused_as_in_one_process():
         in_one_process(make_net(), context_size=2)
 
 
+def with_a_batch_of_nothing():
+    with connect(timeout_sec=20) as processes:
+        batches = [tuple(None if part is None else part[:0] for part in batch) for batch in make_batches()]
+        train_pipeline(make_net(), processes, batches, losses_of)
+
+
+def test_a_batch_of_nothing_is_refused_as_in_one_process():
+    with pytest.raises(ProcessError, match="batches: found one of no examples; allowed at least one"):
+        launch(with_a_batch_of_nothing, 3, timeout_sec=40)
+
+
 def idle_for_longer_than_pytorch_waits():
     default = dist.distributed_c10d.default_pg_timeout
     dist.distributed_c10d.default_pg_timeout = timedelta(seconds=1)

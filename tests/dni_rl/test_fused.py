@@ -45,6 +45,31 @@ def case(resets, layers=1, bias=True):
     return core, inputs, state, first
 
 
+@pytest.mark.parametrize("watch", [True, False])
+def test_nothing_of_the_kernel_is_kept_after_the_backward_pass(watch, monkeypatch):
+    """The tensors that a loop still names, until it unrolls the next window, must not hold this one's activations."""
+    kept, real = [], gated._fused_lstm
+
+    def noted(*arguments):
+        results = real(*arguments)
+        kept.extend(weakref.ref(result) for result in results)
+        return results
+
+    monkeypatch.setattr(gated, "_fused_lstm", noted)
+    core, inputs, state, _ = case([(7, 0)])
+    outputs, end = core.unroll(inputs, state)
+    losses = outputs.square().sum(-1)
+    assert kept and all(ref() is not None for ref in kept)
+    if watch:
+        losses.sum().backward()
+    else:
+        with end.history.unwatched():
+            losses.sum().backward()
+    gc.collect()
+    assert all(ref() is None for ref in kept)  # and with them the graph behind them
+    assert outputs is not None and losses is not None and end.history.states  # there until here, and still readable
+
+
 def gradients(unroll, core, inputs, state, first, watch=True):
     outputs, end = unroll(core, inputs, state, first)
     torch.manual_seed(1)

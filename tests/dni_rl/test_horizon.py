@@ -602,6 +602,7 @@ def test_unroll_replaces_window(levels, inputs):
     ("settings", "message"),
     [
         ({"window": 0}, "window: found 0"),
+        ({"window": 3.0}, "window: found 3.0, allowed an integer"),
         ({"critic": GradientCritic(state_sizes=(1,))}, "give window="),
         ({"loss_times": [T]}, "loss_times: expected"),
         ({"num_lags": T + 1}, "num_lags: found"),
@@ -618,6 +619,11 @@ def test_unroll_replaces_window(levels, inputs):
 def test_errors(settings, message, inputs):
     with pytest.raises(ValueError, match=message):
         credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs, **settings)
+
+
+def test_no_steps_are_refused(inputs):
+    with pytest.raises(ValueError, match=r"inputs: found \(0, .*allowed \[T, B, D\] with T >= 1"):
+        credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs[:0])
 
 
 def test_one_sequence_has_no_average(inputs):

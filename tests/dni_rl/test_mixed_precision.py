@@ -197,6 +197,40 @@ def test_interfaces_in_half_precision_learn_targets_in_full():
     assert critic.target_rms.dtype == torch.float32 and DOUBLE not in {p.grad.dtype for p in critic.parameters()}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_critics_between_layers_are_taught_in_their_own_precision(dtype):
+    """Their backward passes, which run where the user is, are in no half precision."""
+    state, gradient = torch.randn(B, H), torch.randn(B, H)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        critic = dni_rl.GradientCritic(state_sizes=(H,), hidden_sizes=(7,))
+        interface = dni_rl.Interface(critic)
+        with torch.autocast("cpu", dtype, enabled=enabled), dni_rl.DecoupledPass(weight=1.0):
+            h = interface(state.clone().requires_grad_())
+            h.backward(gradient)
+        found.append([p.grad for p in critic.parameters()])
+    assert any(g.ne(0).any() for g in found[0])
+    for plain, under_autocast in zip(*found, strict=True):
+        assert plain.equal(under_autocast)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_interface_critics_of_levels_are_taught_in_their_own_precision(dtype):
+    inputs, found = torch.randn(6, B, D), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        core = dni_rl.MultiTimescaleCore(D, (5, 3), (1, 2))
+        critics = [dni_rl.GradientCritic(state_sizes=(5,))]
+        state = dni_rl.cut(core.initial_state(B))
+        outputs, end, bootstraps = core.unroll_in_ticks(inputs, state, ticks=2, interface_critics=critics)
+        dni_rl.backward(outputs.square().sum(-1) + bootstraps, start=state, end=end)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            dni_rl.fit_interfaces(end, critics)
+        found.append(critics[0].net[-1].weight.grad)
+    assert found[0].ne(0).any() and found[0].equal(found[1])
+
+
 def tiny(*sizes):
     """A critic whose gradient is below the least number of float16, and which keeps what arrives."""
     critic = dni_rl.GradientCritic(state_sizes=sizes, normalize_targets=False)

@@ -228,6 +228,8 @@ def test_errors(core, inputs):
         ElementwiseLSTM(D, 0)
     with pytest.raises(ValueError, match="chrono_max: found 2"):
         ElementwiseLSTM(D, H, chrono_max=2)
+    with pytest.raises(ValueError, match=rf"state: expected {B} sequences as in x, got 1; use initial_state\({B}\)"):
+        core(inputs[0], core.initial_state(1))
     with pytest.raises(ValueError, match="sensitivity: expected"):
         core.attach(core.initial_state(B), core.initial_sensitivity(B + 1))
     with pytest.raises(ValueError, match="end: expected the state that `unroll` returned"):

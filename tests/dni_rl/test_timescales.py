@@ -318,7 +318,10 @@ def test_chrono_initialisation_counts_in_ticks():
         (((3, 3), (0, 8)), "periods: expected"),
         (((3, 3), ()), "periods: expected"),
         (((3, 3, 3), (1, 4, 6)), "periods: expected"),
+        (((3, 3), 8), "periods: expected .* got 8"),
+        (((3, 3), (1, 2.0)), "periods: expected"),
         (((3, 0), (1, 2)), "hidden_sizes: expected"),
+        ((8, (1,)), "hidden_sizes: expected positive integers, got 2, 8"),
         (((3, 3), (1, 2), "sum"), "message: found 'sum'"),
     ],
 )
@@ -423,12 +426,47 @@ def test_interface_critics_learn_what_arrives_where_it_is_heard(inputs, first):
         assert gradients_of(core).equal(before) and critics[0].net[-1].weight.grad.ne(0).any()
         losses.append(fit.loss)
     torch.testing.assert_close(*losses)
+    with pytest.raises(RuntimeError, match="fit_interfaces: found no gradient at the messages"):
+        fit_interfaces(end, critics)  # once more
     with pytest.raises(ValueError, match="critics: expected those of the window's 1"):
         fit_interfaces(end, [])
     with pytest.raises(ValueError, match="critics: expected those of the window's 0 interfaces, got 1"):
         fit_interfaces(core.unroll(inputs, core.initial_state(B))[1], critics)
     with pytest.raises(ValueError, match="interface_critics: expected one for each of 1"):
         core.unroll_in_ticks(inputs, core.initial_state(B), ticks=2, interface_critics=[])
+
+
+def test_interface_critics_are_not_taught_before_the_backward_pass(inputs, first):
+    core = MultiTimescaleCore(D, (3, 2), (1, 3)).double()
+    critics = [GradientCritic(state_sizes=(3,)).double()]
+    _, end, _ = core.unroll_in_ticks(inputs, core.initial_state(B), first, ticks=T, interface_critics=critics)
+    with pytest.raises(RuntimeError, match="fit_interfaces: found no gradient at the messages of this window"):
+        fit_interfaces(end, critics)
+
+
+def test_a_window_in_which_nothing_is_heard_has_nothing_to_teach(inputs):
+    core = MultiTimescaleCore(D, (3, 2), (1, 8)).double()
+    critics = [GradientCritic(state_sizes=(3,)).double()]
+    state = dni_rl.cut(core.initial_state(B))
+    _, state = core.unroll(inputs[:1], state)  # the upper level ticks here, and 8 steps later
+    start = dni_rl.cut(state)
+    outputs, end, bootstraps = core.unroll_in_ticks(inputs[1:5], start, ticks=4, interface_critics=critics)
+    dni_rl.backward(losses_of(outputs) + bootstraps, start=start, end=end)
+    assert not end.interfaces[0].valid.any()
+    (fit,) = fit_interfaces(end, critics)
+    assert fit.loss == 0
+
+
+def test_a_frozen_level_below_has_interfaces_that_nothing_arrives_at(inputs):
+    core = MultiTimescaleCore(D, (3, 2), (1, 3)).double()
+    core.levels[0].requires_grad_(False)
+    core.levels[0].weight_ih.data[:, D:] = 0.0
+    critics = [GradientCritic(state_sizes=(3,)).double()]
+    state = core.initial_state(B)
+    outputs, end, _ = core.unroll_in_ticks(inputs[:1], state, ticks=1, interface_critics=critics)
+    assert not outputs.requires_grad
+    (fit,) = fit_interfaces(end, critics)
+    assert fit.target_norm == 0
 
 
 def test_interface_critics_leave_with_the_scale_and_learn_targets_without_it(inputs, first):
