@@ -41,6 +41,7 @@ def save_checkpoint(directory: str | Path, state: dict[str, Any], step: int) -> 
 
     Raises:
         ValueError: if `state` holds anything else, or another "step". The folder is then unchanged.
+        OSError: if it cannot be written; what was there before stands.
     """
     if state.get("step", step) != step:
         raise ValueError(
@@ -55,11 +56,15 @@ def save_checkpoint(directory: str | Path, state: dict[str, Any], step: int) -> 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     current, temporary = folder / CHECKPOINT_FILE, folder / f"{CHECKPOINT_FILE}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(_MAGIC + hashlib.sha256(payload).digest())
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_MAGIC + hashlib.sha256(payload).digest())
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk, for one
+        temporary.unlink(missing_ok=True)
+        raise
     # Between the two renames there is only a previous checkpoint, which `load_checkpoint` then takes.
     if current.exists() and not _damage(current):  # a damaged file must not push out the last good one
         os.replace(current, folder / PREVIOUS_FILE)

@@ -55,7 +55,11 @@ Device: TypeAlias = Annotated[
 ]
 Text: TypeAlias = Annotated[str, _Rule("of at least one character", lambda x: x.strip())]
 FolderName: TypeAlias = Annotated[
-    str, _Rule("naming one folder, without / or \\", lambda x: x.strip(". ") and not re.search(r"[/\\]", x))
+    str,
+    _Rule(
+        "naming one folder, without / or \\ and of 200 bytes at most",
+        lambda x: x.strip(". ") and not re.search(r"[/\\]", x) and len(x.encode()) <= 200,
+    ),
 ]
 
 

@@ -268,9 +268,10 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         try:
             if not line.endswith("\n"):
                 break  # only the last line can lack its end
-            row = json.loads(line)
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
-        except (json.JSONDecodeError, AttributeError):
+            row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(
                 f"{path}, line {number}: found text that is not a row of metrics; repair or remove it"
             ) from None

@@ -115,10 +115,11 @@ class Workers:
         if self.count == 1:
             return dict(metrics)
         values = torch.stack([torch.as_tensor(value).detach().double() for value in metrics.values()]).cpu()
-        weights = values.new_ones(1) if weight is None else values[list(metrics).index(weight)].clone().view(1)
-        sums = self.total(torch.cat([torch.where(weights > 0, values * weights, 0.0), weights]))
-        results: dict[str, Any] = dict(zip(metrics, sums[:-1] / sums[-1], strict=True))
-        return results if weight is None else results | {weight: sums[-1]}
+        # NaN says that there was nothing to measure, as a cosine of no target
+        counts = (~values.isnan()).double() if weight is None else values[list(metrics).index(weight)].expand_as(values)
+        sums = self.total(torch.stack([torch.where(counts > 0, values * counts, 0.0), counts]))
+        results: dict[str, Any] = dict(zip(metrics, sums[0] / sums[1], strict=True))
+        return results if weight is None else results | {weight: sums[1, 0]}
 
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it is set anywhere. Waits for all, but for no GPU."""

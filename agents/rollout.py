@@ -104,6 +104,11 @@ class EpisodeStatistics:
             counter.zero_()
         return results
 
+    def abandon(self) -> None:
+        """Forgets the episodes under way, where new ones begin."""
+        for counter in (self._return, self._length, self._was_last):
+            counter.zero_()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Counters, for an exact resume."""
         return {name: getattr(self, name).clone() for name in self._COUNTERS}
@@ -213,14 +218,17 @@ class Actor:
 
         Without a resumable environment (an emulator that cannot be saved) new episodes start after loading.
         """
-        state: dict[str, Any] = {"generator": self.generator.get_state(), "environment": None}
+        state: dict[str, Any] = {
+            "generator": self.generator.get_state(),
+            "environment": None,
+            "statistics": self.statistics.state_dict(),
+        }
         if self.environment.resumable:
             timestep = self.timestep
             state |= {
                 "environment": self.environment.state_dict(),
                 "core_state": [s.clone() for s in self.state],
                 "action_tm1": self.action_tm1.clone(),
-                "statistics": self.statistics.state_dict(),
                 "timestep": None
                 if timestep is None
                 else {name: getattr(timestep, name) for name in TimeStep.__dataclass_fields__},
@@ -231,6 +239,9 @@ class Actor:
         """Restores `state_dict`."""
         self.generator.set_state(state["generator"].cpu())
         if state["environment"] is None:
+            if "statistics" in state:  # which checkpoints of earlier versions are without
+                self.statistics.load_state_dict(state["statistics"])
+                self.statistics.abandon()
             return
         device = self.environment.device
         self.environment.load_state_dict(state["environment"])

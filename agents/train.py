@@ -254,7 +254,9 @@ def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Pat
     while trainer.step < run.total_steps and not stops:
         before = trainer.step
         metrics = trainer.update()
-        logs = _passes(before, trainer.step, run.log_every_steps) or trainer.step >= run.total_steps
+        # The last line is of whole and half intervals alike, but not of the few episodes of less.
+        rest = run.total_steps - trainer.step
+        logs = rest <= 0 or (_passes(before, trainer.step, run.log_every_steps) and rest >= run.log_every_steps / 2)
         measures = run.credit_every_steps is not None and (
             _passes(before, trainer.step, run.credit_every_steps) or trainer.step >= run.total_steps
         )
@@ -539,7 +541,8 @@ def _check_place(config: TrainConfig, saved: TrainConfig, directory: Path) -> No
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Lets the first Ctrl-C (or SIGTERM) end the loop after the update in flight; the second one acts as usual."""
+    """Lets the first Ctrl-C, SIGTERM or SIGHUP end the loop after the update in flight, unless it is ignored, as SIGHUP is under
+    nohup; the second one acts as usual."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -549,7 +552,9 @@ def _interruptible() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             previous[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: signals are somebody else's business
         previous.clear()

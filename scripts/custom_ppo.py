@@ -67,6 +67,11 @@ def train(
     envs.exports.register()
     options = {"corridor_length": 8, "num_distractors": 2} if env_id == "dni_rl/PassiveTMaze-v0" else {}
     environment = gymnasium.make_vec(env_id, num_envs=NUM_ENVS, **options)
+    spaces = environment.single_observation_space, environment.single_action_space
+    if not isinstance(spaces[0], gymnasium.spaces.Box) or not isinstance(spaces[1], gymnasium.spaces.Discrete):
+        raise ValueError(
+            f"--env-id: found {env_id} with {spaces[0]} and {spaces[1]}; allowed Box and Discrete; take another"
+        )
     agent = Agent(int(np.prod(environment.single_observation_space.shape)), int(environment.single_action_space.n))
     optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3, eps=1e-8)
     critic = critic_optimizer = None
@@ -159,7 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = f"--{name}: found {getattr(arguments, name)}; allowed an integer of at least {least}"
             parser.exit(2, f"custom_ppo.py: {found}; leave it out for the default, {parser.get_default(name)}\n")
     torch.set_num_threads(1)
-    _, _, mean_return = train(arguments.env_id, arguments.critic, arguments.steps, arguments.seed)
+    try:
+        _, _, mean_return = train(arguments.env_id, arguments.critic, arguments.steps, arguments.seed)
+    except (ValueError, gymnasium.error.Error) as error:
+        parser.exit(2, f"custom_ppo.py: {' '.join(str(error).split())}\n")
     print(
         f"{arguments.env_id}, critic {arguments.critic}, seed {arguments.seed}: mean return {mean_return:.2f} at the end"
     )

@@ -50,6 +50,14 @@ def run(config: TrainConfig, resume: Path | None) -> tuple[int, str]:
         code, line = 1, str(error)
     except (ValueError, ImportError) as error:  # a missing package is named with the extra that brings it
         code, line = 2, str(error)
+    except OSError as error:
+        if isinstance(error, ConnectionError):  # to an environment's process, which says itself what went wrong
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        code, line = (
+            1,
+            f"found{where} that cannot be written or read ({error.strerror or error}); what was saved before stands",
+        )
     except KeyboardInterrupt as error:
         code, line = 130, f"interrupted; {error if error.args else 'nothing new was saved'}"
     return code, f"train.py: {line}" if workers.speaks else ""

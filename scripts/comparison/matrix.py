@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from agents.config import TrainConfig, from_dict, load_config, load_yaml, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
+_LONGEST = 200  # bytes of a folder's name, of which file systems take 255
 REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
 OPTIONAL = {"windows", "dial", "overrides"}
 WINDOW = "algorithm.bptt_horizon"
@@ -89,7 +91,11 @@ def load_matrix(path: Path) -> dict[str, Any]:
         _check_seeds("seeds", matrix["seeds"])
         if not isinstance(matrix["config"], str):
             raise ValueError(f"config: found {matrix['config']!r}; allowed a file of configs/")
-        if isinstance(matrix["bar"], bool) or not isinstance(matrix["bar"], int | float):
+        if (
+            isinstance(matrix["bar"], bool)
+            or not isinstance(matrix["bar"], int | float)
+            or not math.isfinite(matrix["bar"])
+        ):
             raise ValueError(f"bar: found {matrix['bar']!r}; allowed a number, in the metric's unit")
         if not str(matrix["metric"]).startswith(METRICS):
             raise ValueError(
@@ -115,6 +121,10 @@ def load_matrix(path: Path) -> dict[str, Any]:
         if twice := sorted({name for name in folders if folders.count(name) > 1}):
             raise ValueError(
                 f"tasks, methods: found two runs for the folder {twice[0]!r}; allowed names that differ in letters or digits"
+            )
+        if long := [name for name in folders if len(name.encode()) > _LONGEST]:
+            raise ValueError(
+                f"tasks, methods: found names that make the folder {long[0]!r}; allowed {_LONGEST} bytes; shorten either"
             )
         for member in matrix["members"]:
             try:

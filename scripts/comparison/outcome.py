@@ -174,7 +174,8 @@ def collect(
         except ValueError:
             continue
         metrics = [row for row in logged if np.isfinite(row.get(matrix["metric"], np.nan))]
-        if not metrics or made_with_other_settings(member, runs):
+        speeds = [row["charts/SPS"] for row in logged if "charts/SPS" in row]  # a horizon may have a row of its own
+        if not metrics or not speeds or made_with_other_settings(member, runs):
             continue
         record, horizons = read_record(folder), measured(logged, "credit/horizon")
         steps, curve = [int(row["step"]) for row in metrics], [row[matrix["metric"]] for row in metrics]
@@ -199,7 +200,7 @@ def collect(
                 "best": max(curve),
                 "area": area_under(steps, curve, member.total_steps),
                 "steps_to_bar": reached,
-                "steps_per_second": metrics[-1]["charts/SPS"],
+                "steps_per_second": speeds[-1],
                 "peak_memory_bytes": record.get("peak_memory_bytes"),
                 "horizon": horizons[max(horizons)] if horizons else record.get("horizon"),
                 "horizon_learning": float(np.median(learning)) if learning else None,

@@ -54,14 +54,14 @@ def make_config(folder, name="run", *, env=None, model=None, critic=None, algori
     )
 
 
-def interrupt_after(monkeypatch, updates):
-    """Ctrl-C while the `updates`-th update from now is running."""
+def interrupt_after(monkeypatch, updates, number=signal.SIGINT):
+    """Ctrl-C, or another signal, while the `updates`-th update from now is running."""
     update, calls = Trainer.update, []
 
     def interrupted(self):
         calls.append(1)
         if len(calls) == updates:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return update(self)
 
     monkeypatch.setattr(Trainer, "update", interrupted)

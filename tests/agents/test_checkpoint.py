@@ -184,6 +184,7 @@ def test_a_save_that_dies_midway_leaves_a_usable_checkpoint(tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr(os, dies_in, die)
         save_checkpoint(tmp_path, {"x": "new"}, step=2)
+    assert dies_in != "fsync" or os.listdir(tmp_path) == ["checkpoint.pt"]  # a full disk is not filled further
     assert load_checkpoint(tmp_path)["x"] == "old"
     save_checkpoint(tmp_path, {"x": "newer"}, step=3)  # what the dead one left behind is in nobody's way
     assert load_checkpoint(tmp_path)["x"] == "newer"

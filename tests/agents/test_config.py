@@ -280,7 +280,7 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
         ),
         (
             "--run.name a/b",
-            "run.name: found 'a/b'; allowed text naming one folder, without / or \\, or null; "
+            "run.name: found 'a/b'; allowed text naming one folder, without / or \\ and of 200 bytes at most, or null; "
             "leave it out for the default, null",
         ),
         (

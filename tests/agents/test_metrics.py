@@ -122,8 +122,9 @@ def test_without_the_package_of_tensorboard_no_folder_is_taken(tmp_path, monkeyp
     _write_run(tmp_path / "run", [10], tensorboard=False)
 
 
-def test_a_damaged_row_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+@pytest.mark.parametrize("row", ["nonsense", '{"loss": 1}', '{"step": null}'])
+def test_a_damaged_row_is_refused(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{row}\n{{"step": 2}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: found text that is not a row of metrics; repair or"):
         read_metrics(tmp_path)
 

@@ -265,6 +265,7 @@ def many_runs(folder: Path) -> list[dict[str, Any]]:
                     "n",
                 ).items()
             },
+            "one_nan": float(workers.means({"a": torch.tensor(math.nan if workers.rank else 3.0)})["a"]),
             "plain": float(workers.means({"a": torch.tensor(1.0 + workers.rank)})["a"]),
             "all_nan": float(workers.means({"a": torch.tensor(math.nan), "n": torch.tensor(0.0)}, "n")["a"]),
             "kl": float(
@@ -306,7 +307,7 @@ def test_two_processes_take_the_steps_of_one_that_learned_from_all_rollouts(two,
 def test_statistics_weigh_every_episode_and_every_step_alike(two):
     for one in two:
         assert one["means"]["weighted"] == {"a": 3.0, "n": 4.0}
-        assert one["means"]["plain"] == 1.5
+        assert one["means"]["plain"] == 1.5 and one["means"]["one_nan"] == 3.0
         assert math.isnan(one["means"]["all_nan"])
         assert one["means"]["kl"] == pytest.approx((1.0 * 2 + 2.0 * 3) / 5)
 

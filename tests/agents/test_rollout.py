@@ -235,6 +235,10 @@ def test_without_a_resumable_environment_new_episodes_start():
     actor, _ = collect(env, make_model())
     fresh = Actor(ScriptedEnv(num_envs=2, seed=0), make_model(), rollout_length=8, bptt_horizon=4, seed=9)
     fresh.load_state_dict(actor.state_dict())
+    counted = actor.statistics.pop()
+    assert counted["charts/episodes"] > 0
+    carried = fresh.statistics.state_dict()
+    assert carried["_done"].sum() == counted["charts/episodes"] and not carried["_length"].any()
     rollout = fresh.collect()
     assert rollout.first[0].all()
     assert all((s[0] == 0).all() for s in rollout.states)

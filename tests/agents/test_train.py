@@ -327,6 +327,24 @@ def test_ctrl_c_outside_of_an_update_saves_as_well(configure, monkeypatch):
     assert str(error.value) == f"a checkpoint of step 96 was saved; continue with --resume {run_directory(config)}"
 
 
+def test_a_hang_up_saves_unless_it_is_ignored(configure, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            train(configure("a"))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        interrupt_after(monkeypatch, 2, signal.SIGHUP)
+        train(configure("b"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_last_row_is_not_of_a_few_steps(configure):
+    steps = [[row["step"] for row in rows_of(train(configure(str(n), total_steps=32 * n)))] for n in (7, 8, 9, 10)]
+    assert steps == [[96, 224], [96, 192, 256], [96, 192, 288], [96, 192, 320]]
+
+
 def test_signal_handlers_are_put_back(configure, monkeypatch):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train(configure("a"))

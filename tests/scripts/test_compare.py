@@ -151,6 +151,41 @@ def test_a_method_can_have_seeds_of_its_own_on_a_task(tmp_path):
     assert "1 of 9 planned" in page and "critic, long: seeds 1, 3; " in page
 
 
+def test_seeds_that_failed_are_counted_among_those_that_ended(tmp_path):
+    matrix = load_matrix(write(tmp_path, seeds=[0, 1, 2, 3, 4]))
+    rows = [row(), row(seed=1), row(seed=2, curve=(1.0,), finished=False)]
+    failures = {m.name: "why" for m in members(matrix) if m.method == "plain" or m.seed >= 2}
+    page = markdown(matrix, rows, summarise(matrix, rows, failures), failures, "COMMAND")
+    assert "| critic | **2 of 5**, mean 0.970, 3 failed (0.97 0.97 1.00*) |" in page
+    assert "| plain | failed |" in page
+
+
+def test_a_member_of_which_nothing_but_a_horizon_was_logged_has_not_begun(tmp_path):
+    matrix = load_matrix(write(tmp_path, metric="credit/expected_horizon"))
+    first, second, *_ = members(matrix)
+    for member, rows in (
+        (first, [{"step": 0}]),
+        (second, [{"step": 0}, {"step": 512, "charts/SPS": 7.0}, {"step": 600}]),
+    ):
+        folder = save_settings(member, tmp_path)
+        lines = (json.dumps(row | {"credit/expected_horizon": 3.0}) + "\n" for row in rows)
+        (folder / "metrics.jsonl").write_text("".join(lines))
+    (found,) = collect(matrix, tmp_path)
+    assert (found["method"], found["steps_per_second"], found["end"]) == (second.method, 7.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bar": float("nan")}, "bar: found nan; allowed a number"),
+        ({"methods": {"m" * 300: {}}}, "tasks, methods: found names that make the folder .* allowed 200 bytes"),
+    ],
+)
+def test_what_would_fail_after_training_is_found_before(tmp_path, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        load_matrix(write(tmp_path, **changes))
+
+
 def test_unknown_and_missing_keys_are_one_line(tmp_path):
     path = tmp_path / "matrix.yaml"
     path.write_text("title: x\ncolour: red\n")
@@ -163,7 +198,7 @@ def test_the_page_counts_ends_marks_the_unfinished_and_names_who_fell(tmp_path):
     rows = [row(), row(seed=1, curve=(0.99, 0.4)), row("plain", curve=(0.5,), finished=False)]
     page = markdown(matrix, rows, summarise(matrix, rows, {}), {"name": "why"}, "COMMAND")
     assert "**1 of 2**, mean 0.685 (0.97 0.40)" in page
-    assert "**0 of 1**, mean 0.500 (0.50*)" in page
+    assert "| plain | unfinished (0.50*) |" in page
     assert "ended below it: critic, short, seed 1 (0.99 to 0.40)" in page
     assert "unfinished when this page was made: plain, short, seed 0 at step 1,000" in page
     assert "COMMAND" in page and "name: why" in page

@@ -1,5 +1,6 @@
 import ast
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,25 @@ def test_bad_options_end_in_one_line(capsys):
     assert capsys.readouterr().err == (
         f"custom_ppo.py: --steps: found {UPDATE - 1}; allowed an integer of at least {UPDATE}; leave it out for the default, 600000\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        (
+            "FrozenLake-v1",
+            r"--env-id: found FrozenLake-v1 with Discrete\(16\) and Discrete\(4\); allowed Box and Discrete",
+        ),
+        ("Pendulum-v1", "--env-id: found Pendulum-v1 with Box"),
+        ("nope-v0", "Environment `nope` doesn't exist"),
+    ],
+)
+def test_environments_that_it_cannot_take_end_in_one_line(capsys, env_id, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["--env-id", env_id])
+    assert stop.value.code == 2
+    found = capsys.readouterr().err
+    assert re.match(f"custom_ppo.py: {message}", found) and found.count("\n") == 1
 
 
 def test_windows_are_laid_side_by_side_with_the_rows_behind_them():
