@@ -272,6 +272,10 @@ def _check(
     S = sum(critic.state_sizes)
     if not 0.0 <= lambda_ <= 1.0:
         raise ValueError(f"lambda_: found {lambda_}, allowed 0 to 1")
+    if not isinstance(trace, Tensor):
+        raise ValueError(
+            f"trace: found {type(trace).__name__}, allowed what the last call returned; begin with `bp_lambda_trace`"
+        )
     if trace.shape != (B, S, S, S + critic.context_size + 1):
         raise ValueError(
             f"trace: expected [B, S, S, S + Z + 1] = {(B, S, S, S + critic.context_size + 1)}, got {tuple(trace.shape)}"

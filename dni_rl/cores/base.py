@@ -257,6 +257,10 @@ class Core(nn.Module, ABC):
             raise ValueError(f"inputs: expected [T, B, D] with T >= 1, got {tuple(inputs.shape)}")
         if inputs.dim() == 3 and inputs.shape[2] != self.input_size:  # fused kernels read past their memory otherwise
             raise ValueError(f"inputs: expected D = {self.input_size} in [T, B, D], got {tuple(inputs.shape)}")
+        if first is not None and not isinstance(first, Tensor):
+            raise ValueError(
+                f"first: found {type(first).__name__}, allowed a bool tensor [T, B]; use torch.as_tensor(first)"
+            )
         if first is not None and first.shape != inputs.shape[:2]:
             raise ValueError(f"first: expected [T, B] = {tuple(inputs.shape[:2])}, got {tuple(first.shape)}")
         if first is not None and first.dtype != torch.bool:
@@ -266,8 +270,9 @@ class Core(nn.Module, ABC):
             raise ValueError(
                 "state: expected a tuple of tensors, got None; start with `core.initial_state(batch_size)`"
             )
-        if [tuple(s.shape) for s in state] != expected:
-            raise ValueError(f"state: expected shapes {expected}, got {[tuple(s.shape) for s in state]}")
+        found = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in state]
+        if found != expected:
+            raise ValueError(f"state: expected shapes {expected}, got {found}")
 
 
 def evenly_spaced_steps(num_steps: int, wanted: int | None) -> tuple[int, ...]:

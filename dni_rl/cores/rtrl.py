@@ -247,6 +247,10 @@ class ElementwiseLSTM(Core):
 
     def _check(self, sensitivity: Sensitivity, B: int) -> None:
         expected = (B, 4, self.output_size, self.input_size + 2)
+        if not isinstance(sensitivity, Sensitivity):
+            raise ValueError(
+                f"sensitivity: found {type(sensitivity).__name__}, allowed what `advance` returned; begin with `initial_sensitivity`"
+            )
         if not sensitivity.h.shape == sensitivity.c.shape == expected:
             raise ValueError(f"sensitivity: expected [B, 4, H, D + 2] = {expected}, got {tuple(sensitivity.h.shape)}")
 

@@ -528,6 +528,7 @@ def test_errors(inputs):
         ({"weight": torch.tensor(0.0)}, r"weight: found 0\.0, allowed above 0"),
         ({"weight": torch.ones(2)}, "weight: expected one number"),
         ({"trace": torch.zeros(2)}, "trace: expected"),
+        ({"trace": None}, "trace: found NoneType, allowed what the last call returned"),
         ({"alive": torch.ones(1)}, "alive: expected"),
         ({"context": torch.zeros(2, B, 1)}, "context: got"),
         ({"jacobian": torch.zeros(2)}, "jacobian: expected"),

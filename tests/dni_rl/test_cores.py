@@ -555,6 +555,8 @@ def test_unroll_errors(name):
     core, inputs, state, first = problem(name)
     refuses("inputs: expected [T, B, D] with T >= 1, got (3, 3)", core.unroll, inputs[0], state)
     refuses("inputs: expected [T, B, D] with T >= 1, got (0, 3, 3)", core.unroll, inputs[:0], state)
+    refuses("first: found list, allowed a bool tensor [T, B]", core.unroll, inputs, state, first.tolist())
+    refuses("got ['float', ", core.unroll, inputs, (1.0, *state[1:], state[0]))
     refuses("first: expected [T, B] = (5, 3), got (4, 3)", core.unroll, inputs, state, first[1:])
     refuses(
         "first: expected dtype torch.bool, got torch.float32; use `first.bool()`",

@@ -230,6 +230,8 @@ def test_errors(core, inputs):
         ElementwiseLSTM(D, H, chrono_max=2)
     with pytest.raises(ValueError, match=rf"state: expected {B} sequences as in x, got 1; use initial_state\({B}\)"):
         core(inputs[0], core.initial_state(1))
+    with pytest.raises(ValueError, match="sensitivity: found NoneType, allowed what `advance` returned"):
+        core.attach(core.initial_state(B), None)
     with pytest.raises(ValueError, match="sensitivity: expected"):
         core.attach(core.initial_state(B), core.initial_sensitivity(B + 1))
     with pytest.raises(ValueError, match="end: expected the state that `unroll` returned"):
