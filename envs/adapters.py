@@ -283,10 +283,12 @@ class _SerialEnvs:
     def _stacked(self, observations: list[Any]) -> np.ndarray:
         """[B, *original], if they look as the environment says: what is off by a shape or a type would be learned from all the same."""
         shape, dtype = self._example.shape, self._example.dtype
+        stays_as_it_is = self.spec.observation_dtype == torch.uint8  # an image
+        kinds = "biu" if not shape and dtype.kind in "iu" else "biuf"  # one of several values; any numbers
         for observation in observations:
             found = np.asarray(observation)
-            is_alike = found.dtype == np.uint8 if dtype == np.uint8 else dtype.kind == "f" or found.dtype.kind in "biu"
-            if found.shape != shape or found.dtype.kind not in "biuf" or not is_alike:
+            fits = found.dtype == np.uint8 if stays_as_it_is else found.dtype.kind in kinds
+            if found.shape != shape or not fits:
                 raise ValueError(
                     f"{self._name}: found an observation of shape {found.shape} and type {found.dtype}; expected shape {shape} "
                     f"and type {dtype}, as its observation space says; correct either"
@@ -625,7 +627,7 @@ def _check_members(env: "gymnasium.Env") -> None:
     for member in ("observation_space", "action_space"):
         if getattr(env, member, None) is None:
             raise ValueError(f"{name}: found no {member}; expected a gymnasium.spaces.Space; set it in __init__")
-    if not _takes_seed(env.unwrapped.reset):
+    if not _takes_seed(getattr(env, "unwrapped", env).reset):
         raise ValueError(
             f"{name}.reset: found no argument seed; expected reset(self, *, seed=None, options=None), as gymnasium has it and gym "
             "had not; begin it with super().reset(seed=seed)"

@@ -414,6 +414,8 @@ def test_numbers_of_another_width_are_taken():
         (spaces.Box(0, 1, (3,), np.float32), [0, 1, 0]),
         (spaces.Discrete(5), np.int32(3)),
         (spaces.MultiDiscrete([2, 2]), np.zeros(2, np.int32)),
+        (spaces.MultiBinary(2), np.zeros(2)),
+        (spaces.Box(0, 255, (3,), np.uint8), np.zeros(3, np.int64)),
     ):
         env = GymnasiumEnvs([Wrong(space, observation)], seed=0)
         assert env.step(zeros(env) if env.reset() else None).observation.dtype == torch.float32
