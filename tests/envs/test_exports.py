@@ -11,7 +11,7 @@ from dm_env import test_utils
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from envs import exports
+from envs import ArgumentError, exports
 from envs.gridworlds import PassiveTMaze
 
 RIGHT, UP = 0, 1
@@ -270,3 +270,10 @@ def test_a_wrong_action_is_named():
         env.step(1.5)
     with pytest.raises(ValueError, match="seed must be one int"):
         envs.reset(seed=[1, 2])
+
+
+@pytest.mark.parametrize(("argument", "way_out"), [("seed", r"give it to reset\(seed=...\)"), ("num_envs", "make_vec")])
+def test_what_is_no_dial_is_refused_by_name(argument, way_out):
+    exports.register()
+    with pytest.raises(ArgumentError, match=rf"^{argument}: found 5; allowed what PassiveTMaze takes .*; .*{way_out}"):
+        gymnasium.make("dni_rl/PassiveTMaze-v0", **{argument: 5})
