@@ -328,12 +328,13 @@ def test_ctrl_c_outside_of_an_update_saves_as_well(configure, monkeypatch):
 
 
 def test_a_hang_up_saves_unless_it_is_ignored(configure, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2, signal.SIGHUP)
-        with pytest.raises(KeyboardInterrupt):
-            train(configure("a"))
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup themselves
     try:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 2, signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                train(configure("a"))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         interrupt_after(monkeypatch, 2, signal.SIGHUP)
         train(configure("b"))
     finally:
