@@ -54,11 +54,12 @@ Device: TypeAlias = Annotated[
     str, _Rule("of the form cpu, cuda or cuda:<index>", lambda x: re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", x))
 ]
 Text: TypeAlias = Annotated[str, _Rule("of at least one character", lambda x: x.strip())]
+LONGEST_NAME = 200  # bytes of a folder's name, of which file systems take 255
 FolderName: TypeAlias = Annotated[
     str,
     _Rule(
-        "naming one folder, without / or \\ and of 200 bytes at most",
-        lambda x: x.strip(". ") and not re.search(r"[/\\]", x) and len(x.encode()) <= 200,
+        f"naming one folder, without / or \\ and of {LONGEST_NAME} bytes at most",
+        lambda x: x.strip(". ") and not re.search(r"[/\\]", x) and len(x.encode()) <= LONGEST_NAME,
     ),
 ]
 

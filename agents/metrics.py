@@ -271,7 +271,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
             row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
             row["step"] = int(row["step"])
             rows.append(row)
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(
                 f"{path}, line {number}: found text that is not a row of metrics; repair or remove it"
             ) from None

@@ -254,7 +254,7 @@ def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Pat
     while trainer.step < run.total_steps and not stops:
         before = trainer.step
         metrics = trainer.update()
-        # The last line is of whole and half intervals alike, but not of the few episodes of less.
+        # No line less than half an interval before the end: the last one would be of a few episodes, and is taken for the result.
         rest = run.total_steps - trainer.step
         logs = rest <= 0 or (_passes(before, trainer.step, run.log_every_steps) and rest >= run.log_every_steps / 2)
         measures = run.credit_every_steps is not None and (

@@ -327,11 +327,17 @@ def _check_arguments(env_id: str, kwargs: dict[str, Any], allowed: Iterable[str]
             )
 
 
+def _required(target: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a class or function that have no default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(target).parameters.values()
+    return [p.name for p in parameters if p.kind in named and p.default is p.empty]
+
+
 def _check_required(env_id: str, target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Raises ArgumentError for the first argument of a class or function that has no default and is not given."""
-    for name, parameter in inspect.signature(target).parameters.items():
-        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if is_named and parameter.default is parameter.empty and name not in _OUR_ARGUMENTS | kwargs.keys():
+    for name in _required(target):
+        if name not in _OUR_ARGUMENTS | kwargs.keys():
             raise ArgumentError(
                 f"{name}: found nothing; allowed what {env_id} takes, which has no default; give it a value"
             )
@@ -339,8 +345,8 @@ def _check_required(env_id: str, target: Callable[..., Any], kwargs: Mapping[str
 
 def _check_not_ours(env_id: str, constructor: Callable[..., Any], names: set[str]) -> None:
     """Raises ArgumentError if a constructor of one environment cannot do without what it is not given."""
-    for name, parameter in inspect.signature(constructor).parameters.items():
-        if name in names and parameter.default is parameter.empty:
+    for name in _required(constructor):
+        if name in names:
             way_out = "reset(seed=...) is where it comes" if name == "seed" else "leave it out"
             raise ArgumentError(
                 f"{name}: found an argument of {env_id} that has no default; allowed none, as it makes one environment; {way_out}"

@@ -69,7 +69,7 @@ def train(
     environment = gymnasium.make_vec(env_id, num_envs=NUM_ENVS, **options)
     spaces = environment.single_observation_space, environment.single_action_space
     if not isinstance(spaces[0], gymnasium.spaces.Box) or not isinstance(spaces[1], gymnasium.spaces.Discrete):
-        raise ValueError(
+        raise gymnasium.error.Error(
             f"--env-id: found {env_id} with {spaces[0]} and {spaces[1]}; allowed Box and Discrete; take another"
         )
     agent = Agent(int(np.prod(environment.single_observation_space.shape)), int(environment.single_action_space.n))
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         _, _, mean_return = train(arguments.env_id, arguments.critic, arguments.steps, arguments.seed)
-    except (ValueError, gymnasium.error.Error) as error:
+    except gymnasium.error.Error as error:
         parser.exit(2, f"custom_ppo.py: {' '.join(str(error).split())}\n")
     print(
         f"{arguments.env_id}, critic {arguments.critic}, seed {arguments.seed}: mean return {mean_return:.2f} at the end"

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.config import TrainConfig, from_dict, load_config, load_yaml, to_dict
+from agents.config import LONGEST_NAME, TrainConfig, from_dict, load_config, load_yaml, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-_LONGEST = 200  # bytes of a folder's name, of which file systems take 255
 REQUIRED = {"title", "config", "metric", "bar", "seeds", "tasks", "methods"}
 OPTIONAL = {"windows", "dial", "overrides"}
 WINDOW = "algorithm.bptt_horizon"
@@ -122,9 +121,9 @@ def load_matrix(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"tasks, methods: found two runs for the folder {twice[0]!r}; allowed names that differ in letters or digits"
             )
-        if long := [name for name in folders if len(name.encode()) > _LONGEST]:
+        if long := [name for name in folders if len(name.encode()) > LONGEST_NAME]:
             raise ValueError(
-                f"tasks, methods: found names that make the folder {long[0]!r}; allowed {_LONGEST} bytes; shorten either"
+                f"tasks, methods: found names that make the folder {long[0]!r}; allowed {LONGEST_NAME} bytes; shorten either"
             )
         for member in matrix["members"]:
             try:
