@@ -569,9 +569,8 @@ def _context_vector(given: Any) -> np.ndarray:
     except (TypeError, ValueError):  # lists of unequal lengths, for one
         vector = np.empty(0)
     if vector.dtype.kind not in "biuf" or not vector.size:
-        shown = " ".join(reprlib.repr(given).split())
         raise ArgumentError(
-            f"context: found a function that gives {shown}; allowed one that gives an array of numbers; "
+            f"context: found a function that gives {_shown(given)}; allowed one that gives an array of numbers; "
             "return np.array([...], np.float32)"
         )
     return vector
@@ -592,8 +591,8 @@ class _EnvConstructor:
         self.env_kwargs = dict(env_kwargs)
         # gymnasium.make sets the limit by itself
         self.time_limit = None if isinstance(env, str) else self.env_kwargs.pop("max_episode_steps", None)
-        require_limit = self.time_limit is None or is_integer(self.time_limit, 1)
-        require("max_episode_steps", self.time_limit, require_limit, "an integer of at least 1, or None")
+        is_limit = self.time_limit is None or is_integer(self.time_limit, 1)
+        require("max_episode_steps", self.time_limit, is_limit, "an integer of at least 1, or None")
 
     def unwrapped_view(self) -> "gymnasium.Env":
         """The environment before its view is taken out of MiniGrid's dictionary."""
