@@ -83,6 +83,7 @@ class Trainer:
         )
         self.steps_per_update = workers.count * config.env.num_envs * algorithm.rollout_length
         self.means = _RunningMeans()  # of the learner's scalars, since the last line of metrics
+        self.stopwatch = _Stopwatch()
         self.step = 0  # agent steps so far, all environments of all processes together
 
     def update(self) -> dict[str, Tensor]:
@@ -92,6 +93,7 @@ class Trainer:
         metrics = self.learner.update(rollout)
         self.means.add(metrics)
         self.step += self.steps_per_update
+        self.stopwatch.steps += self.steps_per_update
         return metrics
 
     def first_non_finite(self, metrics: dict[str, Tensor], *, thorough: bool = False) -> str | None:
@@ -126,7 +128,12 @@ class Trainer:
         """
         own = {"actor": self.actor.state_dict(), "means": self.means.state_dict(), "rng": rng_state()}
         others = self.workers.others(own | {"learner": self.learner.own_state_dict()})
-        state = {"config": to_dict(self.config), "learner": self.learner.state_dict(), **own}
+        state = {
+            "config": to_dict(self.config),
+            "learner": self.learner.state_dict(),
+            "stopwatch": self.stopwatch.state_dict(),
+            **own,
+        }
         if others:
             state["others"] = others
         if self.workers.launch is not None:
@@ -148,6 +155,8 @@ class Trainer:
         self.actor.load_state_dict(own["actor"])
         self.means.load_state_dict(own["means"])
         set_rng_state(own["rng"])
+        if "stopwatch" in state:  # older checkpoints have none
+            self.stopwatch.load_state_dict(state["stopwatch"])
         self.step = state["step"]
 
     def close(self) -> None:
@@ -246,11 +255,12 @@ def _train(config: TrainConfig, resume: Path | None, directory: Path, workers: W
 def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Path, interrupted: Sequence[int]) -> bool:
     """Returns whether it was stopped. Whatever depends on more than the number of steps, all processes decide together."""
     run, workers = trainer.config.run, trainer.workers
-    started, start_step, saved_step = time.perf_counter(), trainer.step, None
+    saved_step = None
     # Reading a scalar of every update is free on a CPU and a synchronisation on a GPU.
     check_every_update = trainer.device.type == "cpu"
     metrics: dict[str, Tensor] = {}
     (stops,) = workers.any(bool(interrupted))
+    trainer.stopwatch.go()
     while trainer.step < run.total_steps and not stops:
         before = trainer.step
         metrics = trainer.update()
@@ -271,16 +281,16 @@ def _loop(trainer: Trainer, writer: MetricsWriter | SilentWriter, directory: Pat
                 _with_ratios(workers.means(trainer.means.pop()))
                 | workers.means(trainer.actor.statistics.pop(), "charts/episodes")
                 | {
-                    "charts/SPS": (trainer.step - start_step) / (time.perf_counter() - started),
+                    "charts/SPS": trainer.stopwatch.speed(),
                     "charts/learning_rate": trainer.learner.optimizer.param_groups[0]["lr"],
                     "charts/entropy_cost": trainer.learner.entropy_cost,
                     "bptt/horizon": trainer.config.window_length,  # in steps, as the credit horizons beside it
                 }
             )
         if measures:
-            paused = time.perf_counter()
+            trainer.stopwatch.pause()
             row |= _credit(trainer, writer)
-            started += time.perf_counter() - paused
+            trainer.stopwatch.go()
         if row:
             writer.write(trainer.step, row)
         if saves:
@@ -392,6 +402,35 @@ class _RunningMeans:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+class _Stopwatch:
+    """Steps of training and their seconds, those before a resume included, and what it is paused for left out."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
+        self._since: float | None = None
+
+    def go(self) -> None:
+        """Starts, or ends a pause."""
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stands still until `go`."""
+        self.seconds, self._since = self._read(), None
+
+    def speed(self) -> float:
+        """Steps per second so far."""
+        return self.steps / self._read()
+
+    def _read(self) -> float:
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "seconds": self._read()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.seconds = state["steps"], state["seconds"]
 
 
 def _with_ratios(means: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,36 @@ def test_a_run_interrupted_and_resumed_equals_one_that_never_stopped(
     assert_equal(*states)
 
 
+def test_the_speed_of_a_resumed_run_is_that_of_all_its_steps(configure, monkeypatch):
+    clock = [0.0]
+    seconds_of_an_update = 1.0
+    update = Trainer.update
+
+    def timed(self):
+        clock[0] += seconds_of_an_update
+        return update(self)
+
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Trainer, "update", timed)
+    algorithm = {"anneal_learning_rate": False}
+    config = configure(algorithm=algorithm, total_steps=320)
+    directory = train(config)
+    steps_of_an_update = Trainer(config).steps_per_update
+    seconds_of_an_update = 3.0
+    train(configure(algorithm=algorithm, total_steps=640), directory)
+    assert read_metrics(directory)[-1]["charts/SPS"] == pytest.approx(steps_of_an_update / 2.0)
+
+
+def test_the_speed_goes_on_from_a_checkpoint_without_one(configure):
+    trainer = Trainer(configure())
+    state = trainer.state_dict() | {"step": 64}
+    del state["stopwatch"]
+    trainer.load_state_dict(state)
+    trainer.stopwatch.go()
+    trainer.update()
+    assert trainer.stopwatch.steps == trainer.steps_per_update == trainer.step - 64
+
+
 def test_a_resumed_run_drops_what_a_crash_had_written_after_its_checkpoint(configure, monkeypatch):
     whole = train(configure("whole"))
     config = configure("parts")
