@@ -116,16 +116,16 @@ def test_its_table_of_the_maze_counts_the_seeds_of_the_results():
         "the same, small updates (past)": ("tmaze", "critic with past observations, window 8, small updates"),
         "critic of the core's state alone, window 8": ("tmaze", "critic without context, window 8"),
         "the same, small updates (state)": ("tmaze", "critic without context, window 8, small updates"),
+        "the same, constant rate (privileged)": ("constant_rate", "conditioned critic, window 8"),
+        "the same, constant rate (past)": ("constant_rate", "critic with past observations, window 8"),
+        "the same, constant rate (state)": ("constant_rate", "critic without context, window 8"),
         "plain truncated BPTT, window 8": ("tmaze", "plain truncated BPTT, window 8"),
+        "the same, constant rate (plain)": ("constant_rate", "plain truncated BPTT, window 8"),
         "BPTT, window 64 (128 at corridor 80)": ("tmaze", "long BPTT"),
+        "the same, constant rate (long)": ("constant_rate", "long BPTT"),
         "full BPTT, windows of six episodes": ("tmaze", "full BPTT"),
+        "the same, constant rate (full)": ("constant_rate", "full BPTT"),
         "BPTT, windows of 64, 128 and 256, small updates": ("tmaze", "long BPTT, small updates"),
-        "element-wise LSTM, exact RTRL": ("methods", "element-wise LSTM, exact RTRL"),
-        "two levels of 1 and 8 steps, window of 8 ticks, critic without context": (
-            "methods",
-            "two levels, window 8 ticks, error critic",
-        ),
-        "BP(lambda), LSTM of 16, window 1": ("methods", "BP(lambda), window 1"),
     }
     table = rows_of(README, "method | corridor 20 | corridor 40 | corridor 80 | corridor 160")
     assert set(table) == set(methods)
