@@ -156,7 +156,7 @@ def test_its_table_of_the_maze_counts_the_seeds_of_the_results():
                 "critic with privileged context, window 8": "conditioned critic, window 8",
                 "the same, constant rate (critic)": "conditioned critic, window 8, constant rate",
                 "BPTT, windows of 256, small updates": "full BPTT",
-                "the same, constant rate (BPTT)": "full BPTT, constant rate",
+                "the first of these two, constant rate": "full BPTT, constant rate",
                 "the same, its value function told what the critic is told": "full BPTT, value told",
                 "BPTT, windows of 256, updates of 4,096 steps, constant rate": "full BPTT, updates of 4096 steps, constant rate",
                 "BPTT, windows of 64, small updates": "long BPTT, small updates",
