@@ -297,6 +297,9 @@ class AlgorithmConfig(_Section):
     """Adam's step size for the model at the first update (prototypes)."""
     anneal_learning_rate: bool = True
     """Whether both learning rates fall linearly to 0 at the last step of the run, which then cannot be made longer."""
+    learning_rate_hold: Decay = 0.0
+    """anneal_learning_rate: the share of the run for which the learning rates stay as they are before they fall: a constant rate with a
+    cooldown (Haegele et al. 2024)."""
     anneal_entropy: bool = False
     """Whether the entropy cost falls linearly over the run, to zero or to final_entropy_share. A solved task has little else to learn
     from, and a constant cost goes on pulling the policy away from it."""
@@ -327,6 +330,12 @@ class AlgorithmConfig(_Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.learning_rate_hold and not self.anneal_learning_rate:
+            self._refuse(
+                "learning_rate_hold",
+                "0.0 with algorithm.anneal_learning_rate false, where the rates stay for all of the run",
+                "set --algorithm.anneal_learning_rate true",
+            )
         if self.final_entropy_share and not self.anneal_entropy:
             self._refuse(
                 "final_entropy_share",

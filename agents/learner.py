@@ -266,7 +266,9 @@ class Learner:
         """Anneals linearly what is to be annealed: learning rates of both sides, entropy cost; `fraction` of the run is done."""
         fallen = fraction * (1.0 - self.algorithm.final_entropy_share) if self.algorithm.anneal_entropy else 0.0
         self.entropy_cost = self.algorithm.entropy_cost * (1.0 - fallen)
-        remaining = 1.0 - fraction if self.algorithm.anneal_learning_rate else 1.0
+        remaining = 1.0
+        if self.algorithm.anneal_learning_rate:
+            remaining = min(1.0, (1.0 - fraction) / (1.0 - self.algorithm.learning_rate_hold))
         for group in self.optimizer.param_groups:
             group["lr"] = self.algorithm.learning_rate * remaining
         if self.critic_optimizer is not None:

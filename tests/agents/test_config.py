@@ -244,6 +244,11 @@ def test_a_configuration_does_not_change_with_the_data_it_was_made_from():
             "critic.max_norm_ratio: found -1; allowed a number above 0, or null; leave it out for the default, null",
         ),
         (
+            "--algorithm.anneal_learning_rate false --algorithm.learning_rate_hold 0.5",
+            "algorithm.learning_rate_hold: found 0.5; allowed 0.0 with algorithm.anneal_learning_rate false, where the rates stay for all "
+            "of the run; set --algorithm.anneal_learning_rate true",
+        ),
+        (
             "--algorithm.final_entropy_share 0.5",
             "algorithm.final_entropy_share: found 0.5; allowed 0.0 with algorithm.anneal_entropy false, where all of the cost is left; "
             "set --algorithm.anneal_entropy true",

@@ -482,14 +482,25 @@ def test_each_side_has_the_optimiser_of_its_own_settings(decays):
         assert {name: group[name] for name in names} == {name: settings[ours] for name, ours in names.items()}
 
 
-@pytest.mark.parametrize(("anneals", "expected"), [(True, [0.25, 0.5]), (False, [1.0, 2.0])])
-def test_learning_rates_fall_linearly_on_both_sides(anneals, expected):
+@pytest.mark.parametrize(
+    ("anneals", "hold", "expected"),
+    [
+        (True, 0.0, [0.25, 0.5]),
+        (True, 0.5, [0.5, 1.0]),
+        (True, 0.75, [1.0, 2.0]),
+        (True, 0.9, [1.0, 2.0]),
+        (False, 0.0, [1.0, 2.0]),
+    ],
+)
+def test_learning_rates_fall_linearly_on_both_sides(anneals, hold, expected):
+    """With a quarter of the run left, and a rate of 1 for the model, 2 for the critic."""
     model = make_model()
     learner = make_learner(
         model,
         make_critic(model),
         learning_rate=1.0,
         anneal_learning_rate=anneals,
+        learning_rate_hold=hold,
         critic_settings={"learning_rate": 2.0},
     )
     learner.set_progress(0.75)
