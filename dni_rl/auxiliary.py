@@ -14,7 +14,7 @@ from dni_rl.cores.base import State, UnrolledState, are_counts
 from dni_rl.critics import ErrorCritic
 from dni_rl.precision import refuse_half
 from dni_rl.statistics import update_running_mean
-from dni_rl.targets import check_alive
+from dni_rl.targets import check_alive, split_alive
 
 
 def later_synthetic_gradients(
@@ -61,10 +61,9 @@ def later_synthetic_gradients(
     # s_1 .. s_T of every window, and whether its episode goes on there
     states = tuple(torch.cat([s[1:], e.detach().unsqueeze(0)]) for s, e in zip(end.history.states, end, strict=True))
     check_alive(alive, T, N)
-    if alive is None:
-        alive = continues.new_ones(N)
-    inside, last = (continues, alive) if alive.dim() == 1 else (continues & alive[:-1].bool(), alive[-1])
-    goes_on = torch.cat([inside[1:], last.bool().unsqueeze(0)])
+    inside, last = split_alive(alive)
+    inside = continues if inside is None else continues & inside
+    goes_on = torch.cat([inside[1:], (continues.new_ones(N) if last is None else last.bool()).unsqueeze(0)])
     later = critic.synthetic_gradient(
         tuple(s[:, B:].flatten(0, 1) for s in states),
         None if context is None else context[1:, B:].flatten(0, 1),

@@ -7,19 +7,19 @@ report = dni_rl.backward(losses, start=state, end=next_state, critic=critic, ali
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from dni_rl.cores.base import State, StateHistory, UnrolledState, select_steps
-from dni_rl.critics import CriticFit, ErrorCritic, Window, norm_ratio
+from dni_rl.critics import CriticFit, ErrorCritic, Window, explained_variance, norm_ratio
 from dni_rl.precision import HALF_PRECISION, check_precision, out_of_autocast
-from dni_rl.targets import check_alive, check_weight, keeping_graph, per_sequence, scaled_weight
+from dni_rl.targets import check_alive, check_weight, keeping_graph, per_sequence, scaled_weight, split_alive
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,8 +57,8 @@ class Report:
 
     Attributes:
         critic_loss: what the critic minimises, in normalised units.
-        explained_variance: 1 - error / target_variance; 1 is perfect. Of several windows take that of the means of both: where targets
-            are nearly always zero, single ratios have no lower bound.
+        explained_variance: 1 - error / target_variance; 1 is perfect. Of several windows take that of the means of both, as `mean_of`
+            does: where targets are nearly always zero, single ratios have no lower bound.
         cosine: mean cosine between predicted and target gradient.
         predicted_norm: mean norm of the predictions at the states that had a target.
         target_norm: mean norm of the targets, in the units of one sequence's summed loss.
@@ -81,6 +81,14 @@ class Report:
     def as_dict(self) -> dict[str, Tensor]:
         """Field names to tensors."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def mean_of(cls, reports: Sequence[Self]) -> Self:
+        """One report of several windows: means over those that have a number, and the ratios of these means."""
+        means = {f.name: torch.stack([getattr(report, f.name) for report in reports]).nanmean() for f in fields(cls)}
+        means["explained_variance"] = explained_variance(means["error"], means["target_variance"])
+        means["norm_ratio"] = norm_ratio(means["predicted_norm"], means["target_norm"])
+        return cls(**means)
 
 
 def in_own_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
@@ -190,25 +198,12 @@ def _bootstrap_and_fit(
     """What `backward` does where there is a critic; the scaler's scale is in `weight` already."""
     T = len(losses)
     history = end.history if isinstance(end, UnrolledState) else None
-    # [T, B] or None, whether there is anything to learn from at the state before each step
-    has_future, alive = (None, alive) if alive is None or alive.dim() == 1 else (alive[:-1].bool(), alive[-1])
+    has_future, alive = split_alive(alive)
     if history is not None:
         has_future = history.valid if has_future is None else history.valid & has_future
     stands_for = critic.window_is_due() if fit else 0
     if stands_for:
-        # What the losses inside the window alone send to its start: the yardstick of the bound must not contain predictions.
-        with keeping_graph(), nullcontext() if history is None else history.unwatched():
-            from_losses = torch.autograd.grad(
-                losses,
-                start,
-                torch.ones_like(losses) * weight,  # the scale at which half precision does not lose it
-                retain_graph=True,
-                allow_unused=True,
-            )
-        if all(g is None for g in from_losses):
-            look_for_start(losses, start, end, stacklevel=5)
-        from_losses = tuple(torch.zeros_like(s) if g is None else g for g, s in zip(from_losses, start, strict=True))
-        critic.observe_window(per_sequence(from_losses, weight), stands_for)
+        critic.observe_window(per_sequence(_sent_by_losses(losses, start, end, history, weight), weight), stands_for)
     synthetic = critic.synthetic_gradient(
         tuple(s.detach() for s in end), None if context is None else context[-1], alive
     )
@@ -233,7 +228,7 @@ def _bootstrap_and_fit(
     if dense:
         assert history is not None and has_future is not None
         steps = critic.target_steps(T)
-        states, targets, _ = history.at(steps)
+        states, targets = history.at(steps)
         valid = has_future if len(steps) == T else select_steps(has_future, steps)
         if mixed is not None:
             targets = mixed
@@ -259,6 +254,20 @@ def _bootstrap_and_fit(
         (fitted.loss if scaler is None else scaler.scale(fitted.loss)).backward()
     with torch.no_grad():
         return report_of(fitted, synthetic_norm)
+
+
+def _sent_by_losses(
+    losses: Tensor, start: State, end: State, history: StateHistory | None, weight: float | Tensor
+) -> State:
+    """weight * d sum_t l_t / d s_0, what the losses inside the window alone send to its start: the bound's yardstick must not contain
+    predictions. With the weight, at the scale at which half precision does not lose it."""
+    with keeping_graph(), nullcontext() if history is None else history.unwatched():
+        found = torch.autograd.grad(
+            losses, start, torch.ones_like(losses) * weight, retain_graph=True, allow_unused=True
+        )
+    if all(g is None for g in found):
+        look_for_start(losses, start, end, stacklevel=6)
+    return tuple(torch.zeros_like(s) if g is None else g for g, s in zip(found, start, strict=True))
 
 
 def _report_of_no_fit(losses: Tensor) -> Report:

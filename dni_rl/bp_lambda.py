@@ -15,7 +15,7 @@ from dni_rl.backward import Report, check_window, gradients_of, in_own_precision
 from dni_rl.cores.base import Core, State, UnrolledState
 from dni_rl.critics import GradientCritic
 from dni_rl.precision import out_of_half
-from dni_rl.targets import keeping_graph, per_sequence, scaled_weight
+from dni_rl.targets import keeping_graph, per_sequence, scaled_weight, split_alive
 
 
 def bp_lambda_trace(critic: GradientCritic, batch_size: int, *, max_bytes: int = 2 * 1024**3) -> Tensor:
@@ -114,8 +114,7 @@ def bp_lambda_backward(
     _check(T, B, critic, trace, lambda_, first, jacobian)
     if first is None and isinstance(end, UnrolledState):
         first = ~end.history.valid
-    had_future = None if alive is None or alive.dim() == 1 else alive[0].bool()
-    alive = alive if had_future is None or alive is None else alive[-1]
+    has_future, alive = split_alive(alive)
     if weight is None:
         weight = 1.0 / (T * B)
     weight = scaled_weight(weight, losses, scaler)
@@ -136,7 +135,7 @@ def bp_lambda_backward(
         target = torch.cat(per_sequence(tuple(arrived), weight), dim=-1)  # [B, S]
         predicted = torch.cat(critic(before, z_before), dim=-1)
         # a state that an episode's start clears has no future, nor has one between two episodes
-        counts = (~starts[0] if had_future is None else ~starts[0] & had_future).unsqueeze(-1)  # [B, 1]
+        counts = (~starts[0] if has_future is None else ~starts[0] & has_future[0]).unsqueeze(-1)  # [B, 1]
         row = counts.to(target.dtype)
         # where, not a product, here and below: what ended with an episode may be anything, not finite included
         target, predicted = torch.where(counts, target, 0.0), torch.where(counts, predicted, 0.0)

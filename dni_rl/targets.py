@@ -107,6 +107,14 @@ def check_alive(alive: Tensor | None, num_steps: int, batch_size: int) -> None:
         raise ValueError(f"alive: expected [B] = {shapes[0]} or [T + 1, B] = {shapes[1]}, got {found}")
 
 
+def split_alive(alive: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of `alive` as `dni_rl.backward` takes it: [T, B] bool, whether the state before each step has a future, and [B], whether the state
+    after the window has one. None where it does not say."""
+    if alive is None or alive.dim() == 1:
+        return None, alive
+    return alive[:-1].bool(), alive[-1]
+
+
 def before_each_step(alive: Tensor | None, num_steps: int, batch_size: int) -> Tensor | None:
     """[T, B] bool, whether the state before each step has a future: of `alive` as `dni_rl.backward` takes it, [T + 1, B], or without the
     row of the window's end, [T, B].

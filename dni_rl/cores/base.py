@@ -54,21 +54,20 @@ class StateHistory:
             self._states = self._states()
         return self._states
 
-    def at(self, steps: tuple[int, ...]) -> tuple[State, State, Tensor]:
-        """States and gradients, tuples of [R, B, ...], and valid [R, B], at R steps; RuntimeError if one was not recorded."""
+    def at(self, steps: tuple[int, ...]) -> tuple[State, State]:
+        """States and gradients, tuples of [R, B, ...], at R steps; RuntimeError if one was not recorded."""
         states, gradients = self._recorded_states, self._recorded_gradients
         if self.steps is None:
             if len(steps) == len(self.valid):
-                return states, gradients, self.valid
+                return states, gradients
             rows = steps
         elif set(steps) <= set(self.steps):
             rows = tuple(self.steps.index(step) for step in steps)
         else:
             self._check_complete()
-        valid = select_steps(self.valid, steps)
         if self.steps == steps:
-            return states, gradients, valid
-        return tuple(select_steps(s, rows) for s in states), tuple(select_steps(g, rows) for g in gradients), valid
+            return states, gradients
+        return tuple(select_steps(s, rows) for s in states), tuple(select_steps(g, rows) for g in gradients)
 
     def _check_complete(self) -> None:
         if self.steps is not None:

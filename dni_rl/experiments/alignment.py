@@ -423,8 +423,7 @@ class Experiment(common.Experiment):
             optimizer.step()
         metrics = {"train/loss": loss}
         if self.critic is not None:
-            parts = [report.as_dict() for report in reports]
-            metrics |= {f"critic/{name}": torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+            metrics |= {f"critic/{name}": value for name, value in dni_rl.Report.mean_of(reports).as_dict().items()}
         self.step += 1
         return metrics
 

@@ -1155,6 +1155,23 @@ def test_eval_mode_changes_nothing(name):
     exactly(results[0], results[1])
 
 
+def test_a_report_of_several_windows_has_the_ratios_of_their_means():
+    """The mean of the ratios has no bound: in the second of these windows there is nearly nothing to predict."""
+    nan = torch.tensor(torch.nan)
+    base = dict.fromkeys(("critic_loss", "explained_variance", "norm_ratio", "synthetic_norm"), torch.tensor(0.5))
+    windows = [
+        dni_rl.Report(cosine=c, predicted_norm=p, target_norm=t, error=e, target_variance=v, **base)
+        for c, p, t, e, v in (
+            torch.tensor([[0.8, 1.0, 2.0, 1.0, 4.0], [torch.nan, 1.0, 0.0, 1.0, 0.0], [0.4, 1.0, 1.0, 1.0, 2.0]])
+        )
+    ]
+    mean = dni_rl.Report.mean_of(
+        [*windows, dni_rl.Report(**dict.fromkeys(windows[0].as_dict(), nan))]
+    )  # the last not fitted
+    assert (mean.norm_ratio, mean.explained_variance) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert (mean.cosine, mean.critic_loss) == (pytest.approx(0.6), pytest.approx(0.5))
+
+
 def test_reports_are_scalars_without_gradient():
     model, x, y, state = problem()
     names = [
