@@ -12,12 +12,10 @@ for another that has left. The first process alone writes.
 
 import io
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib import import_module
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from agents.build import spread_seeds
 from dni_rl.distributed import average_gradients, synchronize
+from dni_rl.distributed.rendezvous import device_of_process, meet
 
 T = TypeVar("T")
 
@@ -61,9 +60,7 @@ class Workers:
 
     def device(self, wanted: torch.device) -> torch.device:
         """Where this process computes: of "cuda" without an index, the GPUs of the machine by turns."""
-        if self.count == 1 or wanted.type != "cuda" or wanted.index is not None:
-            return wanted
-        return torch.device("cuda", _local_rank() % torch.cuda.device_count())
+        return wanted if self.count == 1 else device_of_process(wanted)
 
     def spread_seeds(self, seed: int, count: int, *, step: int = 0) -> list[int]:
         """As `agents.build.spread_seeds`, and independent of those of the other processes. The first has those of a single one.
@@ -213,35 +210,16 @@ def connect(device: str = "cpu") -> Iterator[Workers]:
         ValueError: if a variable of torchrun is missing.
         LostWorkerError: if another process ends early.
     """
-    launch, attempt = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    restarted = launch is not None and attempt != "0"
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    restarted = launch is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if not _is_started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Workers(launch=launch, restarted=restarted)
         return
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(f"torchrun: {', '.join(missing)} not set in the environment; start the program with torchrun")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if here == count:
-        # Otherwise gloo listens where the host's name points to, which may be the network.
-        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-        if loopback is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
-    backend = "gloo"
-    wanted = torch.device(device)
-    if wanted.type == "cuda" and wanted.index is None and torch.cuda.device_count() >= here:  # NCCL wants one for each
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(_local_rank())
-    # Its functions have the group of all processes as a default, which they would keep alive, and the threads of gloo with it, if it
-    # were imported later, as optimisers do. Threads that outlive the interpreter abort the program.
-    import_module("torch.distributed.nn.functional")
     workers = Workers(rank, count, launch=launch, restarted=restarted)
     store: dist.Store | None = None
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=_TIMEOUT))
-        store = dist.PrefixStore(f"attempt_{attempt}", store)  # torchrun's outlives those who gave their addresses
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
+        store = meet(torch.device(device), _TIMEOUT).store
         yield workers
         workers.any()
     except BaseException as error:
@@ -260,10 +238,6 @@ def connect(device: str = "cpu") -> Iterator[Workers]:
 
 def _is_started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
 
 
 def _is_from_torch_distributed(error: BaseException) -> bool:

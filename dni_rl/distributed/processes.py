@@ -37,6 +37,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dni_rl.distributed.rendezvous import meet
+
 _DTYPES = (
     torch.float32,
     torch.float64,
@@ -268,38 +270,17 @@ def connect(device: str = "cpu", *, timeout_sec: float = 300.0) -> Iterator[Proc
         ValueError: if the process was started by neither, or the device is neither "cpu" nor an available "cuda".
         LostProcessError: if another process ends early.
     """
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"connect: {', '.join(missing)} not set in the environment; start the program with torchrun, or use launch"
-        )
     allowed = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if device not in allowed:
         raise ValueError(f"device: found {device!r}, allowed {allowed} here")
     if not timeout_sec > 0:
         raise ValueError(f"timeout_sec: found {timeout_sec}, allowed above 0")
-    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1"):
-        # Otherwise gloo listens where the host's name points to, which may be the network.
-        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-        if loopback is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    where, backend = torch.device("cpu"), "gloo"
-    if device == "cuda":
-        gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", rank))
-        where = torch.device("cuda", local_rank % gpus)
-        torch.cuda.set_device(where)
-        if gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
-            backend = "cpu:gloo,cuda:nccl"  # headers and control through the host
-    timeout = timedelta(seconds=timeout_sec)
-    store: dist.Store | None = None
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        processes = Processes(rank, world_size, where, timeout_sec, store, direct=backend != "gloo")
-    except (RuntimeError, ValueError) as error:
-        raise LostProcessError(f"process {rank}: could not meet the others: {_line(error)}") from error
+        meeting = meet(torch.device(device), timedelta(seconds=timeout_sec))
+        rank, store = meeting.rank, meeting.store
+        processes = Processes(rank, meeting.world_size, meeting.device, timeout_sec, store, meeting.direct)
+    except RuntimeError as error:
+        raise LostProcessError(f"process {os.environ['RANK']}: could not meet the others: {_line(error)}") from error
     try:
         yield processes
         processes._close()

@@ -465,6 +465,32 @@ def test_launch_ends_what_takes_too_long():
         launch(time.sleep, 1, 50, timeout_sec=1)
 
 
+@pytest.mark.parametrize(
+    ("here", "address", "is_chosen"),
+    [
+        ("2", "a-name-of-this-machine", True),
+        ("1", "127.0.0.1", False),  # the other process runs on another machine, for which the first is not localhost
+        (None, "localhost", True),
+        (None, "a-machine", False),
+    ],
+)
+def test_messages_keep_to_the_loopback_where_all_processes_are_on_this_machine(here, address, is_chosen, monkeypatch):
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": address, "MASTER_PORT": "1"}
+    environment = {name: value for name, value in variables.items() if value is not None}
+    monkeypatch.setattr(os, "environ", environment)
+
+    def refused(*_, **__):
+        raise RuntimeError("nobody is there")
+
+    monkeypatch.setattr(dist, "rendezvous", refused)
+    with (
+        pytest.raises(ProcessError, match="process 0: could not meet the others: RuntimeError: nobody is there"),
+        connect(),
+    ):
+        pass
+    assert ("GLOO_SOCKET_IFNAME" in environment) == ("NCCL_SOCKET_IFNAME" in environment) == is_chosen
+
+
 def test_wrong_settings_are_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match=r"connect: RANK.* start the program with torchrun"), connect():

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from dni_rl.distributed import ProcessError, StageReport, launch
 from dni_rl.experiments import asynchronous, images
 
 pytestmark = pytest.mark.timeout(240)
+ROOT = Path(__file__).parents[3]
 SMALL = ["--num-steps", "12", "--no-unlocked"]
 
 
@@ -208,22 +210,15 @@ def test_runs_of_different_settings_have_different_names():
     assert len(set(found)) == len(found) and "cdni, 1 process, p = 0.2, seed 0" in found
 
 
-def torchrun(processes, *arguments):
+def torchrun(processes, *arguments, program=("-m", "dni_rl.experiments.asynchronous"), max_restarts=0):
     command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += [f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
     return subprocess.run(
-        [
-            sys.executable,
-            *command,
-            "--nproc-per-node",
-            str(processes),
-            "-m",
-            "dni_rl.experiments.asynchronous",
-            *arguments,
-        ],
+        [sys.executable, *command, *program, *arguments],
         capture_output=True,
         text=True,
         timeout=100,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -232,6 +227,36 @@ def test_torchrun_starts_the_runs_with_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     names = ["backprop, 3 processes, seed 0", "cdni, 3 processes, staleness up to 1, seed 0"]
     assert list(results(tmp_path)) == names and "staleness up to 1" in done.stdout
+
+
+KILLED_ONCE = """
+import os, signal
+from dni_rl.experiments import asynchronous
+
+train, calls = asynchronous.train_pipeline, []
+
+def pipeline(*arguments, **settings):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(*arguments, **settings)
+
+asynchronous.train_pipeline = pipeline
+asynchronous.main()
+"""
+
+
+def test_torchrun_restarts_processes_of_which_one_was_killed(tmp_path):
+    program, folder = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(KILLED_ONCE)
+    arguments = ["--num-layers", "2", "--num-steps", "12", "--checkpoint-every-steps", "6", "--no-tensorboard"]
+    arguments += ["--no-backprop", "--staleness-bounds", "0", "--timeout-sec", "20"]
+    arguments += ["--run-folder", str(folder), "--resume"]
+    done = torchrun(2, *arguments, program=[str(program)], max_restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert list(results(folder)) == ["cdni, 2 processes, staleness up to 0, seed 0"]
+    # not from the beginning: what was learned before the checkpoint is in it
+    assert next(iter(results(folder).values()))["staleness_counts"] == [{"0": 12}]
 
 
 @pytest.fixture
