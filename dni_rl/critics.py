@@ -99,6 +99,21 @@ class CriticFit:
         return {name: getattr(self, name).detach() for name in names}
 
 
+def take_step(optimizer: torch.optim.Optimizer | None, loss: Tensor) -> None:
+    """One step on a critic's loss, or another regression's; its backward pass is in the precision of the critic, wherever it runs.
+
+    Args:
+        optimizer: of the critic; its gradients are zeroed first. None for a critic that does not learn.
+        loss: a scalar, such as `CriticFit.loss`; without gradient, as that of a frozen critic is, there is no step.
+    """
+    if optimizer is None or not loss.requires_grad:
+        return
+    optimizer.zero_grad()
+    with out_of_autocast(loss.device):
+        loss.backward()
+    optimizer.step()
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """What a window has to teach a critic, once its backward pass is done. Nothing in it carries gradient.

@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from dni_rl.cores.base import State
-from dni_rl.critics import CriticFit, GradientCritic, check_unbounded
+from dni_rl.critics import CriticFit, GradientCritic, check_unbounded, take_step
 from dni_rl.precision import out_of_autocast
 from dni_rl.targets import check_weight, per_sequence, scaled_weight
 
@@ -638,13 +638,13 @@ class DecoupledSequential(nn.Module):
         if not self._has_critic[i]:
             return None
         fit: CriticFit = self.critics[i].fit((state,), (target,), self._context_for(i, context))  # type: ignore[operator]
-        _step(self._critic_optimizers[i], fit.loss)
+        take_step(self._critic_optimizers[i], fit.loss)
         return fit
 
     def _fit_input_model(self, i: int, x: Tensor, target: Tensor) -> Tensor:
         """|| I(x) - stop_gradient(h) ||^2, mean over rows and components."""
         loss = (self.input_models[i](x) - target).square().mean()
-        _step(self._input_optimizers[i], loss)
+        take_step(self._input_optimizers[i], loss)
         return loss.detach()
 
     def _context_for(self, i: int, context: Tensor | None) -> Tensor | None:
@@ -708,12 +708,3 @@ def _step_if_reached(optimizer: torch.optim.Optimizer | None) -> bool:
     reached = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     optimizer.step()
     return reached
-
-
-def _step(optimizer: torch.optim.Optimizer | None, loss: Tensor) -> None:
-    if optimizer is None or not loss.requires_grad:
-        return
-    optimizer.zero_grad()
-    with out_of_autocast(loss.device):
-        loss.backward()
-    optimizer.step()

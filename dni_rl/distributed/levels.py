@@ -27,9 +27,10 @@ from torch import Tensor
 from dni_rl.backward import cut
 from dni_rl.cores.base import State
 from dni_rl.cores.timescales import MultiTimescaleCore
-from dni_rl.critics import GradientCritic, check_unbounded
+from dni_rl.critics import GradientCritic, check_unbounded, take_step
 from dni_rl.distributed.pipeline import on_host
 from dni_rl.distributed.processes import Message, Processes
+from dni_rl.precision import out_of_autocast
 from dni_rl.targets import per_sequence
 
 MESSAGE, CONTEXT, MESSAGE_GRADIENTS, CONTEXT_GRADIENT, END = range(5)
@@ -221,7 +222,8 @@ class Level:
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         if pairs:
-            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+            with out_of_autocast(pairs[0][0].device):
+                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         if self.optimizer is not None:
             self.optimizer.step()
         if self.critic is not None:
@@ -240,10 +242,7 @@ class Level:
     def fit(self, critic: GradientCritic, state: State, target: State, valid: Tensor | None = None) -> Tensor:
         """One step of a critic; returns the cosine of its predictions with the targets."""
         fit = critic.fit(state, target, None, valid)
-        if self.critic_optimizer is not None and fit.loss.requires_grad:
-            self.critic_optimizer.zero_grad()
-            fit.loss.backward()
-            self.critic_optimizer.step()
+        take_step(self.critic_optimizer, fit.loss)
         return fit.cosine.detach()
 
 

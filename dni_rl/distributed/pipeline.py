@@ -25,9 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dni_rl.critics import CriticFit
+from dni_rl.critics import CriticFit, take_step
 from dni_rl.distributed.processes import Processes
 from dni_rl.feedforward import DecoupledSequential, InterfaceCritic, _check_context_is_taken, _takes_context
+from dni_rl.precision import out_of_autocast
 from dni_rl.targets import per_sequence
 
 ACTIVATION, GRADIENT, END = range(3)
@@ -167,10 +168,7 @@ class Stage:
         fit = None
         if self.critic is not None and gradient is not None:
             fit = self.critic.fit((sent.output.detach(),), (gradient,), sent.context)
-            if self.critic_optimizer is not None and fit.loss.requires_grad:
-                self.critic_optimizer.zero_grad()
-                fit.loss.backward()
-                self.critic_optimizer.step()
+            take_step(self.critic_optimizer, fit.loss)
         return below, fit
 
     def _learn(self, output: Tensor, gradient: Tensor, leaf: Tensor | None) -> Tensor | None:
@@ -180,7 +178,8 @@ class Stage:
             self.optimizer.zero_grad()
         if not output.requires_grad:
             return None
-        torch.autograd.backward([output], [(gradient * weight).to(output.dtype)])
+        with out_of_autocast(output.device):
+            torch.autograd.backward([output], [(gradient * weight).to(output.dtype)])
         if self.optimizer is not None:
             self.optimizer.step()
         return None if leaf is None or leaf.grad is None else per_sequence((leaf.grad,), weight)[0]

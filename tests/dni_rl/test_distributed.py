@@ -28,7 +28,7 @@ WIDTHS = (5, 6, 7, 3)
 B, STEPS = 4, 9
 
 
-def make_net(mode="decoupled", context_size=0, without_critic=None):
+def make_net(mode="decoupled", context_size=0, without_critic=None, dtype=torch.float64):
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.Tanh()) for a, b in itertools.pairwise(WIDTHS)]
     critics = [
@@ -37,7 +37,7 @@ def make_net(mode="decoupled", context_size=0, without_critic=None):
     ]
     for module in (*layers, *critics):
         if module is not None:
-            module.double()
+            module.to(dtype)
     return DecoupledSequential(
         layers,
         critics,
@@ -47,12 +47,12 @@ def make_net(mode="decoupled", context_size=0, without_critic=None):
     )
 
 
-def make_batches(context_size=0, steps=STEPS):
+def make_batches(context_size=0, steps=STEPS, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        x = torch.randn(B, WIDTHS[0], dtype=torch.float64, generator=generator)
-        targets = torch.randn(B, WIDTHS[-1], dtype=torch.float64, generator=generator)
-        context = torch.randn(B, context_size, dtype=torch.float64, generator=generator) if context_size else None
+        x = torch.randn(B, WIDTHS[0], dtype=dtype, generator=generator)
+        targets = torch.randn(B, WIDTHS[-1], dtype=dtype, generator=generator)
+        context = torch.randn(B, context_size, dtype=dtype, generator=generator) if context_size else None
         yield x, context, targets
 
 
@@ -60,9 +60,9 @@ def losses_of(outputs, targets):
     return (outputs - targets).square().sum(-1)
 
 
-def in_one_process(net, context_size=0):
+def in_one_process(net, context_size=0, dtype=torch.float64):
     losses = []
-    for x, context, targets in make_batches(context_size):
+    for x, context, targets in make_batches(context_size, dtype=dtype):
         losses.append(net.update(x, lambda h, targets=targets: losses_of(h, targets), context).losses.mean().item())
     return net, losses
 
@@ -244,6 +244,11 @@ def scenarios_in_processes():
             batches = make_batches(of_net.get("context_size", 0)) if processes.rank == 0 else ()
             reports = train_pipeline(net, processes, batches, losses_of, **of_run)
             found[name] = (net.state_dict(), reports)
+        with torch.autocast("cpu", torch.bfloat16):
+            net = make_net(dtype=torch.float32)
+            batches = make_batches(dtype=torch.float32) if processes.rank == 0 else ()
+            reports = train_pipeline(net, processes, batches, losses_of)
+        found["under autocast"] = (net.state_dict(), reports)
         for name, late in LEVEL_SCENARIOS.items():
             found[name] = with_oracles(processes, late)
         found["levels"] = [
@@ -294,6 +299,32 @@ def test_a_free_schedule_keeps_its_bound_and_accounts_for_every_gradient(found):
         assert sum(report.staleness.values()) == report.batches == STEPS == len(report.cosines)
         assert report.max_staleness <= 2 and 0 <= report.mean_staleness <= 2
     assert len(reports[-1].losses) == STEPS and reports[0].losses == ()
+
+
+def test_under_autocast_processes_equal_one_process(found):
+    state, reports = found["under autocast"]
+    with torch.autocast("cpu", torch.bfloat16):
+        net, losses = in_one_process(make_net(dtype=torch.float32), dtype=torch.float32)
+    assert_same(state, net.state_dict())
+    assert reports[-1].losses == tuple(losses)
+
+
+def test_a_level_under_autocast_learns_from_a_window_as_it_does_elsewhere():
+    """Backward passes run in full precision; what a level computes on is here what full precision computed."""
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        core = MultiTimescaleCore(D, SIZES, PERIODS)
+        critic = GradientCritic(state_sizes=(SIZES[0],) * 2, hidden_sizes=(7,))
+        nn.init.normal_(critic.net.linear.weight)
+        optimizers = [torch.optim.SGD(module.parameters(), 0.1) for module in (core.levels[0], critic)]
+        level = Level(core, 0, optimizers[0], ticks=K, critic=critic, critic_optimizer=optimizers[1])
+        for tag in range(K):
+            level.tick(tag, torch.randn(B, D), torch.full((B,), tag))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            level.close_window()
+        found.append([p.detach() for module in (core.levels[0], critic) for p in module.parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("late", [0, 2])
