@@ -7,7 +7,6 @@ tensors and plain Python values only, so reading one executes no code, whoever m
 import hashlib
 import io
 import logging
-import os
 import pickle
 import random
 from collections import OrderedDict
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from dni_rl.files import replace_file
 
 CHECKPOINT_FILE = "checkpoint.pt"
 PREVIOUS_FILE = "checkpoint.previous.pt"
@@ -55,21 +56,11 @@ def save_checkpoint(directory: str | Path, state: dict[str, Any], step: int) -> 
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    current, temporary = folder / CHECKPOINT_FILE, folder / f"{CHECKPOINT_FILE}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).digest())
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:  # a full disk, for one
-        temporary.unlink(missing_ok=True)
-        raise
-    # Between the two renames there is only a previous checkpoint, which `load_checkpoint` then takes.
-    if current.exists() and not _damage(current):  # a damaged file must not push out the last good one
-        os.replace(current, folder / PREVIOUS_FILE)
-    os.replace(temporary, current)
-    _sync_folder(folder)
+    current = folder / CHECKPOINT_FILE
+    # A damaged file must not push out the last good one. Between the two renames there is only a previous checkpoint, which
+    # `load_checkpoint` then takes.
+    former = None if _damage(current) else folder / PREVIOUS_FILE
+    replace_file(current, _MAGIC + hashlib.sha256(payload).digest(), payload, former=former)
     return current
 
 
@@ -183,13 +174,3 @@ def _read(file: Path, map_location: str | torch.device) -> dict[str, Any]:
     with open(file, "rb") as stream:
         stream.seek(_HEADER_SIZE)
         return torch.load(io.BytesIO(stream.read()), map_location=map_location, weights_only=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renames survive a power cut; where folders cannot be opened (Windows), that is left to the system."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -6,7 +6,6 @@ nowhere else.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from dni_rl.files import hold_run
+from dni_rl.files import hold_run, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -302,14 +301,9 @@ def _layout() -> dict[str, dict[str, list[Any]]]:
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Puts these rows in the place of those there. Written to a second file and renamed, so that a crash loses nothing."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({name: None if math.isnan(value) else value for name, value in row.items()}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Puts these rows in the place of those there."""
+    kept = ({name: None if math.isnan(value) else value for name, value in row.items()} for row in rows)
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
 def _read_scalars(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:

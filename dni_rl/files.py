@@ -15,11 +15,53 @@ except ImportError:  # Windows
 LOCK_FILE = ".lock"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Puts `text` in the place of what is there; whoever is cut off here leaves the old file."""
+def replace_file(path: Path, *pieces: bytes | memoryview, former: Path | None = None) -> None:
+    """Puts a new file in the place of what is there. Whoever is cut off here, by a crash or the power, leaves the old file.
+
+    It is written beside its place as `<name>.part`, and renamed once it is on the disk: a rename may get there before what was written.
+    A link stays one, to the new file; what is no file, as a pipe or /dev/stdout, is written to.
+
+    Args:
+        path: of the file, in a folder that is there.
+        pieces: its content, one after the other.
+        former: where what is there goes first. Between these two renames there is no file at `path`.
+
+    Raises:
+        OSError: if it cannot be written; what was there before stands.
+    """
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            file.writelines(pieces)
+        return
+    path = path.resolve()
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    try:
+        with open(part, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)  # a full disk is not filled further
+        raise
+    if former is not None and path.exists():
+        os.replace(path, former)
     os.replace(part, path)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `replace_file`, of text in UTF-8."""
+    replace_file(path, text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames survive a power cut; where folders cannot be opened (Windows), that is left to the system."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def hold(path: Path, *, wait: bool) -> IO[bytes]:

@@ -28,6 +28,7 @@ from agents.rollout import Actor
 from agents.train import Trainer
 from commandline import OneLineParser
 from dni_rl.cores import State, UnrolledState
+from dni_rl.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR, WINDOW = 40, 8
@@ -209,8 +210,8 @@ def main() -> None:
     text = markdown(rows, arguments.seeds)
     print(text)
     if arguments.report is not None:
-        arguments.report.with_suffix(".md").write_text(text, encoding="utf-8")
-        arguments.report.with_suffix(".json").write_text(json.dumps(rows), encoding="utf-8")
+        write_text(arguments.report.with_suffix(".md"), text)
+        write_text(arguments.report.with_suffix(".json"), json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from agents.evaluate import (
     summarize,
 )
 from commandline import OneLineParser
+from dni_rl.files import write_text
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> None:
     print(format_summary(summarize(evaluation)))
     if arguments.json is not None:
         result = result_dict(policy, evaluation, greedy=arguments.greedy, seed=arguments.seed, num_envs=num_envs)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(result, indent=1) + "\n")
         print(f"results in {arguments.json}")
     if film is not None:
         frames_per_step = environment.spec.frames_per_step

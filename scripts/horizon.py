@@ -32,6 +32,7 @@ from agents.credit import credit_figure, measure_credit
 from agents.metrics import read_metrics
 from agents.train import Trainer
 from commandline import OneLineParser
+from dni_rl.files import write_text
 from dni_rl.horizon import CreditHorizon
 
 SUCCESS, RETURN = "charts/success_rate", "charts/episodic_return"
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{side_by_side(measured)}")
         if arguments.json is not None:
             text = json.dumps([m.as_dict() for m in measured], indent=1)
-            arguments.json.write_text(f"{text}\n", encoding="utf-8")
+            write_text(arguments.json, f"{text}\n")
             print(f"numbers in {arguments.json}")
         if arguments.plot is not None:
             names = [f"{m.name}, {m.method}" for m in measured]

@@ -1,5 +1,6 @@
 """Settings of every test, and what several of them need."""
 
+import os
 import signal
 
 import pytest
@@ -33,6 +34,31 @@ def device_without_values(monkeypatch):
     monkeypatch.setattr("torch.Generator", HostGenerator)
     monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr("torch.optim.Adam", UnfusedAdam)
+
+
+@pytest.fixture
+def on_disk(monkeypatch):
+    """Names of the files that were on the disk before they took their place, which then was on the disk as well.
+
+    What a power cut leaves otherwise, an empty file under the right name, cannot be had here.
+    """
+    sync, replace, synced, awaited, found = os.fsync, os.replace, set(), {}, []
+
+    def noted_sync(descriptor):
+        sync(descriptor)
+        inode = os.fstat(descriptor).st_ino
+        synced.add(inode)
+        found.extend(awaited.pop(inode, ()))
+
+    def noted_replace(source, target):
+        is_there = os.stat(source).st_ino in synced
+        replace(source, target)
+        if is_there:
+            awaited.setdefault(os.stat(os.path.dirname(target)).st_ino, []).append(os.path.basename(target))
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    return found
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from dni_rl import data
-from dni_rl.files import hold_run, write_text
+from dni_rl.files import hold_run, replace_file, write_text
 
 CHECKPOINT_FILE = "checkpoint.pt"
 RESULT_FILE = "result.json"
@@ -282,9 +283,9 @@ def _rows_until(step: int, path: Path) -> Iterator[str]:
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Replaces the checkpoint as a whole: a run that is cut off here keeps the old one."""
-    part = path.with_name(f"{path.name}.part")
-    torch.save(state, part)
-    os.replace(part, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    replace_file(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, config: Any, *, resume: bool, free: Iterable[str] = ()) -> dict[str, Any] | None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from dni_rl.files import write_text
+
 MIB = 2**20
 
 Result = TypeVar("Result")
@@ -149,4 +151,4 @@ def write(results: dict[str, Any], output: Path | None) -> None:
     """Writes results as JSON, if asked to."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_text(output, json.dumps(results, indent=1) + "\n")

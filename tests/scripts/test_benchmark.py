@@ -261,7 +261,7 @@ def test_gpu_runs_its_small_form_without_a_device(capsys, short):
     assert set(printed) == {*MATRIX, "none, window 16", "dni, window 16"}
 
 
-def test_the_command_writes_json_and_refuses_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_json_and_refuses_a_device_that_is_not_there(tmp_path, capsys, monkeypatch, on_disk):
     called = {}
 
     def battery(form, rounds, device, threads):
@@ -273,6 +273,7 @@ def test_the_command_writes_json_and_refuses_a_device_that_is_not_there(tmp_path
     assert main(["gpu", "--rounds", "7", "--output", str(tmp_path / "new" / "gpu.json")]) == 0
     assert called == {"form": CPU_FORM, "rounds": 7, "device": CPU, "threads": 1}
     assert json.loads((tmp_path / "new" / "gpu.json").read_text()) == {"rows": []}
+    assert on_disk == ["gpu.json"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert main(["overhead", "--device", "cuda"]) == 2
     error = capsys.readouterr().err

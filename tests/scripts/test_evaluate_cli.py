@@ -57,10 +57,10 @@ def test_equal_seeds_give_equal_results_and_others_do_not(maze, capsys):
     assert outs[0] == outs[1] != outs[2]
 
 
-def test_writes_all_returns_to_a_json_file(maze, capsys, tmp_path):
+def test_writes_all_returns_to_a_json_file(maze, capsys, tmp_path, on_disk):
     path = tmp_path / "out.json"
     code, out, _ = _evaluate(capsys, maze, "--episodes", 10, "--greedy", "--json", path)
-    assert code == 0
+    assert code == 0 and on_disk == ["out.json"]
     assert out.endswith(f"results in {path}\n")
     result = json.loads(path.read_text())
     assert (result["episodes"], result["greedy"], result["seed"], result["step"]) == (10, True, 0, 32)

@@ -60,9 +60,9 @@ def _cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_repeats_what_training_logged_at_its_end(runs, capsys, tmp_path):
+def test_repeats_what_training_logged_at_its_end(runs, capsys, tmp_path, on_disk):
     code, out, err = _horizon(capsys, runs[0], "--json", tmp_path / "out.json")
-    assert (code, err) == (0, "")
+    assert (code, err, on_disk) == (0, "", ["out.json"])
     (result,) = json.loads((tmp_path / "out.json").read_text())
     rows = read_metrics(runs[0])
     for name in ("horizon", "expected_horizon", "lag_90", "true_lag_90", "delivered_share"):
