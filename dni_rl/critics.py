@@ -5,7 +5,8 @@ respect to that state: Jaderberg et al., "Decoupled Neural Interfaces using Synt
 also carries how its predictions are to be used (discount, scale, bound, warm-up), so that `dni_rl.backward` takes one object
 and method and baseline differ in that argument alone.
 
-`ErrorCritic` is the interface, with all of that use; the others are final and differ in what they predict and regress on:
+`ErrorCritic` is the interface, with all of that use; the others differ in what they predict and regress on. A subclass of one of them
+may bring another net, by `set_net`; for another way to read a gradient off it there is `GradientRegression`.
 
     GradientCritic            the gradient itself (DNI; cDNI with context)          start here
     ConvGradientCritic        the same for states that are feature maps

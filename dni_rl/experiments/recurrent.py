@@ -80,7 +80,7 @@ class Learner:
 
     Args:
         config: of the run. Parameters depend on its seed alone, and those of the net not on the arm, cores of two levels apart.
-        encoder: inputs [T, B, ...] to [T, B, input_size].
+        make_encoder: makes the module that maps inputs [T, B, ...] to [T, B, input_size]; called once the seed is set.
         input_size: of the core.
         num_classes: outputs of the linear readout.
     """
