@@ -524,9 +524,9 @@ def _mean_by_lag(found: Sequence[Sequence[float | None] | None]) -> list[float |
     return [common.mean(of_lag) for of_lag in zip(*known, strict=True)] if known else None
 
 
-def reach(by_lag: Sequence[float | None], level: float = REACHED) -> int:
-    """The lag up to which every cosine is above `level`; 0 if that of lag 1 is not."""
-    return next((lag for lag, cosine in enumerate(by_lag) if cosine is None or not cosine > level), len(by_lag))
+def reach(by_lag: Sequence[float | None]) -> int:
+    """The lag up to which every cosine is above `REACHED`; 0 if that of lag 1 is not."""
+    return next((lag for lag, cosine in enumerate(by_lag) if cosine is None or not cosine > REACHED), len(by_lag))
 
 
 def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -55,16 +55,16 @@ class StoredRollout:
 
     def _count_windows(self, seen: int) -> None:
         for critic in self.learner.critics:
-            critic.set_extra_state({"windows_seen": seen})
+            critic.set_extra_state(torch.tensor(seen))
 
     def _count_windows_until_one_is_due(self) -> None:
         for critic in self.learner.critics:
             assert isinstance(critic, dni_rl.ErrorCritic)
             seen = 16 + 3 * DUE_EVERY
-            critic.set_extra_state({"windows_seen": seen})
+            critic.set_extra_state(torch.tensor(seen))
             while critic.max_norm_ratio is not None and not critic.window_is_due():
                 seen += 1
-            critic.set_extra_state({"windows_seen": seen})
+            critic.set_extra_state(torch.tensor(seen))
 
 
 def sequence_peak(kind: str, length: int, hidden_size: int, batch_size: int, device: torch.device) -> int:

@@ -35,7 +35,7 @@ def ours(env: EnvConfig, model: ModelConfig, algorithm: AlgorithmConfig, critic:
     trainer = Trainer(config)
     # The first 16 windows are all looked at for the bound of synthetic gradients; what is timed is the rest of a run, one in eight.
     for critic_ in trainer.learner.critics:
-        critic_.set_extra_state({"windows_seen": 16})
+        critic_.set_extra_state(torch.tensor(16))
 
     def update() -> int:
         metrics = trainer.update()

@@ -137,7 +137,7 @@ def in_this_of_two(case):
     rank = dist.get_rank()
     sides = build(case, seed=rank)
     if rank and len(sides) > 1:
-        sides[1].set_extra_state({"windows_seen": 17})  # as if no look at the yardstick were due
+        sides[1].set_extra_state(torch.tensor(17))  # as if no look at the yardstick were due
     synchronize(*sides)
     forward, averaged = sides[0], sides
     if case.wrapped:

@@ -15,6 +15,8 @@ from dni_rl.critics import GradientRegression
 from dni_rl.experiments import common
 from dni_rl.experiments.theory.config import UnderstandingConfig
 
+LINE_POINTS = 41  # of the line on which `surface` compares losses
+
 
 def points(name: str, num_points: int, seed: int) -> tuple[Tensor, Tensor]:
     """An artificial data set of two classes.
@@ -325,7 +327,7 @@ def implied_loss(critic: dni_rl.ErrorCritic, path: Tensor, context: Tensor) -> T
 
 
 @torch.no_grad()
-def surface(student: Student, x: Tensor, y: Tensor, num_points: int = 41) -> dict[str, Any]:
+def surface(student: Student, x: Tensor, y: Tensor) -> dict[str, Any]:
     """The true and the implied loss, on the line through the two classes' means of h, as far as the data reach along it.
 
     A loss is known from its gradient up to a constant, for each label; it is set so that the two agree on average where the data are.
@@ -336,7 +338,6 @@ def surface(student: Student, x: Tensor, y: Tensor, num_points: int = 41) -> dic
         student: with a critic.
         x: [N, D].
         y: [N, 1].
-        num_points: P, on the line.
     """
     assert student.critic is not None
     h = student.lower(x)
@@ -344,17 +345,17 @@ def surface(student: Student, x: Tensor, y: Tensor, num_points: int = 41) -> dic
     means = [h[~is_one].mean(0), h[is_one].mean(0)]
     direction = (means[1] - means[0]) / (means[1] - means[0]).norm().clamp_min(1e-12)
     along = (h - means[0]) @ direction
-    line = torch.linspace(along.min().item(), along.max().item(), num_points, dtype=h.dtype, device=h.device)
+    line = torch.linspace(along.min().item(), along.max().item(), LINE_POINTS, dtype=h.dtype, device=h.device)
     path = means[0] + line.unsqueeze(1) * direction
     found: dict[str, Any] = {"case": str(student.case), "along": line.tolist(), "classes": []}
     if not line.isfinite().all():  # the model has diverged
-        nowhere = [math.nan] * num_points
+        nowhere = [math.nan] * LINE_POINTS
         return {**found, "classes": [{"true": nowhere, "implied": nowhere, "error": math.nan} for _ in means]}
     for label, rows in enumerate((~is_one, is_one)):
-        label_of_path = y.new_full((num_points, 1), float(label))
+        label_of_path = y.new_full((LINE_POINTS, 1), float(label))
         true = losses_of(student.case.loss, student.upper(path), label_of_path)
         implied = implied_loss(student.critic, path, y.new_full((1,), float(label)))
-        share = torch.histc(along[rows], num_points, line[0].item(), line[-1].item())
+        share = torch.histc(along[rows], LINE_POINTS, line[0].item(), line[-1].item())
         share = share / share.sum()
         implied = implied + (share * (true - implied)).sum()
         deviation = (share * (true - (share * true).sum()).square()).sum().sqrt()

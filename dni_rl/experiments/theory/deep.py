@@ -13,6 +13,8 @@ from dni_rl.experiments import common, images, signals
 from dni_rl.experiments.theory.artificial import losses_of
 from dni_rl.experiments.theory.config import DISSIMILARITY_FILE, UnderstandingConfig
 
+RIDGE = 1e-3  # penalty of `probe_error`, in units of a standardised feature's variance
+
 
 def dissimilarity(features: Tensor) -> Tensor:
     """1 - the correlation of every two rows of features [N, H]: [N, N], between 0 and 2.
@@ -24,23 +26,20 @@ def dissimilarity(features: Tensor) -> Tensor:
     return (1.0 - unit @ unit.T).clamp(0.0, 2.0)
 
 
-def probe_error(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, ridge: float = 1e-3
-) -> float:
+def probe_error(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int) -> float:
     """Test error of a linear classifier of features, by least squares on one-hot labels.
 
     Args:
         train: features [N, H] and labels [N].
         test: the same.
         num_classes: C.
-        ridge: penalty, in units of a standardised feature's variance.
     """
     mean, std = train[0].double().mean(0), train[0].double().std(0)
     scale = torch.where(std > 0, std, 1.0)  # a unit that is always dead stays zero
     features, test_features = ((part[0].double() - mean) / scale for part in (train, test))
     target = F.one_hot(train[1], num_classes).double()
     gram = features.T @ features / len(features)
-    gram += ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram += RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve(gram, features.T @ (target - target.mean(0)) / len(features))
     predicted = (test_features @ weights + target.mean(0)).argmax(1)
     return (predicted != test[1]).double().mean().item()

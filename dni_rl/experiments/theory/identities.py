@@ -31,13 +31,13 @@ class Oracle:
         raise RuntimeError("fit: an oracle learns nothing")
 
 
-def identities(seed: int = 0) -> dict[str, float]:
+def identities() -> dict[str, float]:
     """How far each signal is from backpropagation where it must be the same: largest difference of gradients over the largest gradient.
 
     In float64, on random nets: an oracle critic in the middle, oracles at every layer, feedback alignment with the weights themselves,
     direct feedback alignment in a linear net with the products of all weights above, kickback with one hidden layer.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     x, y = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
     losses: Callable[[Tensor], Tensor] = functools.partial(losses_of, "log", y=(y > 0).to(y.dtype))
     deep = [layer.double() for layer in signals.dense_layers(5, 6, 3, 1, normalize=True)]
