@@ -22,6 +22,7 @@ from dni_rl.distributed import (
     train_levels,
     train_pipeline,
 )
+from dni_rl.distributed.rendezvous import meet
 
 pytestmark = pytest.mark.timeout(180)
 WIDTHS = (5, 6, 7, 3)
@@ -520,6 +521,29 @@ def test_messages_keep_to_the_loopback_where_all_processes_are_on_this_machine(h
     ):
         pass
     assert ("GLOO_SOCKET_IFNAME" in environment) == ("NCCL_SOCKET_IFNAME" in environment) == is_chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "device", "backend", "chosen"),
+    [
+        ("cpu", 4, "cpu", "gloo", []),
+        ("cuda", 2, "cuda:1", "cpu:gloo,cuda:nccl", [1]),
+        ("cuda", 1, "cuda:0", "gloo", [0]),  # shared, which NCCL refuses
+        ("cuda:0", 2, "cuda:0", "gloo", []),  # perhaps that of the others, too
+        ("cuda", 0, "cuda", "gloo", []),
+    ],
+)
+def test_messages_of_gpus_travel_by_nccl_where_each_process_has_one(wanted, gpus, device, backend, chosen, monkeypatch):
+    of_machine = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a-machine", "MASTER_PORT": "1"}
+    monkeypatch.setattr(os, "environ", {"RANK": "3", "WORLD_SIZE": "4", **of_machine})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    set_to, backends = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: set_to.append(device.index))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
+    meeting = meet(torch.device(wanted), timedelta(seconds=1))
+    assert (str(meeting.device), backends, set_to) == (device, [backend], chosen)
+    assert meeting.direct == (backend != "gloo") and (meeting.rank, meeting.world_size) == (3, 4)
 
 
 def test_wrong_settings_are_refused(monkeypatch):
