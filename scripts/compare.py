@@ -8,7 +8,8 @@ Every member of the matrix is a process of `scripts/train.py`. What is done is s
 checkpoint, and a member that fails is reported and does not stop the others, unless it turns out not to log the metric. `--report-only`
 writes the report of what is there. With `--keep` a report grows: members that have no run here are not run, but taken from its JSON as it
 is, if that has them with these settings. A report that would have less than the one in its place is refused, if possible before anything
-is run.
+is run. What stands on its page from "**Reading.**" on is written by hand, and kept; a page that another program or a hand has made is
+refused, unless it begins with that.
 
 The matrix is a YAML file:
 
@@ -38,7 +39,7 @@ from commandline import OneLineParser, stop_as_ctrl_c_does
 from comparison.board import write_board
 from comparison.matrix import Member, load_matrix, members
 from comparison.outcome import check_nothing_is_lost, collect, kept_failures, kept_rows, refusal
-from comparison.report import command_of, write_report
+from comparison.report import PROGRAM, command_of, reading_of, write_report
 from comparison.running import read_record, run_all
 
 
@@ -97,6 +98,7 @@ def main() -> int:
         found = {*kept, *(member.name for member in members_in_it if refusal(matrix, member, runs) is None)}
         try:
             check_nothing_is_lost(matrix, runs, file, found)
+            reading_of(report)
         except ValueError as error:
             parser.error(f"--report: {error}")
 
@@ -134,7 +136,7 @@ def main() -> int:
 
 def _command(arguments: argparse.Namespace) -> str:
     """What makes the page, as it was given; without what chose a part of the matrix for this call, as the page has all of it."""
-    words = ["python", "scripts/compare.py", arguments.matrix]
+    words = [*PROGRAM.split(), arguments.matrix]
     for name in ("jobs", "devices", "runs", "report", "board"):
         value = getattr(arguments, name)
         if value is not None:

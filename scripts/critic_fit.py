@@ -29,11 +29,13 @@ from agents.train import Trainer
 from commandline import OneLineParser
 from dni_rl.cores import State, UnrolledState
 from dni_rl.files import write_text
+from reading import handwritten, write_above
 
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR, WINDOW = 40, 8
 POSITIONS = (8, 24, 38)
 REPORTED_UPDATES = (50, 100, 200, 400)
+MADE_BY = "Made by `python scripts/critic_fit.py`"  # stands on the page
 
 
 class MLPAlone(nn.Sequential):
@@ -175,8 +177,7 @@ def markdown(rows: list[dict], seeds: list[int]) -> str:
         "",
         *(__doc__ or "").strip().splitlines()[4:],
         "",
-        f"Made by `python scripts/critic_fit.py`, seeds {seeds}. Each cell: median over seeds (minimum to maximum) of the cosine; "
-        "of the ratio.",
+        f"{MADE_BY}, seeds {seeds}. Each cell: median over seeds (minimum to maximum) of the cosine; of the ratio.",
         "",
         f"| critic | updates | {' | '.join(f'{p} steps from the start' for p in POSITIONS)} |",
         f"|---|---|{'---|' * len(POSITIONS)}",
@@ -200,18 +201,28 @@ def main() -> None:
     """Parses the command line, runs all seeds, writes the report."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--report", type=Path, help="writes <report>.md and .json")
+    parser.add_argument("--report", type=Path, help="writes <report>.md and .json; keeps what is written by hand below")
     arguments = parser.parse_args()
     if any(not 0 <= seed < 2**32 for seed in arguments.seeds):
         parser.error(f"--seeds: found {arguments.seeds}; allowed integers from 0 to 2**32 - 1")
-    if arguments.report is not None:
-        parser.check_writable("--report", arguments.report.parent)
+    report = arguments.report
+    if report is not None:
+        if not report.name:
+            parser.error(
+                f"--report: found {str(report)!r}; allowed a name for the page, without .md; add one to the folder"
+            )
+        page, file = (report.with_name(f"{report.name}.{ending}") for ending in ("md", "json"))
+        parser.check_writable("--report", report.parent)
+        try:  # found out before hours of training
+            handwritten(page, MADE_BY)
+        except ValueError as error:
+            parser.error(f"--report: {error}")
     rows = [row for seed in arguments.seeds for row in experiment(seed)]
     text = markdown(rows, arguments.seeds)
     print(text)
-    if arguments.report is not None:
-        write_text(arguments.report.with_suffix(".md"), text)
-        write_text(arguments.report.with_suffix(".json"), json.dumps(rows))
+    if report is not None:
+        write_text(file, json.dumps(rows))
+        write_above(page, text, handwritten(page, MADE_BY))  # as it is now, hours later
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ The report has a page for each experiment, with figures (PNG) and JSON beside it
 the entry's command, says which are missing and which were left out, and asks the program itself which there should be. Where the runs of
 an entry are not at hand, because another machine made them, the page keeps what the JSON has of them; also where fewer are at hand than
 the JSON has with the same settings, which is said. What stands on a page from "**Reading.**" on is written by hand, and kept; a page that
-has no such mark and is not of this script is left alone.
+is not of this script and does not begin with that is left alone.
 
 Intervals of means and of differences between two methods (seed by seed) are 95 % t intervals over seeds. Ratios between two methods are of
 geometric means, with the 95 % interval that Welch's t distribution gives the difference of the mean logarithms; where a seed has 0 they

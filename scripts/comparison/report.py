@@ -12,9 +12,10 @@ from comparison.matrix import is_left_out, members
 from comparison.outcome import REACHES, settings_of, summarise
 from dni_rl.files import write_text
 from intervals import CONFIDENCE, FEWEST_VALUES, NUM_RESAMPLES
+from reading import handwritten, write_above
 
-READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
-MADE_BY = "Made by\n\n    "  # before the command of a page
+PROGRAM = "python scripts/compare.py"  # begins every command of a page
+MADE_BY = "Made by\n\n    "  # before that command
 
 
 def markdown(
@@ -367,6 +368,11 @@ def _colours(plt: Any, count: int) -> list[Any]:
     return [palette[i % len(palette)] for i in range(count)]
 
 
+def reading_of(report: Path) -> str:
+    """What was written by hand on an earlier page. ValueError if that page is not one of `compare.py`."""
+    return handwritten(report.with_name(f"{report.name}.md"), f"{MADE_BY}{PROGRAM} ")
+
+
 def command_of(report: Path) -> str | None:
     """The command that a page was made by; None if there is no page, or it names none."""
     page = report.with_name(f"{report.name}.md")
@@ -381,7 +387,12 @@ def write_report(
     command: str,
     report: Path,
 ) -> str:
-    """Writes page, figures and JSON beside each other, and keeps what was written by hand on an earlier page. Returns the text."""
+    """Writes page, figures and JSON beside each other, and keeps what was written by hand on an earlier page. Returns the text.
+
+    Raises:
+        ValueError: if the earlier page is not one of `compare.py`; nothing is written then.
+    """
+    kept = reading_of(report)
     summary = summarise(matrix, rows, failures)
     report.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(matrix, rows, summary, failures, command)
@@ -390,9 +401,7 @@ def write_report(
     pictures = f"![curves]({report.name}.png)\n"
     if dial_figure(matrix, summary, report.with_name(f"{report.name}_dial.png")):
         pictures += f"\n![against the {matrix['dial_name']}]({report.name}_dial.png)\n"
-    earlier = page.read_text(encoding="utf-8") if page.exists() else ""
-    _, found, reading = earlier.partition(READING)
-    write_text(page, f"{text}\n{pictures}" + (f"\n{found}{reading}" if found else ""))
+    write_above(page, f"{text}\n{pictures}", kept)
     content = {
         "rows": rows,
         "settings": settings_of(matrix, rows),

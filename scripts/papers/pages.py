@@ -15,9 +15,9 @@ from papers.entries import ENTRIES, PRESETS, Entry
 from papers.figures import curves_figure, windows_figure
 from papers.findings import FREE_FIELDS, fits, planned_runs, section
 from papers.tables import comparisons_shown, tables, wrapped
+from reading import handwritten, write_above
 
-READING = "**Reading.**"  # what stands on a page from here on was written by hand, and stays
-MADE_BY = "python scripts/experiments.py report"  # stands on every page of this script
+MADE_BY = "Made by `python scripts/experiments.py report`"  # stands on every page of this script
 LIST_START, LIST_END = "<!-- written by scripts/experiments.py report -->", "<!-- end -->"  # in the list of pages
 MAX_PICTURE_BYTES = 250_000  # of a program's own figure; larger ones are stored in fewer colours
 
@@ -93,7 +93,7 @@ def page_text(
         wrapped(intro),
         "",
         wrapped(
-            f"Made by `{MADE_BY}` from the runs of the commands below; settings, curves and all figures are in [{page}.json]({page}.json). "
+            f"{MADE_BY} from the runs of the commands below; settings, curves and all figures are in [{page}.json]({page}.json). "
             "Intervals over seeds are t intervals. Ratios that are compared are of geometric means, with Welch's t interval of the mean "
             "logarithms (where a seed has 0: of means, without interval); those in columns of results are of means. Seconds are of one "
             "run's training. Published figures are of the papers' settings, whatever the preset."
@@ -171,13 +171,12 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
         output: folder of the pages.
 
     Returns:
-        In one line what there is, for the list of pages; None if there is nothing, or the page was written by hand.
+        In one line what there is, for the list of pages; None if there is nothing.
 
     Raises:
-        ValueError: if a program refuses an entry's options, or the page's JSON is damaged.
+        ValueError: if a program refuses an entry's options, the page's JSON is damaged, or the page is not of this script.
     """
     file, beside = output / f"{page}.md", output / f"{page}.json"
-    earlier = file.read_text(encoding="utf-8") if file.exists() else ""
     new: Content = {}
     for preset in presets:
         of_preset = [entry for entry in entries if preset in entry.presets]
@@ -186,12 +185,7 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
     kept = _of_earlier_page(beside)
     if not any(new.values()) and not kept:
         return None
-    if earlier and MADE_BY not in earlier and READING not in earlier:
-        print(
-            f"{file}: found a page written by hand; left alone. Put {READING} before what is to stay, and it is made anew above it",
-            file=sys.stderr,
-        )
-        return None
+    reading = handwritten(file, MADE_BY)
     content: Content = {}
     for preset in PRESETS:
         of_old, of_new = {} if preset == "smoke" else kept.get(preset, {}), new.get(preset, {})
@@ -216,10 +210,9 @@ def write_page(page: str, entries: Sequence[Entry], presets: Sequence[str], runs
         for preset, sections in content.items()
     }
     text = page_text(page, content, pictures, absent)
-    _, mark, reading = earlier.partition(READING)
     # first: without it nothing can be made again
     write_text(beside, json.dumps({"presets": content}, indent=None) + "\n")
-    write_text(file, text + (f"\n{mark}{reading}" if mark else ""))
+    write_above(file, text, reading)
     of_presets = []
     for preset, sections in content.items():
         finished, planned = (sum(found[key] for found in sections.values()) for key in ("finished", "planned"))

@@ -36,6 +36,7 @@ MATRIX = {
     "tasks": {"short": {"run.total_steps": 1024, "env.kwargs.corridor_length": 2, "env.kwargs.time_limit": 8}},
     "methods": {"critic": {"critic.kind": "dni"}, "plain": {"critic.kind": "none"}},
 }
+COMMAND = "python scripts/compare.py matrix.yaml"
 TINY = {
     "run.log_every_steps": 512,
     "run.tensorboard": False,
@@ -126,7 +127,7 @@ def test_the_configuration_of_a_member_is_read_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("comparison.matrix.from_dict", lambda data: calls.append(data) or from_dict(data))
     matrix, report = load_matrix(write(tmp_path)), tmp_path / "report"
-    write_report(matrix, [row(total=1024), row("plain", total=1024)], {}, "COMMAND", report)
+    write_report(matrix, [row(total=1024), row("plain", total=1024)], {}, COMMAND, report)
     kept_rows(matrix, tmp_path / "none", report.with_name("report.json"))
     collect(matrix, tmp_path / "none")
     assert len(calls) == len(list(members(matrix))) == 4
@@ -414,7 +415,7 @@ def test_a_report_keeps_members_that_have_no_run_here_if_their_settings_are_thos
     file = report.with_name("report.json")
     matrix = load_matrix(path)
     earlier = [row(total=1024), row("plain", total=1024), row("critic", 1, finished=False, total=1024)]
-    write_report(matrix, earlier, {}, "COMMAND", report)
+    write_report(matrix, earlier, {}, COMMAND, report)
     kept = kept_rows(matrix, runs, file)
     assert kept == {
         "critic_short_seed0": earlier[0],
@@ -458,7 +459,7 @@ def test_rows_for_another_bar_or_metric_are_not_kept(tmp_path, change):
         runs.mkdir(exist_ok=True)
         line = {"step": 1024, "charts/success_rate": 0.7, "charts/episodic_return": 0.6, "charts/SPS": 1.0}
         (save_settings(member, runs) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    write_report(matrix, collect(matrix, runs), {}, "COMMAND", report)
+    write_report(matrix, collect(matrix, runs), {}, COMMAND, report)
     file = report.with_name("report.json")
     assert len(kept_rows(matrix, tmp_path / "none", file)) == 2
     assert not kept_rows(load_matrix(write(tmp_path, seeds=[0], **change)), tmp_path / "none", file)
@@ -467,7 +468,7 @@ def test_rows_for_another_bar_or_metric_are_not_kept(tmp_path, change):
 def test_a_report_keeps_failures_of_members_that_have_no_run_here(tmp_path, monkeypatch):
     path, report = write(tmp_path, dial={"short": 7}), tmp_path / "report"
     failure = {"critic_short_seed1": "train.py: NaN"}
-    write_report(load_matrix(path), [row(total=1024, curve=(1.0,))], failure, "COMMAND", report)
+    write_report(load_matrix(path), [row(total=1024, curve=(1.0,))], failure, COMMAND, report)
     main(monkeypatch, path, "--runs", tmp_path / "none", "--report", report, "--report-only", "--keep")
     page, content = report.with_suffix(".md").read_text(), json.loads(report.with_suffix(".json").read_text())
     assert "Failed: critic_short_seed1: train.py: NaN" in page and "| none (none) |" in page
@@ -482,7 +483,7 @@ def test_a_report_with_less_than_the_one_in_its_place_is_refused_before_anything
     runs, report = tmp_path / "runs", tmp_path / "report"
     page, file = report.with_name("report.md"), report.with_name("report.json")
     earlier = [row(total=1024), row("plain", total=1024), row("critic", 1, finished=False, total=1024)]
-    write_report(load_matrix(path), earlier, {}, "COMMAND", report)
+    write_report(load_matrix(path), earlier, {}, COMMAND, report)
     page.write_text(page.read_text() + "\n**Reading.** It works.\n")
     before = page.read_text(), file.read_text()
     trained = []
@@ -622,7 +623,7 @@ def test_a_member_without_a_number_fails_alone(tmp_path, monkeypatch):
 
 def test_a_report_stays_if_runs_that_were_to_take_its_place_do_not_log_the_metric(tmp_path, monkeypatch, capsys):
     path, report = write(tmp_path, metric="charts/nonsense"), tmp_path / "report"
-    write_report(load_matrix(write(tmp_path)), [row("plain", total=1024)], {}, "COMMAND", report)
+    write_report(load_matrix(write(tmp_path)), [row("plain", total=1024)], {}, COMMAND, report)
     before = report.with_suffix(".md").read_text(), report.with_suffix(".json").read_text()
     write(tmp_path, metric="charts/nonsense")
     started = trains_without_the_metric(monkeypatch, path, success_rate=1.0)
@@ -993,15 +994,46 @@ def test_cost_and_horizon_are_medians(tmp_path):
 def test_a_page_keeps_what_was_written_by_hand(tmp_path):
     matrix = load_matrix(write(tmp_path))
     report = tmp_path / "page.v2"  # a dot in the name is part of it
-    write_report(matrix, [row()], {}, "COMMAND", report)
+    write_report(matrix, [row()], {}, COMMAND, report)
     page = tmp_path / "page.v2.md"
     page.write_text(page.read_text() + "\n**Reading.** It works.\n\nMore.\n")
-    write_report(matrix, [row(), row("plain")], {}, "OTHER COMMAND", report)
+    write_report(matrix, [row(), row("plain")], {}, f"{COMMAND} --jobs 2", report)
     text = page.read_text()
     assert text.endswith("![curves](page.v2.png)\n\n**Reading.** It works.\n\nMore.\n")
-    assert "OTHER COMMAND" in text and text.count("**Reading.**") == 1
+    assert f"    {COMMAND} --jobs 2\n" in text and text.count("**Reading.**") == 1
     content = json.loads((tmp_path / "page.v2.json").read_text())
     assert content["summary"][0]["tasks"]["short"]["end"] == {"value": 0.97, "low": None, "high": None, "n": 1}
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        "# What was tried\n\nMuch.\n",
+        "# Tables of another program\n\nMade by\n\n    python scripts/benchmark.py speed\n",
+        "# What was tried\n\n**Reading.** Made by\n\n    python scripts/compare.py matrix.yaml\n",
+        b"\xff\xfe",
+    ],
+    ids=["by hand", "another program", "named below the mark alone", "no text"],
+)
+def test_a_page_that_it_did_not_make_is_refused_before_anything_is_run(tmp_path, monkeypatch, capsys, above):
+    path, page = write(tmp_path), tmp_path / "log.md"
+    page.write_bytes(above if isinstance(above, bytes) else above.encode())
+    before = page.read_bytes()
+    monkeypatch.setattr("comparison.running.execute", lambda command: pytest.fail("ran"))
+    with pytest.raises(SystemExit):
+        main(monkeypatch, path, "--runs", tmp_path / "runs", "--report", tmp_path / "log")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"compare.py: --report: {page}: found a ") and "; take another name" in line
+    with pytest.raises(ValueError, match="allowed "):
+        write_report(load_matrix(path), [row()], {}, COMMAND, tmp_path / "log")
+    assert page.read_bytes() == before and sorted(file.name for file in tmp_path.iterdir()) == ["log.md", "matrix.yaml"]
+
+
+def test_a_page_that_begins_with_the_mark_stays_below_the_report(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("\n**Reading.** Mine.\n")
+    write_report(load_matrix(write(tmp_path)), [row()], {}, COMMAND, tmp_path / "page")
+    assert page.read_text().startswith("# ") and page.read_text().endswith("(page.png)\n\n**Reading.** Mine.\n")
 
 
 # The board

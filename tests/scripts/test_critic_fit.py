@@ -13,6 +13,11 @@ from scripts import critic_fit
     [
         (["--seeds", "0", "-1"], "--seeds: found [0, -1]; allowed integers from 0 to 2**32 - 1"),
         (["--report", "/proc/x/critics"], "--report: found /proc/x, which cannot be made or written"),
+        (["--report", "."], "--report: found '.'; allowed a name for the page, without .md; add one to the folder"),
+        (
+            ["--report", "docs/results/log"],
+            "--report: docs/results/log.md: found a page that this program did not make; ",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_trained(monkeypatch, capsys, option, message):
@@ -23,11 +28,19 @@ def test_bad_options_are_refused_before_anything_is_trained(monkeypatch, capsys,
     assert ended.value.code == 2 and f"critic_fit.py: {message}" in capsys.readouterr().err
 
 
-def test_the_report_is_written_as_whole_files(tmp_path, monkeypatch, on_disk):
-    monkeypatch.setattr(sys, "argv", ["critic_fit.py", "--seeds", "3", "4", "--report", str(tmp_path / "fit")])
-    monkeypatch.setattr(critic_fit, "experiment", lambda seed: [{"seed": seed}])
-    monkeypatch.setattr(critic_fit, "markdown", lambda rows, seeds: f"{len(rows)} of {seeds}\n")
+def test_what_was_written_by_hand_stays(monkeypatch, tmp_path):
+    def experiment(seed):
+        found = {"seed": seed, "cosine": 0.5, "ratio": 1.0}
+        places = [(update, p) for update in critic_fit.REPORTED_UPDATES for p in critic_fit.POSITIONS]
+        return [{"critic": "linear", "update": update, "position": p, **found} for update, p in places]
+
+    report, page = tmp_path / "critics.v2", tmp_path / "critics.v2.md"  # a dot in the name is part of it
+    monkeypatch.setattr(critic_fit, "experiment", experiment)
+    monkeypatch.setattr(sys, "argv", ["critic_fit.py", "--report", str(report), "--seeds", "0"])
     critic_fit.main()
-    assert (tmp_path / "fit.md").read_text() == "2 of [3, 4]\n"
-    assert json.loads((tmp_path / "fit.json").read_text()) == [{"seed": 3}, {"seed": 4}]
-    assert on_disk == ["fit.md", "fit.json"]
+    made = page.read_text()
+    assert made.startswith("# ") and len(json.loads((tmp_path / "critics.v2.json").read_text())) == 12
+    page.write_text(f"{made}\n**Reading.** It works.\n\nMore.\n")
+    for _ in range(2):
+        critic_fit.main()
+        assert page.read_text() == f"{made}\n**Reading.** It works.\n\nMore.\n"

@@ -449,8 +449,9 @@ def test_what_was_written_by_hand_stays(tmp_path, capsys):
     fabricate(tmp_path, "copy", lambda member: {"solved_length": 9, "solved": []})
     pages = tmp_path / "pages"
     pages.mkdir()
-    (pages / "images.md").write_text("# Old\n\nnumbers\n\n**Reading.** My thoughts.\n\n- and more\n")
-    (pages / "copy.md").write_text("# All of it is mine\n")
+    (pages / "images.md").write_text(f"# Old\n\n{MADE_BY}\n\nnumbers\n\n**Reading.** My thoughts.\n\n- and more\n")
+    mine = "# All of it is mine\n\n**Reading.** This as well.\n"
+    (pages / "copy.md").write_text(mine)
     start, end = LIST_START, LIST_END
     (pages / "README.md").write_text(
         f"# Results\n\n- [a](a.md)\n{start}\n- [ptb](ptb.md): older.\n{end}\n- [z](z.md)\n"
@@ -460,8 +461,8 @@ def test_what_was_written_by_hand_stays(tmp_path, capsys):
         page = (pages / "images.md").read_text()
         assert page.endswith("\n\n**Reading.** My thoughts.\n\n- and more\n") and page.count("**Reading.**") == 1
         assert "numbers" not in page and "| 2.00 |" in page
-        assert (pages / "copy.md").read_text() == "# All of it is mine\n" and not (pages / "copy.json").exists()
-        assert "copy.md: found a page written by hand; left alone" in capsys.readouterr().err
+        assert (pages / "copy.md").read_text() == mine and not (pages / "copy.json").exists()
+        assert f"{pages / 'copy.md'}: found a page that this program did not make; " in capsys.readouterr().err
     listed = (pages / "README.md").read_text()
     image_line = "- [images](images.md): Images with every layer decoupled; `laptop`, 1 of 27 runs."
     assert (
