@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,16 +257,25 @@ class BsuiteRecorder:
             )
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the rows as bsuite's CSV file, which its own loader and analysis read. Returns the file.
+        """Writes the rows as bsuite's CSV file, which its own loader and analysis read; as a whole or not at all. Returns the file.
 
         Raises:
             ValueError: if the folder already holds a record of this id.
         """
         csv_logging = importlib.import_module("bsuite.logging.csv_logging")
-        logger = csv_logging.Logger(self.bsuite_id, str(folder))
-        for row in self.rows:
-            logger.write(row)
-        return record_path(folder, self.bsuite_id)
+        path = record_path(folder, self.bsuite_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # bsuite writes the file anew at every row, and a record that is there is taken for finished.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
+            logger = csv_logging.Logger(self.bsuite_id, part)
+            for row in self.rows:
+                logger.write(row)
+            if path.exists():
+                raise ValueError(
+                    f"{path}: found a record of {self.bsuite_id}, allowed none; remove it, or choose another folder"
+                )
+            record_path(part, self.bsuite_id).replace(path)
+        return path
 
 
 class _Listened:

@@ -1,6 +1,7 @@
 """Tasks of bsuite and POPGym; what needs those packages is skipped where they are not installed."""
 
 import sys
+from types import SimpleNamespace
 
 import dm_env
 import numpy as np
@@ -11,7 +12,7 @@ from dm_env import specs
 from envs import ArgumentError, make
 from envs.adapters import DmEnvs
 from envs.gridworlds import PassiveTMaze, RepeatFirst
-from envs.third_party import BsuiteRecorder, FirstObservation, bsuite_scores, make_bsuite
+from envs.third_party import BsuiteRecorder, FirstObservation, bsuite_scores, make_bsuite, record_path
 from scripts import bsuite_score
 from tests.envs.conformance import check_environment
 
@@ -124,6 +125,46 @@ def test_a_record_has_rows_at_round_numbers_of_episodes():
     assert [row["episode"] for row in recorder.rows] == [*range(1, 10), *tens, 100, 120, 140, 170, 200, 250]
 
 
+class Logger:
+    """What bsuite's does: it writes its file anew at every row, and refuses one that is there."""
+
+    stops_before = None  # the row at which it is cut off
+
+    def __init__(self, bsuite_id, results_dir):
+        self.file = record_path(results_dir, bsuite_id)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.episodes = []
+        if self.file.exists():
+            raise ValueError("already exists")
+
+    def write(self, row):
+        if row["episode"] == self.stops_before:
+            raise KeyboardInterrupt
+        self.episodes.append(row["episode"])
+        self.file.write_text("".join(f"{episode}\n" for episode in self.episodes))
+
+
+def test_a_record_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bsuite.logging.csv_logging", SimpleNamespace(Logger=Logger))
+    env, folder = DmEnvs([Guess(1)]), tmp_path / "new" / "records"
+    recorder = BsuiteRecorder(env, "guess/0")
+    env.reset()
+    for _ in range(5):
+        env.step(torch.tensor([1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Logger, "stops_before", 2)
+        with pytest.raises(KeyboardInterrupt):
+            recorder.save(folder)
+    assert not list(folder.iterdir())
+    file = recorder.save(folder)
+    assert list(folder.iterdir()) == [file] and file == record_path(folder, "guess/0")
+    assert file.read_text() == "1\n2\n3\n"
+    file.write_text("of another agent")
+    with pytest.raises(ValueError, match=r"guess-0\.csv: found a record of guess/0, allowed none; remove it, or "):
+        recorder.save(folder)
+    assert list(folder.iterdir()) == [file] and file.read_text() == "of another agent"
+
+
 def test_a_recorder_wants_an_environment_of_bsuite():
     with pytest.raises(ValueError, match="expected an environment of make_bsuite, got PassiveTMaze"):
         BsuiteRecorder(PassiveTMaze(2, num_envs=1, seed=0), "memory_len/0")
@@ -220,7 +261,7 @@ def test_a_perfect_agent_scores_one_and_a_random_one_zero(tmp_path):
             step = env.step((step.context[:, 2] > 0).long() if perfect else torch.randint(2, (32,)))
         file = recorder.save(tmp_path / name)
         assert file.exists()
-        with pytest.raises(ValueError, match="already exists"):
+        with pytest.raises(ValueError, match="found a record of memory_len/0"):
             recorder.save(tmp_path / name)
     assert bsuite_scores(tmp_path / "perfect") == {"memory_len": (1.0, ["memory_len/0"])}
     assert bsuite_scores(tmp_path / "random") == {"memory_len": (0.0, ["memory_len/0"])}
