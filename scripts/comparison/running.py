@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ NO_CRITIC = ("none", "rtrl")  # kinds of critic that have no settings
 OF_ONE_KIND = {"auxiliary_cost": "dni_aux", "trace_lambda": "bp_lambda"}  # settings that no other kind of critic reads
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
 _in_flight: set[int] = set()  # processes, to be told to stop
+_stopping = threading.Event()  # after which none is started
+_start_or_stop = threading.Lock()  # so that whoever tells them misses none that has just been started
 
 
 def is_done(folder: Path, total_steps: int) -> bool:
@@ -197,19 +199,26 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
 
 
 def execute(command: Sequence[str]) -> tuple[int, str | None, int]:
-    """Runs a command. Returns its exit code, None or the last line of its errors, and its largest resident set in bytes."""
+    """Runs a command. Returns its exit code, None or the last line of its errors, and its largest resident set in bytes.
+
+    Raises:
+        CancelledError: if it was not started, as all are to stop.
+    """
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         # In a session of its own, so that it is told to stop once, whoever told this process.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=environment,
-            start_new_session=True,
-        )
-        _in_flight.add(process.pid)
+        with _start_or_stop:
+            if _stopping.is_set():
+                raise CancelledError
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,
+            )
+            _in_flight.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)  # of this child alone, unlike RUSAGE_CHILDREN
         _in_flight.discard(process.pid)
         process.returncode = code = os.waitstatus_to_exitcode(status)
@@ -217,6 +226,15 @@ def execute(command: Sequence[str]) -> tuple[int, str | None, int]:
         lines = errors.read().strip().splitlines()
     memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return code, None if code == 0 else (lines or [f"exit code {code}"])[-1], memory
+
+
+def _stop_all() -> None:
+    """Tells the processes in flight to stop, and lets no other be started, such as the second one of a member."""
+    with _start_or_stop:
+        _stopping.set()
+        for process in tuple(_in_flight):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)  # after which train.py saves a checkpoint
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -265,12 +283,13 @@ def run_all(
         finally:
             free.put(device)
 
+    _stopping.clear()  # of an earlier call
     failures: dict[str, str] = {}
     for member in todo:  # those of earlier calls, before anything is started
         judge(member)
     with ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(work, member): member for member in todo}
         try:
+            pending = {pool.submit(work, member): member for member in todo}
             ended = (future for future in as_completed(pending) if pending[future].name not in not_started)
             for number, future in enumerate(ended, 1):
                 name, problem = pending[future].name, future.result()
@@ -279,9 +298,7 @@ def run_all(
                     failures[name] = problem
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in tuple(_in_flight):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGTERM)  # after which train.py saves a checkpoint
+            _stop_all()
             raise
     if not_started:
         print(f"{len(not_started)} of {len(todo)}: not started, as {metric} is not logged", file=sys.stderr, flush=True)

@@ -6,9 +6,11 @@ import math
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,12 @@ def write(folder, **changes):
     path = folder / "matrix.yaml"
     path.write_text(yaml.safe_dump(matrix, sort_keys=False))
     return path
+
+
+@pytest.fixture(autouse=True)
+def not_stopping(monkeypatch):
+    """What one test stopped is not stopped in the next."""
+    monkeypatch.setattr("comparison.running._stopping", threading.Event())
 
 
 def main(monkeypatch, *arguments):
@@ -762,6 +770,60 @@ def test_members_in_flight_are_told_to_stop_by_whoever_told_this_process(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run_all(todo, tmp_path, metric=MATRIX["metric"], jobs=2, devices=None, measure=False)
     assert ended == [-signal.SIGTERM] * 2 and time.monotonic() - started < 30
+
+
+@pytest.fixture
+def pool_waits_and_ends(monkeypatch):
+    """Two events: set when all members are submitted, and when the pool waits for its workers, behind all that Ctrl-C does."""
+    waits, ends, shutdown = threading.Event(), threading.Event(), ThreadPoolExecutor.shutdown
+
+    def shut(pool, wait=True, **options):
+        if wait:
+            ends.set()
+        shutdown(pool, wait, **options)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut)
+    monkeypatch.setattr("comparison.running.as_completed", lambda pending: waits.set() or as_completed(pending))
+    return waits, ends
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_after_ctrl_c_a_member_starts_no_second_process(tmp_path, monkeypatch, pool_waits_and_ends):
+    waits, ends = pool_waits_and_ends
+    ended, second = [], tmp_path / "second"
+
+    def run(*_):
+        waits.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.append(ends.wait(60))
+        execute([sys.executable, "-c", f"open({str(second)!r}, 'w')"])
+
+    monkeypatch.setattr("comparison.running.run", run)
+    todo = list(members(load_matrix(write(tmp_path))))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(todo, tmp_path, metric=MATRIX["metric"], jobs=1, devices=None, measure=False)
+    assert ended == [True] and not second.exists()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_process_that_is_just_being_started_at_ctrl_c_is_told_to_stop(tmp_path, monkeypatch, pool_waits_and_ends):
+    waits, ends = pool_waits_and_ends
+    ended, start = [], subprocess.Popen
+
+    def start_and_interrupt(*arguments, **options):
+        waits.wait(60)
+        process = start(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        ends.wait(1.0)  # which is not to come before the process is known
+        return process
+
+    monkeypatch.setattr("subprocess.Popen", start_and_interrupt)
+    program = "import time; time.sleep(20)"
+    monkeypatch.setattr("comparison.running.run", lambda *_: ended.append(execute([sys.executable, "-c", program])[0]))
+    todo = list(members(load_matrix(write(tmp_path))))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(todo, tmp_path, metric=MATRIX["metric"], jobs=1, devices=None, measure=False)
+    assert ended == [-signal.SIGTERM]
 
 
 def test_methods_are_run_at_every_window_but_for_those_with_their_own(tmp_path):
