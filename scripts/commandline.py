@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +26,25 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(
                 f"{option}: found {folder}, which cannot be made or written ({error.strerror}); allowed a folder that can"
             )
+
+    def check_file(self, option: str, file: Path) -> None:
+        """An error of `option` if the file cannot be written, or its folder does not exist."""
+        if not file.parent.is_dir() or file.is_dir():
+            self.error(f"{option}: found {file}; allowed a file in a folder that exists")
+        self.check_writable(option, file.parent)
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that takes an integer within bounds."""
+    last = "2**32 - 1" if most == 2**32 - 1 else most  # of seeds, as config files are told
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            allowed = f"of at least {least}" if most is None else f"from {least} to {last}"
+            raise argparse.ArgumentTypeError(f"found {text!r}; allowed an integer {allowed}")
+        return int(text)
+
+    return parse
 
 
 def stop_as_ctrl_c_does() -> None:

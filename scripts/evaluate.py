@@ -27,7 +27,7 @@ from agents.evaluate import (
     result_dict,
     summarize,
 )
-from commandline import OneLineParser
+from commandline import OneLineParser, integer
 from dni_rl.files import write_text
 
 
@@ -36,34 +36,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run, or one checkpoint in it")
-    parser.add_argument("--episodes", type=_positive, default=100, metavar="N", help="episodes to play (default: 100)")
+    parser.add_argument("--episodes", type=integer(1), default=100, metavar="N", help="episodes to play (default: 100)")
     parser.add_argument("--greedy", action="store_true", help="take the most probable action instead of drawing one")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of environments and actions (default: 0)")
     parser.add_argument(
-        "--num_envs", type=_positive, metavar="N", help="environments side by side (default: the run's)"
+        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of environments and actions (default: 0)"
+    )
+    parser.add_argument(
+        "--num_envs", type=integer(1), metavar="N", help="environments side by side (default: the run's)"
     )
     parser.add_argument("--video", type=Path, metavar="FILE", help="GIF of an episode, for image observations")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all returns and the summary")
     arguments = parser.parse_args(argv)
-    if arguments.json is not None and (not arguments.json.parent.is_dir() or arguments.json.is_dir()):
-        parser.error(f"--json: found {arguments.json}; allowed a file in a folder that exists")
-    for option in ("json", "video"):
-        file = getattr(arguments, option)
-        if file is not None and file.parent.is_dir():  # a folder that is missing is told with all else about videos
-            parser.check_writable(f"--{option}", file.parent)
+    if arguments.json is not None:
+        parser.check_file("--json", arguments.json)
+    # A folder that is missing is told with all else about videos.
+    if arguments.video is not None and arguments.video.parent.is_dir():
+        parser.check_writable("--video", arguments.video.parent)
     return arguments
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed an integer of at least 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed an integer from 0 to 2**32 - 1")
-    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> None:

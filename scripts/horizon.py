@@ -31,7 +31,7 @@ from agents.config import TrainConfig, from_dict, to_dict
 from agents.credit import credit_figure, measure_credit
 from agents.metrics import read_metrics
 from agents.train import Trainer
-from commandline import OneLineParser
+from commandline import OneLineParser, integer
 from dni_rl.files import write_text
 from dni_rl.horizon import CreditHorizon
 
@@ -288,26 +288,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _integer(least: int, most: int | None = None) -> Any:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"found {text!r}; allowed an integer {allowed}")
-        return int(text)
-
-    return parse
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="horizon.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or one checkpoint in it")
     parser.add_argument(
-        "--length", type=_integer(4), metavar="N", help="steps of the sequences (default: run.credit_length)"
+        "--length", type=integer(4), metavar="N", help="steps of the sequences (default: run.credit_length)"
     )
-    parser.add_argument("--num_envs", type=_integer(1), metavar="N", help="sequences (default: run.credit_num_envs)")
+    parser.add_argument("--num_envs", type=integer(1), metavar="N", help="sequences (default: run.credit_num_envs)")
     parser.add_argument(
         "--seed",
-        type=_integer(0, 2**32 - 1),
+        type=integer(0, 2**32 - 1),
         metavar="N",
         help="of environments and actions (default: that of the run, which repeats what training logged)",
     )
@@ -317,10 +307,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for option in ("json", "plot"):
         file = getattr(arguments, option)
-        if file is not None and (not file.parent.is_dir() or file.is_dir()):
-            parser.error(f"--{option}: found {file}; allowed a file in a folder that exists")
         if file is not None:
-            parser.check_writable(f"--{option}", file.parent)
+            parser.check_file(f"--{option}", file)
     return arguments
 
 

@@ -180,7 +180,7 @@ def test_ctrl_c_keeps_what_has_been_measured(runs, capsys, tmp_path, monkeypatch
     ("option", "message"),
     [
         (["--length", "3"], "argument --length: found '3'; allowed an integer of at least 4"),
-        (["--seed", "-1"], "argument --seed: found '-1'; allowed an integer from 0 to 4294967295"),
+        (["--seed", "-1"], "argument --seed: found '-1'; allowed an integer from 0 to 2**32 - 1"),
         (["--json", "nowhere/x.json"], "--json: found nowhere/x.json; allowed a file in a folder that exists"),
         (["--json", "."], "--json: found .; allowed a file in a folder that exists"),
         (["--plot", "."], "--plot: found .; allowed a file in a folder that exists"),
