@@ -539,7 +539,13 @@ def gymnasium_vector(
 
         # A fork of a process in which torch has started its threads can hang, so the workers start afresh.
         vector_env = AsyncVectorEnv([constructor] * num_envs, context="spawn")
-        built: GymnasiumVector | GymnasiumEnvs = GymnasiumVector(vector_env, seed=seed, device=device, encoder=encoder)
+        try:
+            built: GymnasiumVector | GymnasiumEnvs = GymnasiumVector(
+                vector_env, seed=seed, device=device, encoder=encoder
+            )
+        except BaseException:
+            vector_env.close()  # its processes would wait for the garbage collector
+            raise
     else:
         envs = [constructor() for _ in range(num_envs)]
         built = GymnasiumEnvs(envs, seed=seed, device=device, encoder=encoder, context=context_function)

@@ -1,3 +1,5 @@
+import multiprocessing
+
 import dm_env
 import gymnasium
 import numpy as np
@@ -522,6 +524,14 @@ def test_async_environments_equal_serial_ones():
             assert torch.equal(parallel.step(actions).observation, serial.step(actions).observation)
     finally:
         parallel.close()
+
+
+def test_no_process_is_left_where_a_space_is_refused():
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ValueError, match=r"the action space is Box.*, but only Discrete is supported") as refused:
+        gymnasium_vector("Pendulum-v1", 2, seed=0, vectorization="async")
+    assert refused.tb  # whose frames hold what was built, so that no garbage collector closes it
+    assert set(multiprocessing.active_children()) <= before
 
 
 # MiniGrid
