@@ -210,9 +210,9 @@ def check_errors(env: Environment) -> None:
         )
         if env.device.type != "cpu":
             return  # the first error leaves the environment void
-    with pytest.raises(ValueError, match=r"shape|\("):
+    with pytest.raises(ValueError, match="shape"):
         env.step(good[:, None])
-    with pytest.raises(ValueError, match=r"shape|\("):
+    with pytest.raises(ValueError, match="shape"):
         env.step(torch.cat((good, good)))
 
 

@@ -159,10 +159,21 @@ def test_vector_environment_is_reproducible_and_equals_the_tensors():
 
 
 def test_gymnasiums_own_vectorisation_works_too():
-    envs = gymnasium.make_vec("dni_rl/ActiveTMaze-v0", num_envs=2, vectorization_mode="sync", corridor_length=2)
-    envs.reset(seed=0)
-    for _ in range(20):
-        envs.step(envs.action_space.sample())
+    dials = {"corridor_length": 2, "time_limit": 6}
+    envs = gymnasium.make_vec("dni_rl/ActiveTMaze-v0", num_envs=2, vectorization_mode="sync", **dials)
+    assert isinstance(envs, gymnasium.vector.SyncVectorEnv)
+    start, _ = envs.reset(seed=0)
+    assert start in envs.observation_space
+    envs.action_space.seed(0)
+    over, num_ends = np.zeros(2, dtype=bool), 0
+    for _ in range(21):
+        observations, rewards, terminations, truncations, _ = envs.step(envs.action_space.sample())
+        assert observations in envs.observation_space
+        np.testing.assert_array_equal(observations[over], start[over])  # every episode begins in the same place
+        assert (rewards[over] == 0).all()
+        over = terminations | truncations
+        num_ends += over.sum()
+    assert num_ends >= 2 * 3  # at most six steps, and one that resets
     envs.close()
 
 

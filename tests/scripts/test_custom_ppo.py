@@ -68,19 +68,37 @@ def test_windows_are_laid_side_by_side_with_the_rows_behind_them():
 
 def test_each_window_is_learned_from_the_state_in_which_it_was_acted(monkeypatch):
     """In the first minibatch, before anything was learned, the policy is that which acted, and the values are those of acting."""
-    ratios, backward = [], dni_rl.backward
+    states, ratios, unrolled = [], [], []
+    backward, clamp, unroll = dni_rl.backward, torch.Tensor.clamp, custom_ppo.Agent.unroll
 
-    def record(losses, *, start, end, critic, alive, fit):
-        ratios.append((end, start))
+    def record_states(losses, *, start, end, critic, alive, fit):
+        states.append((end, start))
         return backward(losses, start=start, end=end, critic=critic, alive=alive, fit=fit)
 
-    monkeypatch.setattr(dni_rl, "backward", record)
+    def record_ratio(x, *bounds, **options):
+        if bounds == (1.0 - custom_ppo.CLIP, 1.0 + custom_ppo.CLIP):
+            ratios.append(x.detach())
+        return clamp(x, *bounds, **options)
+
+    def record_outputs(agent, *inputs):
+        logits, values, state = unroll(agent, *inputs)
+        unrolled.append((logits.detach(), values.detach()))
+        return logits, values, state
+
+    monkeypatch.setattr(dni_rl, "backward", record_states)
+    monkeypatch.setattr(torch.Tensor, "clamp", record_ratio)
+    monkeypatch.setattr(custom_ppo.Agent, "unroll", record_outputs)
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # the first minibatch has the first environments
     train(T_MAZE, "dni", UPDATE, seed=0)
-    end, start = ratios[0]
+    end, start = states[0]
     M = NUM_ENVS // custom_ppo.MINIBATCHES
+    for acted, learned in zip(zip(*unrolled[:ROLLOUT], strict=True), unrolled[ROLLOUT + 1], strict=True):
+        torch.testing.assert_close(learned, side_by_side(torch.cat(acted), torch.arange(M)))
+    torch.testing.assert_close(ratios[0], torch.ones(WINDOW, ROLLOUT // WINDOW * M))
+    assert not torch.allclose(ratios[1], ratios[0]), "from the second one on something was learned"
     for s, e in zip(start, end, strict=True):  # a window ends where the next one starts
         torch.testing.assert_close(e.detach()[:-M], s.detach()[M:])
-    assert len(ratios) == custom_ppo.EPOCHS * custom_ppo.MINIBATCHES
+    assert len(states) == len(ratios) == custom_ppo.EPOCHS * custom_ppo.MINIBATCHES
 
 
 def test_the_critic_learns_in_the_first_pass_alone_and_moves_the_agent(monkeypatch):
