@@ -19,7 +19,7 @@ from agents.build import EVALUATION_KEY, build_environment, build_model, spread_
 from agents.checkpoint import foreign_checkpoint, load_checkpoint
 from agents.config import TrainConfig, from_dict
 from agents.model import ActorCritic
-from envs.timestep import Environment, EnvSpec, TimeStep
+from envs.timestep import Environment, EnvSpec, TimeStep, least_return
 
 MAX_VIDEO_FRAMES = 3000  # a GIF is held in memory; longer episodes are cut
 
@@ -153,7 +153,7 @@ def evaluate(
             on_episodes(num_counted)
     all_returns, all_lengths = (np.array(x) for x in zip(*(e for row in finished for e in row), strict=True))
     threshold = environment.spec.success_reward
-    return Evaluation(all_returns, all_lengths, None if threshold is None else all_returns >= threshold - 1e-6)
+    return Evaluation(all_returns, all_lengths, None if threshold is None else all_returns >= least_return(threshold))
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

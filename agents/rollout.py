@@ -8,7 +8,7 @@ from torch import Tensor
 
 from agents.model import ActorCritic
 from dni_rl.cores import State
-from envs.timestep import Environment, TimeStep
+from envs.timestep import Environment, TimeStep, least_return
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class EpisodeStatistics:
         self._returns += (returns * counted).sum(0)
         self._lengths += (lengths * counted).sum(0)
         if self.success_reward is not None:
-            self._successes += (ended & (returns >= self.success_reward - 1e-6)).sum(0)
+            self._successes += (ended & (returns >= least_return(self.success_reward))).sum(0)
         self._return, self._length = running[:, -1] - running.gather(1, latest_end[-1:].expand(2, -1, -1)).squeeze(1)
         self._was_last = last[-1].clone()
 
@@ -117,6 +117,16 @@ class EpisodeStatistics:
         """Restores `state_dict`."""
         for name in self._COUNTERS:
             setattr(self, name, state[name].to(getattr(self, name).device).clone())
+
+
+def _check_own_memory(earlier: Tensor, now: Tensor) -> None:
+    """Refuses an environment that writes every observation into the same memory: those of a rollout would all be its last."""
+    if earlier is not now and earlier.data_ptr() != now.data_ptr():
+        return
+    raise ValueError(
+        "observation: found the memory of the last step's once more; allowed tensors of their own for each step, since those of a rollout "
+        "are kept; return a copy"
+    )
 
 
 class Actor:
@@ -162,6 +172,7 @@ class Actor:
             )
             self.action_tm1 = (step_logits + noise[t]).argmax(-1)
             timestep = self.environment.step(self.action_tm1)
+            _check_own_memory(timesteps[-1].observation, timestep.observation)
             timesteps.append(timestep)
             actions.append(self.action_tm1)
             logits.append(step_logits)

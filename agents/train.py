@@ -519,25 +519,11 @@ def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
             f"run.device: found {config.run.device!r}; allowed {old_type}, as in the run to resume, because the states of its random "
             f"generators fit no other kind of device; set --run.device {saved.run.device}, or start a new run"
         )
-    free = {
-        name: getattr(config.run, name)
-        for name in (
-            "total_steps",
-            "device",
-            "threads",
-            "output_dir",
-            "name",
-            "log_every_steps",
-            "checkpoint_every_steps",
-            "credit_every_steps",
-            "credit_length",
-            "credit_num_envs",
-            "tensorboard",
-            "progress",
-        )
-    }
-    if replace(saved, run=replace(saved.run, **free)) != config:
-        old, new = to_dict(replace(saved, run=replace(saved.run, **free))), to_dict(config)
+    allowed = replace(
+        saved, run=replace(config.run, seed=saved.run.seed)
+    )  # how it runs may change, what it computes may not
+    if allowed != config:
+        old, new = to_dict(allowed), to_dict(config)
         key = next(f"{s}.{k}" for s in new for k in new[s] if new[s][k] != old[s][k])
         section, field = key.split(".")
         raise ValueError(

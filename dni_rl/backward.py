@@ -212,9 +212,10 @@ def _bootstrap_and_fit(
         assert has_future is not None
         mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history, has_future, weight)
     dense = fit and history is not None and critic.dense_targets
-    # A hook costs time, so there is none where nothing is learned at the start alone.
+    looks = dense and critic.start_is_due()
+    # A hook costs time, so there is none where nothing is learned at the start alone, nor looked at.
     with (
-        gradients_of(start if fit and not dense else ()) as (at_start, reached),
+        gradients_of(start if fit and (looks or not dense) else ()) as (at_start, reached),
         nullcontext() if history is None or dense else history.unwatched(),
     ):
         torch.autograd.backward(*surrogate(losses, end, synthetic, weight))
@@ -230,6 +231,8 @@ def _bootstrap_and_fit(
         steps = critic.target_steps(T)
         states, targets = history.at(steps)
         valid = has_future if len(steps) == T else select_steps(has_future, steps)
+        if looks:
+            _check_nothing_else_reads_start(at_start, tuple(g[0] for g in targets), history.valid[0])
         if mixed is not None:
             targets = mixed
         history.clear()
@@ -243,7 +246,8 @@ def _bootstrap_and_fit(
             gradients=per_sequence(targets, weight),
             valid=valid,
             losses=losses.detach(),
-            first=None if history is None else ~history.valid,
+            # without a history `alive` alone tells of starts
+            first=~history.valid if history is not None else None if has_future is None else ~has_future,
             end=tuple(s.detach() for s in end),
             alive=alive,
             context=context,
@@ -268,6 +272,21 @@ def _sent_by_losses(
     if all(g is None for g in found):
         look_for_start(losses, start, end, stacklevel=6)
     return tuple(torch.zeros_like(s) if g is None else g for g, s in zip(found, start, strict=True))
+
+
+def _check_nothing_else_reads_start(arrived: Sequence[Tensor], recorded: State, valid: Tensor) -> None:
+    """Warns where more comes to the window's start than through its first step: inside the window the same would not be recorded."""
+    missed, whole = (
+        torch.cat([g.flatten(1).to(torch.float32) for g in gradients], dim=1)[valid].norm()
+        for gradients in ([a - r.to(a.dtype) for a, r in zip(arrived, recorded, strict=True)], arrived)
+    )
+    if missed > 0.02 * whole > 0:  # nothing at all has a warning of its own
+        warnings.warn(
+            "losses: found some that depend on `start` other than through `core.unroll`, such as one on a step's input state: inside the "
+            "window the critic would not learn of them; let each step give out what losses read of the state before it, or use "
+            "dense_targets=False",
+            stacklevel=5,
+        )
 
 
 def _report_of_no_fit(losses: Tensor) -> Report:

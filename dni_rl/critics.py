@@ -410,6 +410,7 @@ class ErrorCritic(nn.Module, ABC):
             self.register_buffer("_context_weight", torch.zeros(()))
         self.slow_net = None
         self._windows_seen = 0
+        self._looks_at_start = _FIRST_WINDOWS
         self._mean: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
@@ -499,6 +500,12 @@ class ErrorCritic(nn.Module, ABC):
                     buffer.copy_(value)
             raise
 
+    def start_is_due(self) -> bool:
+        """Whether `backward` compares what comes to the window's start with what the core recorded there: in the first windows, since a
+        program that reads the start by other ways does so from the beginning, and on an accelerator comparing has to wait."""
+        self._looks_at_start = max(0, self._looks_at_start - 1)
+        return self._looks_at_start > 0
+
     def target_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps of a window of so many at which a critic with dense targets learns; see `evenly_spaced_steps`."""
         return evenly_spaced_steps(num_steps, self.targets_per_window)
@@ -570,6 +577,8 @@ class ErrorCritic(nn.Module, ABC):
         if self.slow_net is not None and self.slow_copy_rate is not None:
             for slow, fast in zip(self.slow_net.parameters(), self.net.parameters(), strict=True):
                 slow.lerp_(fast, self.slow_copy_rate)
+            for slow_statistic, fast_statistic in zip(self.slow_net.buffers(), self.net.buffers(), strict=True):
+                slow_statistic.copy_(fast_statistic)  # running statistics, which move slowly by themselves
 
     def _rows(self, state: State, target: State, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Joined states and targets [N, S], and weights [N, 1] that sum to 1. Updates the statistics of targets.

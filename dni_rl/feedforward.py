@@ -672,6 +672,7 @@ class DecoupledSequential(nn.Module):
     def _check_optimizers(self) -> None:
         """Raises ValueError where one would step more than once in an update, or never teach what it is given for."""
         seen: dict[torch.optim.Optimizer, tuple[str, nn.Module]] = {}
+        holders: dict[Tensor, str] = {}
         modules = (self.layers, self.critics, self.input_models)
         for (kind, optimizers), taught in zip(self._all_optimizers().items(), modules, strict=True):
             for i, (optimizer, module) in enumerate(zip(optimizers, taught, strict=True)):
@@ -687,6 +688,14 @@ class DecoupledSequential(nn.Module):
                     )
                 held = {p for group in optimizer.param_groups for p in group["params"]}
                 trainable = {p for p in module.parameters() if p.requires_grad}
+                twice = (
+                    [holders[p] for p in held if holders.setdefault(p, name) != name] if kind == "optimizers" else []
+                )
+                if twice:
+                    raise ValueError(
+                        f"{name}: found a parameter that {twice[0]} holds as well, allowed each in one, since each takes a step "
+                        "of its own; leave it out here, or give None for all but one place of a layer"
+                    )
                 if trainable and held.isdisjoint(trainable):
                     raise ValueError(
                         f"{name}: found none of the {len(trainable)} trainable parameters of its module, allowed an optimiser over them; "

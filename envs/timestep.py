@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TimeStep:
-    """One step of B environments.
+    """One step of B environments. Its tensors are kept for a rollout, so the environment must not write into them again.
 
     Attributes:
         observation: [B, ...] what the policy sees.
@@ -75,6 +75,11 @@ class EnvSpec:
     success_reward: float | None = None
     frames_per_step: int = 1
     observation_scale: float = 255.0
+
+
+def least_return(success_reward: float) -> float:
+    """The return from which on an episode is a success: rewards are float32, whose sum may miss `success_reward` by their rounding."""
+    return success_reward - 1e-6 * max(1.0, abs(success_reward))
 
 
 @runtime_checkable

@@ -246,6 +246,15 @@ def interquartile_mean(strata: Sequence[Sequence[float]]) -> Estimate:
     return Estimate(value, low, high, len(pooled))
 
 
+def failed_members(
+    matrix: dict[str, Any], rows: Sequence[dict[str, Any]], failures: Mapping[str, str]
+) -> set[tuple[str, str, int]]:
+    """Method, task and seed of the members that have failed and did not finish: a measurement after the end that failed, or a second
+    process that was refused, makes no second run of one that is there."""
+    finished = {(row["method"], row["task"], row["seed"]) for row in rows if row["finished"]}
+    return {(m.method, m.task, m.seed) for m in members(matrix) if m.name in failures} - finished
+
+
 def summarise(
     matrix: dict[str, Any], rows: Sequence[dict[str, Any]], failures: Mapping[str, str]
 ) -> list[dict[str, Any]]:
@@ -255,7 +264,7 @@ def summarise(
     these are fewer than five, or the method is left out on a task. Only finished seeds count. A task with a failed seed is not solved,
     whatever the others did: leaving out the runs that diverged would flatter the method.
     """
-    failed = {(m.method, m.task, m.seed) for m in members(matrix) if m.name in failures}
+    failed = failed_members(matrix, rows, failures)
     summary: list[dict[str, Any]] = []
     for method in matrix["methods"]:
         cells: dict[str, dict[str, Any]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from comparison.matrix import is_left_out, members
-from comparison.outcome import REACHES, settings_of, summarise
+from comparison.outcome import REACHES, failed_members, settings_of, summarise
 from dni_rl.files import write_text
 from intervals import CONFIDENCE, FEWEST_VALUES, NUM_RESAMPLES
 from reading import handwritten, write_above
@@ -27,7 +27,7 @@ def markdown(
 ) -> str:
     """The report's text."""
     bar, metric = matrix["bar"], matrix["metric"]
-    failed = Counter((member.method, member.task) for member in members(matrix) if member.name in failures)
+    failed = Counter((method, task) for method, task, _ in failed_members(matrix, rows, failures))
     lines = [
         f"# {matrix['title']}",
         "",

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from agents.build import build_model
 from agents.config import ModelConfig
 from agents.rollout import Actor, EpisodeStatistics
 from envs.gridworlds import PassiveTMaze
+from envs.timestep import least_return
 from tests.agents.scripted_env import LivesEnv, ScriptedEnv, make_model, naive_row
 
 CORES = [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)]
@@ -43,6 +45,26 @@ def test_the_actor_computes_what_a_fresh_memory_per_episode_would(core, num_laye
                     assert rollout.first[t - i * T, row]
                     torch.testing.assert_close(rollout.final_value[t - i * T, row], value.squeeze())
     assert (cuts > 3) == same_step
+
+
+def test_an_environment_that_writes_all_observations_into_one_memory_is_refused():
+    env = ScriptedEnv(num_envs=2, seed=0)
+    step, memory = env.step, torch.zeros(2, 3)
+    env.step = lambda actions: (lambda t: dataclasses.replace(t, observation=memory.copy_(t.observation)))(
+        step(actions)
+    )
+    with pytest.raises(
+        ValueError, match=r"^observation: found the memory of the last step's once more; allowed tensors of"
+    ):
+        collect(env, make_model())
+
+
+@pytest.mark.parametrize(
+    ("pay", "steps", "reward"), [(0.9, 50, 45.0), (99.7, 1, 99.7), (0.9, 49, 45.0), (0.1, 10, 1.0)]
+)
+def test_a_return_that_misses_its_mark_by_rounding_alone_is_a_success(pay, steps, reward):
+    total = sum(torch.tensor(pay, dtype=torch.float32).double() for _ in range(steps))  # returns are summed in float64
+    assert (total >= least_return(reward)).item() == math.isclose(pay * steps, reward)
 
 
 def test_a_privileged_value_needs_the_context_of_the_observation_that_an_episode_ends_with():

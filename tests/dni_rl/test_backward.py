@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -387,6 +388,43 @@ def test_a_start_that_nothing_was_unrolled_from_is_warned_of(settings):
             critic = make_critic(model, **settings)
             dni_rl.backward(losses, start=dni_rl.cut(state), end=end, critic=critic)
         assert [w.filename for w in caught] == [__file__], "once, and it shows the line of the call"
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+def test_losses_on_the_state_before_a_step_are_warned_of_where_targets_inside_would_lack_them(reads, dense):
+    """Their gradient comes to the window's start, and inside the window to no state that the core records."""
+    torch.manual_seed(0)
+    core = dni_rl.wrap(torch.nn.GRUCell(3, 6)).double()
+    critic = dni_rl.GradientCritic(state_sizes=(6,), dense_targets=dense).double()
+    start = dni_rl.cut((torch.randn(4, 6, dtype=DOUBLE),))
+    outputs, end = core.unroll(torch.randn(5, 4, 3, dtype=DOUBLE), start)
+    before = torch.cat([start[0].unsqueeze(0), outputs[:-1]])
+    losses = (before if reads else outputs).square().sum(-1)
+    says = pytest.warns(UserWarning, match="losses: found some that depend on `start` other than through `core.unroll`")
+    with says if reads and dense else nullcontext() as caught:  # other warnings are errors
+        dni_rl.backward(losses, start=start, end=end, critic=critic)
+    assert not (reads and dense) or [w.filename for w in caught] == [__file__]
+
+
+def test_without_a_history_losses_to_go_end_where_alive_says_that_an_episode_does():
+    torch.manual_seed(0)
+    core = dni_rl.wrap(torch.nn.GRUCell(3, 6)).double()
+    state, inputs = (torch.randn(4, 6, dtype=DOUBLE),), torch.randn(5, 4, 3, dtype=DOUBLE)
+    first = torch.zeros(5, 4, dtype=torch.bool)
+    first[3, 1] = True
+    alive = torch.cat([~first, torch.ones(1, 4, dtype=torch.bool)])
+    found = []
+    for plain in (False, True):
+        critic = dni_rl.LossCritic(state_sizes=(6,), dense_targets=False).double()
+        windows, start = [], dni_rl.cut(state)
+        fit = critic.fit_window
+        critic.fit_window = lambda window, windows=windows, fit=fit: (windows.append(window), fit(window))[1]
+        outputs, end = core.unroll(inputs, start, first)
+        losses = outputs.square().sum(-1)
+        dni_rl.backward(losses, start=start, end=tuple(end) if plain else end, critic=critic, alive=alive)
+        found.append(windows[0].first)
+    assert found[0].equal(first) and found[1].equal(first)
 
 
 @every_core

@@ -844,6 +844,11 @@ def test_a_slow_copy_of_ones_own_network_needs_set_net():
     with torch.no_grad():
         critic.net.bias.add_(1.0)
     assert not torch.equal(join(critic.synthetic_gradient(state)), join(critic(state)))
+    critic.net.register_buffer("statistic", torch.zeros(1))
+    critic.set_net(critic.net)
+    critic.net.statistic.add_(7.0)
+    critic.fit_window(window_of_three())
+    assert critic.slow_net.statistic == 7.0
     with pytest.raises(RuntimeError, match=r"slow_copy_rate: found 0.5, but Own has no slow copy; call set_net\(net\)"):
         Own("net", slow_copy_rate=0.5).synthetic_gradient(state)
     with pytest.raises(AttributeError, match="no attribute 'net'"):

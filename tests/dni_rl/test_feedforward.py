@@ -986,6 +986,16 @@ def test_sequential_refuses_one_optimizer_for_a_layer_in_two_places():
     dni_rl.DecoupledSequential([layer, layer, nn.Tanh()], [None] * 2, [optimizer, None, None], [None] * 2)
 
 
+def test_sequential_refuses_a_parameter_that_two_optimizers_would_step():
+    layer, tied = linear(D, D, 1), linear(D, D, 2)
+    tied.weight = layer.weight
+    for layers in ([layer, layer], [layer, tied]):
+        optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in layers]
+        with pytest.raises(ValueError, match=r"^optimizers\[1\]: found a parameter that optimizers\[0\] holds as well"):
+            dni_rl.DecoupledSequential(layers, [None], optimizers, [None], mode="locked")
+    dni_rl.DecoupledSequential([layer, tied], [None], [optimizers[0], torch.optim.SGD([tied.bias], 0.1)], [None])
+
+
 def test_sequential_exception_in_the_loss_changes_nothing():
     net, twin = make_sequential(), make_sequential()
 

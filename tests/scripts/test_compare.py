@@ -169,6 +169,17 @@ def test_seeds_that_failed_are_counted_among_those_that_ended(tmp_path):
     assert "| plain | failed |" in page
 
 
+def test_a_member_that_finished_counts_once_whatever_failed_after_it(tmp_path):
+    """Such as a measurement after the end, or a second process that was refused its folder."""
+    matrix = load_matrix(write(tmp_path, seeds=[0, 1]))
+    rows = [row(), row(seed=1)]
+    failures = {m.name: "why" for m in members(matrix) if m.method == "critic"}
+    summary = summarise(matrix, rows, failures)
+    page = markdown(matrix, rows, summary, failures, "COMMAND")
+    assert "| critic | **2 of 2**, mean 0.970 (0.97 0.97) |" in page and "Failed: " in page
+    assert next(iter(summary[0]["tasks"].values()))["num_failed"] == 0
+
+
 def test_a_member_of_which_nothing_but_a_horizon_was_logged_has_not_begun(tmp_path):
     matrix = load_matrix(write(tmp_path, metric="credit/expected_horizon"))
     first, second, *_ = members(matrix)
