@@ -233,7 +233,7 @@ def side_by_side(measured: Sequence[Measured]) -> str:
 
 def _methods(measured: Sequence[Measured], tasks: Sequence[str]) -> list[str]:
     """The method of each, with those settings in which runs of the same method on the same task do not agree, but for the seed."""
-    settings = [_settings(m.config) for m in measured]
+    settings = [_settings(m) for m in measured]
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     differing: dict[str, dict[str, None]] = {m.method: {} for m in measured}
     for m, task, own in zip(measured, tasks, settings, strict=True):
@@ -245,10 +245,12 @@ def _methods(measured: Sequence[Measured], tasks: Sequence[str]) -> list[str]:
     ]
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    sections = to_dict(config)
+def _settings(measured: Measured) -> dict[str, Any]:
+    config, sections = measured.config, to_dict(measured.config)
     of_agent = {f"{s}.{name}": value for s in ("model", "algorithm", "critic") for name, value in sections[s].items()}
-    return {"env.num_envs": config.env.num_envs, **of_agent}
+    # of how far it is, and by which length its rates fall: two checkpoints of one run are no two seeds
+    progress = {"step": measured.step, "run.total_steps": config.run.total_steps}
+    return {"env.num_envs": config.env.num_envs, **of_agent, **progress}
 
 
 def _tasks(measured: Sequence[Measured]) -> list[str]:

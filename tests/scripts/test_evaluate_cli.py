@@ -1,5 +1,7 @@
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -55,6 +57,20 @@ def test_prints_returns_with_spread_lengths_and_success(maze, capsys):
 def test_equal_seeds_give_equal_results_and_others_do_not(maze, capsys):
     outs = [_evaluate(capsys, maze, "--episodes", 20, "--seed", seed)[1].splitlines()[2:] for seed in (1, 1, 2)]
     assert outs[0] == outs[1] != outs[2]
+
+
+def test_a_seed_is_of_the_global_generators_too(maze, capsys, monkeypatch):
+    """From which an environment of the user's may draw."""
+    drawn = []
+
+    def draw(*_, **__):
+        drawn.append((random.random(), np.random.random(), torch.rand(()).item()))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("scripts.evaluate.evaluate", draw)
+    for seed in (1, 1, 2):
+        _evaluate(capsys, maze, "--seed", seed)
+    assert drawn[0] == drawn[1] and all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
 
 
 def test_writes_all_returns_to_a_json_file(maze, capsys, tmp_path, on_disk):

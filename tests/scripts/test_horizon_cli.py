@@ -238,6 +238,10 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_pooled():
         f"| dni, K = 4, env.num_envs={one.config.env.num_envs} | 100%; *9* (9) |",
         "| dni, K = 4, env.num_envs=3 | 100%; *9* (9) |",
     ]
+    assert horizon._methods([one, replace(one, step=160)], ["maze"] * 2) == [
+        "dni, K = 4, step=320",
+        "dni, K = 4, step=160",
+    ]
 
 
 @pytest.mark.parametrize(
