@@ -121,7 +121,7 @@ class EpisodeStatistics:
 
 def _check_own_memory(earlier: Tensor, now: Tensor) -> None:
     """Refuses an environment that writes every observation into the same memory: those of a rollout would all be its last."""
-    if earlier is not now and earlier.data_ptr() != now.data_ptr():
+    if now.data_ptr() == 0 or earlier.data_ptr() != now.data_ptr():  # 0: of tensors without memory
         return
     raise ValueError(
         "observation: found the memory of the last step's once more; allowed tensors of their own for each step, since those of a rollout "

@@ -212,7 +212,9 @@ def _bootstrap_and_fit(
         assert has_future is not None
         mixed = _mixed_gradients(losses, start, end, critic, synthetic, context, history, has_future, weight)
     dense = fit and history is not None and critic.dense_targets
-    looks = dense and critic.start_is_due()
+    looks = (
+        dense and losses.device.type == "cpu" and critic.start_is_due()
+    )  # an accelerator would have to be waited for
     # A hook costs time, so there is none where nothing is learned at the start alone, nor looked at.
     with (
         gradients_of(start if fit and (looks or not dense) else ()) as (at_start, reached),

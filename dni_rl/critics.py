@@ -502,7 +502,7 @@ class ErrorCritic(nn.Module, ABC):
 
     def start_is_due(self) -> bool:
         """Whether `backward` compares what comes to the window's start with what the core recorded there: in the first windows, since a
-        program that reads the start by other ways does so from the beginning, and on an accelerator comparing has to wait."""
+        program that reads the start by other ways does so from the beginning."""
         self._looks_at_start = max(0, self._looks_at_start - 1)
         return self._looks_at_start > 0
 
