@@ -1,5 +1,7 @@
 """From a configuration to environments, network and error critic: the one place that knows all three packages."""
 
+import random
+
 import numpy as np
 import torch
 
@@ -12,6 +14,13 @@ from envs.timestep import Environment, EnvSpec
 EVALUATION_KEY = (0,)  # which no process has
 _NO_CONTEXT = "this environment offers no privileged context"
 _OFFER_CONTEXT = "set --env.kwargs.context, for one gymnasium or dm_env environment of your own to module:function"
+
+
+def seed_global_generators(seed: int) -> None:
+    """Those of PyTorch, NumPy and Python. Nothing of ours draws from the last two; an environment of the user's may."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def spread_seeds(seed: int, count: int, *, key: tuple[int, ...] = ()) -> list[int]:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agents.build import build_critic, build_environment, build_interfaces, build_model
+from agents.build import build_critic, build_environment, build_interfaces, build_model, seed_global_generators
 from agents.checkpoint import foreign_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
 from agents.credit import check_credit, credit_figure, measure_credit
@@ -57,9 +55,7 @@ class Trainer:
         torch.set_num_threads(config.run.threads)
         # Of models, and of the global random generators behind them; a model then becomes that of the first process.
         env_seed, model_seed, actor_seed, learner_seed = workers.spread_seeds(config.run.seed, 4)
-        torch.manual_seed(model_seed)
-        np.random.seed(model_seed)  # nothing of ours draws from this one and the next; an environment of the user's may
-        random.seed(model_seed)
+        seed_global_generators(model_seed)
         self.environment = build_environment(config.env, env_seed, self.device)
         spec, algorithm = self.environment.spec, config.algorithm
         model = build_model(config.model, spec).to(self.device)

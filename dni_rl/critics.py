@@ -503,8 +503,9 @@ class ErrorCritic(nn.Module, ABC):
     def start_is_due(self) -> bool:
         """Whether `backward` compares what comes to the window's start with what the core recorded there: in the first windows, since a
         program that reads the start by other ways does so from the beginning."""
-        self._looks_at_start = max(0, self._looks_at_start - 1)
-        return self._looks_at_start > 0
+        is_due = self._looks_at_start > 0
+        self._looks_at_start -= is_due
+        return is_due
 
     def target_steps(self, num_steps: int) -> tuple[int, ...]:
         """The steps of a window of so many at which a critic with dense targets learns; see `evenly_spaced_steps`."""

@@ -10,15 +10,14 @@ number of episodes, so that short ones do not count more often.
 import argparse
 import json
 import logging
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from agents.build import seed_global_generators
 from agents.evaluate import (
     MAX_VIDEO_FRAMES,
     Film,
@@ -60,12 +59,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     policy, make_environment = load_policy(arguments.run)
     torch.set_num_threads(policy.config.run.threads)
-    for seed_all in (
-        torch.manual_seed,
-        np.random.seed,
-        random.seed,
-    ):  # as in training: an environment of the user's may draw from them
-        seed_all(arguments.seed)
+    seed_global_generators(arguments.seed)
     num_envs = min(arguments.num_envs or policy.config.env.num_envs, arguments.episodes)
     environment = make_environment(num_envs, arguments.seed)
     try:
