@@ -2,12 +2,8 @@
 
 Use `GymnasiumVector` for an existing `gymnasium.vector.VectorEnv`, `GymnasiumEnvs` and `DmEnvs` for a list of single
 environments stepped in this process, and `gymnasium_vector` to build either from an id or a constructor. Actions must
-be discrete; what is not supported is refused with the reason, never reshaped in silence. Observations become
-
-    uint8 images [Y, X], [Y, X, C] or [C, Y, X]     uint8 [C, Y, X], the smaller outer axis taken for the channels
-    MiniGrid's symbolic view [X, Y, 3]              uint8 [20, Y, X] one-hot with values 0 and 255, see `minigrid_view`
-    one discrete number                             float32 one-hot
-    any other numeric array                         float32, flattened to a vector unless it has three axes or more
+be discrete; what is not supported is refused with the reason, never reshaped in silence. What observations become
+is said in `envs.spaces`.
 
 No adapter is resumable: neither interface can save an environment's state, and copies of third-party objects
 (emulators, handles, shared generators) are not reliably exact.
@@ -45,12 +41,11 @@ from envs.minigrid import (
     minigrid_symbols,
     minigrid_view,
 )
+from envs.spaces import Encoder, check_observation, dm_spec, example_of, gymnasium_spec
 from envs.timestep import Environment, EnvSpec, TimeStep
 
 if TYPE_CHECKING:
     import gymnasium
-
-Encoder = Callable[[np.ndarray], np.ndarray]  # [B, *original] -> [B, *encoded], always a new array
 
 
 def environment_seeds(seed: int, num_envs: int) -> list[int]:
@@ -133,7 +128,7 @@ class GymnasiumVector:
             seed: of the run; every sub-environment gets its own, see `environment_seeds`. Vector environments other than
                 gymnasium's own get a single integer.
             device: of the TimeSteps.
-            encoder: replaces the standard conversion of observations, see the module.
+            encoder: replaces the standard conversion of observations, see `envs.spaces`.
 
         Raises:
             ValueError: if the autoreset mode or a space is not supported.
@@ -149,9 +144,10 @@ class GymnasiumVector:
         self.vector_env = vector_env
         self.num_envs = vector_env.num_envs
         self.device = torch.device(device)
-        self.spec, self._encode, self._action_start = _gymnasium_spec(
+        self.spec, self._encode, self._action_start = gymnasium_spec(
             vector_env.single_observation_space, vector_env.single_action_space, encoder
         )
+        self._example = example_of(vector_env.single_observation_space)
         self._same_step = mode == AutoresetMode.SAME_STEP
         seeds = environment_seeds(seed, self.num_envs)
         takes_a_list = isinstance(vector_env.unwrapped, AsyncVectorEnv | SyncVectorEnv)
@@ -164,7 +160,7 @@ class GymnasiumVector:
         observation, _ = self.vector_env.reset(seed=self._seed)
         self._seed = None
         self._last = np.zeros(self.num_envs, bool)
-        return _first_step(self._encode(observation), self.device)
+        return _first_step(self._encoded(observation), self.device)
 
     def step(self, actions: Tensor) -> TimeStep:
         """Takes `actions` [B]; see `Environment.step`."""
@@ -172,7 +168,7 @@ class GymnasiumVector:
             raise RuntimeError("call reset before step")
         actions_array = checked_actions(actions, self.spec.num_actions, ignored=self._last) + self._action_start
         raw_observation, reward, terminated, truncated, info = self.vector_env.step(actions_array)
-        observation = self._encode(raw_observation)
+        observation = self._encoded(raw_observation)
         ended = terminated | truncated
         final_observation = None
         if self._same_step:
@@ -197,8 +193,15 @@ class GymnasiumVector:
                 f"in which an episode ended: rows {np.flatnonzero(ended).tolist()} ended, {rows.tolist()} were given"
             )
         final = observation.copy()
-        final[rows] = self._encode(np.stack([info["final_obs"][row] for row in rows]))
+        final[rows] = self._encoded(np.stack([info["final_obs"][row] for row in rows]))
         return final
+
+    def _encoded(self, observations: np.ndarray) -> np.ndarray:
+        """[N, *encoded] of [N, *original], if that is what they are."""
+        found = np.asarray(observations)
+        name = type(self.vector_env.unwrapped).__name__
+        check_observation(name, found.shape[1:], found.dtype, self._example)
+        return self._encode(found)
 
     def state_dict(self) -> dict[str, Any]:
         """Refused: see the module."""
@@ -282,29 +285,21 @@ class _SerialEnvs:
 
     def _stacked(self, observations: list[Any]) -> np.ndarray:
         """[B, *original], if they look as the environment says: what is off by a shape or a type would be learned from all the same."""
-        shape, dtype = self._example.shape, self._example.dtype
-        stays_as_it_is = self.spec.observation_dtype == torch.uint8  # an image
-        kinds = "biu" if not shape and dtype.kind in "iu" else "biuf"  # one of several values; any numbers
         for observation in observations:
             found = np.asarray(observation)
-            fits = found.dtype == np.uint8 if stays_as_it_is else found.dtype.kind in kinds
-            if found.shape != shape or not fits:
-                raise ValueError(
-                    f"{self._name}: found an observation of shape {found.shape} and type {found.dtype}; expected shape {shape} "
-                    f"and type {dtype}, as its observation space says; correct either"
-                )
+            check_observation(self._name, found.shape, found.dtype, self._example)
         return np.stack(observations)
 
     def _set_context(self, context: Callable[[Any], np.ndarray]) -> None:
         """Has every step carry what a function of one environment gives. Environment 0 must have been reset."""
-        self.spec = dataclasses.replace(self.spec, context_size=len(_context_vector(context(self.envs[0]))))
+        self.spec = dataclasses.replace(self.spec, context_size=len(_context_vector(context, self.envs[0])))
         self._context = context
 
     def _contexts(self) -> np.ndarray | None:
         """[B, Z] privileged information, or None."""
         if self._context is None:
             return None
-        vectors = [_context_vector(self._context(env)) for env in self.envs]
+        vectors = [_context_vector(self._context, env) for env in self.envs]
         for vector in vectors:
             if len(vector) != self.spec.context_size:
                 raise ValueError(
@@ -350,7 +345,7 @@ class GymnasiumEnvs(_SerialEnvs):
             envs: B environments with equal spaces and discrete actions.
             seed: of the run; every environment gets its own, see `environment_seeds`.
             device: of the TimeSteps.
-            encoder: replaces the standard conversion of observations, see the module.
+            encoder: replaces the standard conversion of observations, see `envs.spaces`.
             context: maps an environment to its [Z] privileged state, which the policy never sees.
 
         Raises:
@@ -367,8 +362,8 @@ class GymnasiumEnvs(_SerialEnvs):
                     f"expected equal spaces; environment {row} has {env.observation_space} and {env.action_space}, "
                     f"environment 0 {observation_space} and {action_space}"
                 )
-        self.spec, self._encode, self._action_start = _gymnasium_spec(observation_space, action_space, encoder)
-        self._example = _example_of(observation_space)
+        self.spec, self._encode, self._action_start = gymnasium_spec(observation_space, action_space, encoder)
+        self._example = example_of(observation_space)
         self._seeds: list[int | None] = [*environment_seeds(seed, self.num_envs)]
         if context is not None:
             self.envs[0].reset(seed=self._seeds[0])  # the context of an environment that was never reset may not exist
@@ -433,9 +428,9 @@ class DmEnvs(_SerialEnvs):
                 raise ValueError("num_envs and seed go with a constructor; a list of environments has both already")
             built = list(envs)
         super().__init__(built, device)
-        self.spec, self._encode, self._flatten, self._action_start, self._example = _dm_spec(self.envs[0])
+        self.spec, self._encode, self._flatten, self._action_start, self._example = dm_spec(self.envs[0])
         for row, env in enumerate(self.envs):
-            spec, _, _, action_start, _ = _dm_spec(env)
+            spec, _, _, action_start, _ = dm_spec(env)
             if (spec, action_start) != (self.spec, self._action_start):
                 raise ValueError(f"expected equal specs; those of environment {row} differ from environment 0's")
         self._begun: dict[int, Any] = {}  # first steps of environments that were reset before the first `reset`
@@ -538,7 +533,7 @@ def gymnasium_vector(
         from gymnasium.vector import AsyncVectorEnv
 
         # A fork of a process in which torch has started its threads can hang, so the workers start afresh.
-        vector_env = AsyncVectorEnv([constructor] * num_envs, context="spawn")
+        vector_env = AsyncVectorEnv([constructor.checking] * num_envs, context="spawn")
         try:
             built: GymnasiumVector | GymnasiumEnvs = GymnasiumVector(
                 vector_env, seed=seed, device=device, encoder=encoder
@@ -568,8 +563,16 @@ def named_context(context: object, or_else: str = "") -> Callable[[Any], np.ndar
     refuse("context", context, f"{or_else}'module:function', a function of the environment, or None")
 
 
-def _context_vector(given: Any) -> np.ndarray:
-    """What a context function gave, as a vector [Z]."""
+def _context_vector(context: Callable[[Any], np.ndarray], env: Any) -> np.ndarray:
+    """What a context function gives, as a vector [Z]."""
+    try:
+        given = context(env)
+    except AttributeError as error:
+        if getattr(env, "unwrapped", env) is env:
+            raise
+        raise ArgumentError(
+            f"context: found {error}; allowed what a wrapped environment has; read it from env.unwrapped"
+        ) from error
     try:
         vector = np.ravel(given)
     except (TypeError, ValueError):  # lists of unequal lengths, for one
@@ -616,6 +619,23 @@ class _EnvConstructor:
         env = self.unwrapped_view()
         return image_view(env, self.view_size, self.fast_view) if is_minigrid(env) else env
 
+    def checking(self) -> "gymnasium.Env":
+        """With a check of every observation, for other processes: on the way from there all are cast to the space's shape and type."""
+        import gymnasium
+
+        env = self()
+        if env.observation_space.shape is None:
+            return env  # of several parts, which is refused
+        example, name = example_of(env.observation_space), type(env.unwrapped).__name__
+
+        class Checking(gymnasium.ObservationWrapper):
+            def observation(self, observation: Any) -> Any:
+                found = np.asarray(observation)
+                check_observation(name, found.shape, found.dtype, example)
+                return observation
+
+        return Checking(env)
+
 
 def _env_name(env: "gymnasium.Env") -> str:
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
@@ -637,130 +657,6 @@ def _check_members(env: "gymnasium.Env") -> None:
             f"{name}.reset: found no argument seed; expected reset(self, *, seed=None, options=None), as gymnasium has it and gym "
             "had not; begin it with super().reset(seed=seed)"
         )
-
-
-def _example_of(observation_space: Any) -> np.ndarray:
-    """An observation of a supported space, zeros."""
-    from gymnasium import spaces
-
-    if isinstance(observation_space, spaces.Discrete):
-        return np.zeros((), np.int64)
-    return np.zeros(observation_space.shape, observation_space.dtype)
-
-
-def _gymnasium_spec(observation_space: Any, action_space: Any, encoder: Encoder | None) -> tuple[EnvSpec, Encoder, int]:
-    """Returns the spec, the conversion of observations and the number of the first action."""
-    from gymnasium import spaces
-
-    if not isinstance(action_space, spaces.Discrete):
-        raise ValueError(f"the action space is {action_space}, but only Discrete is supported")
-    if isinstance(observation_space, spaces.Discrete):
-        n, start = int(observation_space.n), int(observation_space.start)
-        encoder = encoder or _one_hot_encoder(n, start)
-        spec = _spec_of(encoder(np.full(1, start)), int(action_space.n))
-    elif isinstance(observation_space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
-        example = _example_of(observation_space)
-        encoder = encoder or _array_encoder(example)
-        spec = _spec_of(encoder(example[None]), int(action_space.n))
-    else:
-        raise ValueError(
-            f"the observation space is {observation_space}, but only Box, Discrete, MultiBinary and MultiDiscrete are "
-            "supported; select or flatten its parts, with gymnasium.wrappers.FlattenObservation for one, in a function or "
-            "class of your module, and name that: --env.id my_module:make"
-        )
-    if isinstance(observation_space, spaces.Box) and observation_space.dtype == np.uint8:
-        spec = _scaled(spec, observation_space.high)
-    return spec, encoder, int(action_space.start)
-
-
-def _dm_spec(env: Any) -> tuple[EnvSpec, Encoder, Callable[[Any], np.ndarray], int, np.ndarray]:
-    """Returns the spec, the conversion of a batch, that of one observation before batching, the first action and an example."""
-    action_spec = env.action_spec()
-    if getattr(action_spec, "shape", None) != () or not np.issubdtype(action_spec.dtype, np.integer):
-        raise ValueError(
-            f"the action spec is {action_spec}, but only one discrete action (shape (), integer) is supported"
-        )
-    if not hasattr(action_spec, "minimum") or not hasattr(action_spec, "maximum"):
-        raise ValueError(f"the action spec {action_spec} has no bounds; expected a DiscreteArray or BoundedArray")
-    start = int(action_spec.minimum)
-    num_actions = int(action_spec.maximum) - start + 1
-    if getattr(env.reward_spec(), "shape", ()) != ():
-        raise ValueError(f"the reward spec is {env.reward_spec()}, but only a scalar reward is supported")
-    observation_spec = env.observation_spec()
-    leaves = _leaves(observation_spec)
-    if len(leaves) == 1 and hasattr(leaves[0], "num_values"):
-        one_hot = _one_hot_encoder(int(leaves[0].num_values), 0)
-        spec = _spec_of(one_hot(np.zeros(1, np.int64)), num_actions)
-        return spec, one_hot, lambda observation: np.asarray(_leaves(observation)[0]), start, np.zeros((), np.int64)
-    for leaf in leaves:
-        if not np.issubdtype(leaf.dtype, np.number) and leaf.dtype != np.bool_:
-            raise ValueError(f"the observation spec {leaf} is not numeric")
-    if len(leaves) == 1:
-        flatten: Callable[[Any], np.ndarray] = lambda observation: np.asarray(_leaves(observation)[0])  # noqa: E731
-        example = np.zeros(leaves[0].shape, leaves[0].dtype)
-    else:
-        flatten = _concatenated
-        example = _concatenated([np.zeros(leaf.shape, leaf.dtype) for leaf in leaves])
-    encoder = _array_encoder(example)
-    spec = _spec_of(encoder(example[None]), num_actions)
-    if example.dtype == np.uint8 and hasattr(leaves[0], "maximum"):
-        spec = _scaled(spec, leaves[0].maximum)
-    return spec, encoder, flatten, start, example
-
-
-def _scaled(spec: EnvSpec, highest: Any) -> EnvSpec:
-    """With the scale of bytes up to this bound: of planes of 0 and 1, say, 255 would all but erase what they show."""
-    return dataclasses.replace(spec, observation_scale=float(np.max(highest)) or spec.observation_scale)
-
-
-def _leaves(nest: Any) -> list[Any]:
-    """Arrays or specs of a nest of dictionaries, lists and tuples, dictionaries in the order of their sorted keys."""
-    if isinstance(nest, Mapping):
-        return [leaf for key in sorted(nest) for leaf in _leaves(nest[key])]
-    if isinstance(nest, list | tuple):
-        return [leaf for part in nest for leaf in _leaves(part)]
-    return [nest]
-
-
-def _concatenated(nest: Any) -> np.ndarray:
-    """All numbers of a nest as one float32 vector."""
-    return np.concatenate([np.ravel(leaf) for leaf in _leaves(nest)], dtype=np.float32, casting="unsafe")
-
-
-def _one_hot_encoder(num_values: int, start: int) -> Encoder:
-    """[B] numbers from `start` on to float32 [B, num_values]."""
-
-    def encoded(x: np.ndarray) -> np.ndarray:
-        one_hot = np.asarray(x)[:, None] == np.arange(start, start + num_values)
-        if not one_hot.any(1).all():
-            wrong = np.asarray(x)[~one_hot.any(1)][0]
-            raise ValueError(
-                f"found the observation {wrong}; expected a number from {start} to {start + num_values - 1}, as the space of "
-                f"{num_values} values says; correct either"
-            )
-        return one_hot.astype(np.float32)
-
-    return encoded
-
-
-def _array_encoder(example: np.ndarray) -> Encoder:
-    """Picks the conversion of arrays that look like `example` (without a batch); see the module."""
-    if example.dtype == np.uint8 and example.ndim == 2:
-        return lambda x: np.array(x)[:, None]  # [B, 1, Y, X]
-    if example.dtype == np.uint8 and example.ndim == 3:
-        if example.shape[-1] <= example.shape[0]:  # [Y, X, C], gymnasium's custom
-            return lambda x: np.array(np.moveaxis(x, -1, 1), order="C")
-        return np.array
-    if example.dtype == np.uint8 and example.ndim > 3:
-        raise ValueError(f"images of shape {example.shape} are not supported; expected [Y, X], [Y, X, C] or [C, Y, X]")
-    if example.ndim >= 3:
-        return lambda x: np.array(x, np.float32)
-    return lambda x: np.array(x, np.float32).reshape(len(x), -1)
-
-
-def _spec_of(encoded: np.ndarray, num_actions: int) -> EnvSpec:
-    """The spec of environments whose encoded observations look like `encoded` [1, ...]."""
-    return EnvSpec(encoded.shape[1:], torch.from_numpy(encoded).dtype, num_actions)
 
 
 def _takes_seed(constructor: Callable[..., Any]) -> bool:

@@ -37,7 +37,8 @@ class TimeStep:
         context: [B, Z] float32 privileged information, for error critics and perhaps the value function (not the policy), or None.
         final_observation: [B, ...] or None. Only under same-step autoreset, when at least one row is cut by a time
             limit: the observation in which that episode ended; rows that did not end repeat `observation`.
-        raw_reward: [B] float32 unclipped reward where `reward` is clipped (Atari), otherwise None.
+        raw_reward: [B] float32 what counts for the score, where `reward` is not the same (Atari: clipped, or episodes end with a life),
+            otherwise None.
         game_over: [B] bool where episodes end with each lost life (Atari): the game itself ended here. None elsewhere.
     """
 
@@ -109,7 +110,11 @@ class Environment(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue exactly, random generators included. RuntimeError where `resumable` is False."""
+        """Everything needed to continue exactly, random generators included; also before the first `reset`.
+
+        Raises:
+            RuntimeError: where `resumable` is False.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""

@@ -270,6 +270,16 @@ def test_a_context_that_is_no_array_of_numbers_is_refused(given, shown):
         DmEnvs(Catch, num_envs=1, seed=0, context=lambda env: given)
 
 
+def test_a_context_that_misses_what_is_inside_of_wrappers_is_told_where_it_is():
+    line = r"^context: found 'TimeLimit' object has no attribute 'count'; allowed .*; read it from env.unwrapped$"
+    with pytest.raises(ArgumentError, match=line):
+        gymnasium_vector(Counter, 1, seed=0, max_episode_steps=5, context=lambda env: np.array([env.count]))
+    env = gymnasium_vector(Counter, 1, seed=0, max_episode_steps=5, context=lambda env: [env.unwrapped.count])
+    assert env.reset().context.tolist() == [[0]]
+    with pytest.raises(AttributeError, match="no attribute 'cue'"):  # a mistake of the function itself
+        gymnasium_vector(Counter, 1, seed=0, context=lambda env: env.cue)
+
+
 # Vector environments
 
 
@@ -408,6 +418,51 @@ def test_what_does_not_fit_its_space_is_refused(arguments, message):
         env.reset()
         env.step(zeros(env))
     assert "\n" not in str(error.value)
+
+
+class WrongVector(gymnasium.vector.VectorEnv):
+    """Says that its observations are images, and gives something else from some step on."""
+
+    num_envs = 2
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    single_observation_space, single_action_space = spaces.Box(0, 255, (4, 4), np.uint8), spaces.Discrete(2)
+
+    def __init__(self, *given):
+        self.given = list(given)
+
+    def reset(self, *, seed=None, options=None):
+        return self.given.pop(0), {}
+
+    def step(self, actions):
+        return self.given.pop(0), np.zeros(2), np.zeros(2, bool), np.zeros(2, bool), {}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(np.zeros((2, 4, 4)), r"\(4, 4\) and type float64"), (np.zeros((2, 8, 2), np.uint8), r"\(8, 2\) and type uint8")],
+)
+def test_what_does_not_fit_the_space_of_a_vector_is_refused(given, found):
+    env = GymnasiumVector(WrongVector(np.zeros((2, 4, 4), np.uint8), given), seed=0)
+    assert env.reset().observation.shape == (2, 1, 4, 4)
+    with pytest.raises(
+        ValueError, match=rf"WrongVector: found an observation of shape {found}; expected shape \(4, 4\)"
+    ):
+        env.step(zeros(env))
+
+
+@pytest.mark.filterwarnings("ignore:.*(Received|Traceback|Raising|Calling `close`)(.|\n)*:UserWarning")  # gymnasium's
+@pytest.mark.parametrize(
+    "observation", [np.full((4, 4), 0.5), np.zeros((8, 2), np.uint8)], ids=["fractions", "another shape"]
+)
+def test_what_does_not_fit_its_space_is_refused_in_another_process_too(observation):
+    """On the way from there it would be cast: fractions to zeros, one shape to another of as many numbers."""
+    space = spaces.Box(0, 255, (4, 4), np.uint8)
+    env = gymnasium_vector(Wrong, 1, seed=0, vectorization="async", space=space, observation=observation)
+    try:
+        with pytest.raises(ValueError, match=r"Wrong: found an observation of shape .*; expected shape \(4, 4\)"):
+            env.reset()
+    finally:
+        env.close()
 
 
 def test_numbers_of_another_width_are_taken():
