@@ -25,11 +25,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def cut(state: State) -> State:
+def cut(state: Sequence[Tensor]) -> State:
     """Starts a window: the same values as leaves of a new graph.
 
     Args:
-        state: tuple of [B, ...] floating-point tensors, for example the state in which the last window ended.
+        state: tuple or list of [B, ...] floating-point tensors, for example the state in which the last window ended.
 
     Returns:
         Tuple of leaves that require gradients; they share memory with `state`.
@@ -515,8 +515,10 @@ def check_window(
                 f"end: found the states before the steps {history.steps} recorded, and the critic learns at {tuple(missing)} as well; "
                 "set the core's targets_per_window to the critic's before it is unrolled, or to None"
             )
-    if critic.context_size and (context is None or context.shape != (T + 1, B, critic.context_size)):
-        found = None if context is None else tuple(context.shape)
+    if critic.context_size and (not isinstance(context, Tensor) or context.shape != (T + 1, B, critic.context_size)):
+        found = (
+            tuple(context.shape) if isinstance(context, Tensor) else None if context is None else type(context).__name__
+        )
         raise ValueError(
             f"context: expected [T + 1, B, Z] = ({T + 1}, {B}, {critic.context_size}), the last row for `end`, got {found}"
         )

@@ -192,6 +192,8 @@ def credit_horizon(
         raise RuntimeError(
             "credit_horizon: found torch.inference_mode(), which records no graph, allowed torch.no_grad() or neither; call it outside"
         )
+    if loss_times is not None:
+        loss_times = [int(t) for t in loss_times]  # of a tensor or an array, too
     T = _check(inputs, window, critic, context, probe, loss_times, num_lags, margin)
     alive = before_each_step(alive, T, inputs.shape[1])
     if unroll is not None and not (window is None and context is None and alive is None):
@@ -230,27 +232,19 @@ def credit_horizon(
     expected = None if probe is None else _Expected(probe, T - margin, N, b, tail)
     for t in loss_times:
         gradient = _join(_gradients(losses[t].sum(), start, end))[: t + 1].double()
-        true = gradient.square().sum(-1)  # [t + 1, B], |g_n(j)|^2
         # no episode starts at j, ..., t: otherwise l_t does not depend on s_j
         connected = starts[: t + 1].flip(0).cumsum(0).flip(0) == 0
         connected[T - margin :] = False
-        true = torch.where(connected, true, 0.0)
-        delivered, inner = true.clone(), true.clone()
-        inside = gradient  # i_n
-        if window is not None:
-            reached = math.floor(t / window) * window + 1  # first j with t < k(j)
-            delivered[:reached] *= norm_ratio[:reached]
-            inner[:reached] *= alignment[:reached]
+        inside = gradient if method is None else method.inside(t)[: t + 1]  # i_n
+        if window is not None:  # before the first j with t < k(j) all of it is left to the bootstrap
             inside = gradient.clone()
-            inside[:reached] = 0.0
-        if method is not None:
-            inside = method.inside(t)[: t + 1]
-            rest, a = gradient - inside, alignment[: t + 1]
-            mixed = inside + a.unsqueeze(-1) * rest
-            delivered = mixed.square().sum(-1) + rest.square().sum(-1) * (norm_ratio[: t + 1] - a.square())
-            inner = (mixed * gradient).sum(-1)
-            delivered, inner = (torch.where(connected, x, 0.0) for x in (delivered, inner))
-        curves = torch.stack([true, delivered, inner, connected.to(true.dtype)]).sum(-1).flip(-1)  # [4, t + 1], by lag
+            inside[: t // window * window + 1] = 0.0
+        rest, a = gradient - inside, alignment[: t + 1]
+        mixed = inside + a.unsqueeze(-1) * rest
+        delivered = mixed.square().sum(-1) + rest.square().sum(-1) * (norm_ratio[: t + 1] - a.square())  # [t + 1, B]
+        measured = torch.stack([gradient.square().sum(-1), delivered, (mixed * gradient).sum(-1)])
+        measured = torch.where(connected, measured, 0.0)
+        curves = torch.cat([measured, connected.to(measured.dtype).unsqueeze(0)]).sum(-1).flip(-1)  # [4, t + 1], by lag
         sums[:, : min(N, t + 1)] += curves[:, :N]
         if expected is not None:
             expected.add(gradient, inside, connected)
@@ -513,7 +507,7 @@ def _check(
     if probe is not None and inputs.shape[1] < 2:
         raise ValueError("probe: found 1 sequence; allowed 2 or more, over which to average; leave probe= out")
     if loss_times is not None and (not loss_times or not all(0 <= t < T for t in loss_times)):
-        raise ValueError(f"loss_times: expected at least one time, each in [0, {T}), got {list(loss_times)}")
+        raise ValueError(f"loss_times: expected at least one time, each in [0, {T}), got {loss_times}")
     if num_lags is not None and not 1 <= num_lags <= T:
         raise ValueError(f"num_lags: found {num_lags}, allowed 1 to {T}, the length of the batch")
     if not 0 <= margin < T:

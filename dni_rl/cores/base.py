@@ -4,6 +4,7 @@ A core maps an input and a state to an output and a next state. Its state is a f
 an error critic reads and predicts gradients for: an LSTM layer contributes (h, c), a GRU layer (h,).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -291,9 +292,11 @@ def are_counts(*values: object) -> bool:
 
 
 def check_chrono_max(chrono_max: float) -> None:
-    """Raises ValueError unless it is above 2."""
-    if not chrono_max > 2:
-        raise ValueError(f"chrono_max: found {chrono_max}, allowed above 2; it is the longest expected memory in steps")
+    """Raises ValueError unless it is above 2, and finite."""
+    if not 2 < chrono_max < math.inf:
+        raise ValueError(
+            f"chrono_max: found {chrono_max}, allowed a finite number above 2; it is the longest expected memory in steps"
+        )
 
 
 @torch.no_grad()

@@ -726,7 +726,8 @@ def wrap(
     Args:
         module: nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell, a `Core` (returned as it is), or any module that maps (x [B, D],
             state) to (output [B, H], next state), with the three sizes below. Of nn.LSTM and nn.GRU the core reads the parameters,
-            parametrized or not, and never calls the module; cells are called.
+            parametrized or not, and never calls the module; cells are called. A subclass of a cell of PyTorch's is called as that cell is,
+            or, if its sizes are given, as a module of your own.
         state_sizes: width of each tensor of the state, for a module of your own; of a feature map its shape without the batch, (C, Y, X).
         input_size: D, for a module of your own.
         output_size: H, for a module of your own.
@@ -734,25 +735,35 @@ def wrap(
     Raises:
         ValueError: if the module is bidirectional or `batch_first`, projects its state or drops out between layers, if an nn.LSTM or nn.GRU
             has a forward of its own or hooks, which would not run (hooks that come later are refused by the first step), or if sizes are
-            missing.
+            missing, or not those that the module has by itself.
     """
+    given = {"state_sizes": state_sizes, "input_size": input_size, "output_size": output_size}
+    given = {name: size for name, size in given.items() if size is not None}
+    core: Core | None = None
     match module:
         case Core():
-            return module
+            core = module
         case nn.LSTM():
-            return LSTM.of(module)
+            core = LSTM.of(module)
         case nn.GRU():
-            return GRU.of(module)
-        case nn.LSTMCell():
-            size = module.hidden_size
-            return CellCore(
-                module, state_sizes=(size, size), input_size=module.input_size, output_size=size, step=_step_lstm_cell
-            )
-        case nn.GRUCell() | nn.RNNCell():
-            size = module.hidden_size
-            return CellCore(
-                module, state_sizes=(size,), input_size=module.input_size, output_size=size, step=_step_hidden_cell
-            )
+            core = GRU.of(module)
+    if core is not None:
+        for name, size in given.items():
+            own = getattr(core, name)
+            if (tuple(size) if isinstance(size, Sequence) else size) not in (own, core.state_shapes):
+                raise ValueError(
+                    f"{name}: found {size}, allowed {own}, which the {type(module).__name__} has by itself; leave it out"
+                )
+        return core
+    if isinstance(module, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)) and not given:
+        size, of_lstm = module.hidden_size, isinstance(module, nn.LSTMCell)
+        return CellCore(
+            module,
+            state_sizes=(size, size) if of_lstm else (size,),
+            input_size=module.input_size,
+            output_size=size,
+            step=_step_lstm_cell if of_lstm else _step_hidden_cell,
+        )
     if state_sizes is None or input_size is None or output_size is None:
         raise ValueError(
             f"module: {type(module).__name__} is none of nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell; for a module of your own "

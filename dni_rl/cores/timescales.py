@@ -5,6 +5,7 @@ Use it where what must be remembered is much older than a truncation window: a w
 every P steps covers K * P steps of the environment.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -109,9 +110,9 @@ class MultiTimescaleCore(Core):
         self.levels = nn.ModuleList(nn.LSTMCell(b + a, h) for b, h, a in zip(below, hidden_sizes, above, strict=True))
         if chrono_max is not None:
             memories = chrono_max if isinstance(chrono_max, Sequence) else [chrono_max] * len(self.periods)
-            if len(memories) != len(self.periods) or not max(memories) > 2:
+            if len(memories) != len(self.periods) or not 2 < max(memories) < math.inf:
                 raise ValueError(
-                    f"chrono_max: found {chrono_max}, allowed above 2; the longest memory in steps, or one for each level"
+                    f"chrono_max: found {chrono_max}, allowed a finite number above 2; the longest memory in steps, or one for each level"
                 )
             for cell, memory, period in zip(self.levels, memories, self.periods, strict=True):
                 if memory / period > 2:  # shorter dependencies need no bias

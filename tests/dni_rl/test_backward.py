@@ -1478,6 +1478,11 @@ WRONG_CALLS = {
         ValueError,
         "context: expected [T + 1, B, Z] = (6, 3, 2), the last row for `end`, got (5, 3, 2)",
     ),
+    "context of another library": (
+        lambda w: {"context": torch.zeros(6, 3, 2).numpy()},
+        ValueError,
+        "context: expected [T + 1, B, Z] = (6, 3, 2), the last row for `end`, got ndarray",
+    ),
     "no context": (
         lambda w: {"context": None},
         ValueError,

@@ -521,9 +521,10 @@ def test_dropout_that_does_nothing_is_allowed():
 
 @pytest.mark.parametrize("kind", [dni_rl.LSTM, dni_rl.GRU])
 def test_chrono_errors(kind):
-    message = "chrono_max: found 2.0, allowed above 2; it is the longest expected memory in steps"
+    message = "chrono_max: found 2.0, allowed a finite number above 2; it is the longest expected memory in steps"
     refuses(message, kind, D, H, chrono_max=2.0)
-    refuses("chrono_max: found nan, allowed above 2", kind, D, H, chrono_max=math.nan)
+    for value in (math.nan, math.inf):
+        refuses(f"chrono_max: found {value}, allowed a finite number above 2", kind, D, H, chrono_max=value)
     module = (nn.LSTM if kind is dni_rl.LSTM else nn.GRU)(D, H, bias=False)
     refuses(
         "chrono_max: the module was built with bias=False; chrono initialisation sets biases",
@@ -548,6 +549,42 @@ def test_wrap_errors():
             input_size=D,
             output_size=5,
         )
+
+
+class NormedLSTMCell(nn.LSTMCell):
+    """With the contract of a module of one's own, on top of a cell of PyTorch's."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, x, state):
+        h, c = super().forward(x, state)
+        return self.norm(h), (h, c)
+
+
+def test_a_subclass_of_a_cell_with_sizes_is_a_module_of_ones_own():
+    cell = NormedLSTMCell(D, 4)
+    core = dni_rl.wrap(cell, state_sizes=(4, 4), input_size=D, output_size=4)
+    x, state = torch.randn(2, D), (torch.randn(2, 4), torch.randn(2, 4))
+    output, (h, c) = core(x, state)
+    expected, (h_of_cell, c_of_cell) = cell(x, state)
+    assert torch.equal(output, expected) and torch.equal(h, h_of_cell) and torch.equal(c, c_of_cell)
+    assert not torch.equal(output, h)
+
+
+def test_sizes_that_a_module_has_by_itself_are_checked():
+    for module in (nn.LSTM(D, 4), dni_rl.wrap(nn.LSTMCell(D, 4))):
+        right = {"state_sizes": [4, 4], "input_size": D, "output_size": 4}
+        assert dni_rl.wrap(module, **right).state_sizes == (4, 4)
+        for name, wrong in {"state_sizes": (4,), "input_size": D + 1, "output_size": 5}.items():
+            own = getattr(dni_rl.wrap(module), name)
+            refuses(
+                f"{name}: found {wrong}, allowed {own}, which the {type(module).__name__} has by itself; leave it out",
+                dni_rl.wrap,
+                module,
+                **{**right, name: wrong},
+            )
 
 
 @every_core

@@ -621,6 +621,14 @@ def test_errors(settings, message, inputs):
         credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs, **settings)
 
 
+def test_times_may_be_a_tensor(inputs):
+    found, expected = (
+        credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs, loss_times=times)
+        for times in (torch.tensor([2, 4]), [2, 4])
+    )
+    assert torch.equal(found.true_norm, expected.true_norm)
+
+
 def test_no_steps_are_refused(inputs):
     with pytest.raises(ValueError, match=r"inputs: found \(0, .*allowed \[T, B, D\] with T >= 1"):
         credit_horizon(LinearRNN(0.9), sum_of_outputs, inputs[:0])
