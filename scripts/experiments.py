@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [entry.name for entry in of_preset]
     if unknown := sorted(set(option.only or ()) - set(names)):
         run.error(f"--only: found {' '.join(unknown)}; allowed with --preset {option.preset}: {', '.join(names)}")
+    run.check_writable("--runs", option.runs)
     chosen = [entry for entry in of_preset if entry.name in (option.only or names)]
     return run_all(chosen, option.preset, option.runs, option.jobs, option.device)
 

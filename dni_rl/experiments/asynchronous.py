@@ -46,7 +46,8 @@ from dni_rl.files import write_text
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 NUM_LAST_LOSSES = 100  # whose mean is the training loss at the end
-FREE_FIELDS = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")  # what may change when runs are resumed
+# What may change when runs are resumed.
+FREE_FIELDS = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps", "timeout_sec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ class AsynchronousConfig:
     def __post_init__(self):
         common.check_allowed(self, arm=("dni", "cdni"), schedule=("free", "fixed"), device=("cpu", "cuda"))
         lists = {name: getattr(self, name) for name in ("staleness_bounds", "update_probabilities", "threads")}
-        common.check_each_once(seeds=self.seeds, **{name: found for name, found in lists.items() if found})
+        common.check_each_once(**{name: found for name, found in lists.items() if found})
+        common.check_seeds(self.seeds)
         if any(bound < 0 for bound in self.staleness_bounds):
             raise ValueError(f"staleness_bounds: found {self.staleness_bounds}, allowed 0 or more")
         if any(threads < 1 for threads in self.threads):
@@ -539,14 +541,18 @@ def _start_results(config: AsynchronousConfig, folder: Path, resume: bool) -> li
             raise ValueError(
                 f"{path}: results are there already; continue with --resume, or choose another --run-folder"
             )
-        results = json.loads(path.read_text(encoding="utf-8"))
-        found = {**json.loads(json.dumps(common.defaults(config))), **results["config"]}
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            found, done = {**json.loads(json.dumps(common.defaults(config))), **results["config"]}, results["runs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: found no results that can be read; remove it, and --resume makes it anew from the runs' own folders"
+            ) from error
         different = sorted(name for name in settings if name not in FREE_FIELDS and found.get(name) != settings[name])
         if different:
             raise ValueError(
                 f"{path}: the runs there have other settings ({', '.join(different)}); choose another --run-folder"
             )
-        done = results["runs"]
     else:
         folder.mkdir(parents=True, exist_ok=True)
         machine = {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}

@@ -96,6 +96,24 @@ def check_at_least(config: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name}: found {getattr(config, name)}, allowed {least} or more")
 
 
+def check_critic(config: Any) -> None:
+    """ValueError if a setting of critics is out of range.
+
+    Of every arm, also of one without a critic: it would come up behind the first runs of a matrix otherwise.
+    """
+    if any(size < 1 for size in config.critic_hidden_sizes):
+        found = " ".join(map(str, config.critic_hidden_sizes))
+        raise ValueError(f"critic_hidden_sizes: found {found}, allowed positive sizes, or nothing for linear")
+    for name in ("critic_scale", "warmup_updates", "auxiliary_cost"):
+        if not getattr(config, name, 0) >= 0:
+            raise ValueError(f"{name}: found {getattr(config, name)}, allowed 0 or more")
+    if not 0.0 <= getattr(config, "gradient_discount", 1.0) <= 1.0:
+        raise ValueError(f"gradient_discount: found {config.gradient_discount}, allowed 0 to 1")
+    bound = getattr(config, "max_norm_ratio", None)
+    if bound is not None and not bound > 0.0:
+        raise ValueError(f"max_norm_ratio: found {bound}, allowed above 0, or none for no bound")
+
+
 def by_step(curves: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[Mapping[str, Any], ...]]:
     """The points [{"step": ...}, ...] of several curves, together where all have one; a run that was lengthened has one more."""
     of_runs = [{point["step"]: point for point in curve} for curve in curves]
@@ -108,6 +126,14 @@ def check_each_once(**lists: Sequence[Any]) -> None:
     for name, found in lists.items():
         if not found or len(set(found)) < len(found):
             raise ValueError(f"{name}: found {' '.join(map(str, found)) or 'none'}, allowed one or more, each once")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """ValueError if there is no seed, or one is given twice or out of range."""
+    check_each_once(seeds=seeds)
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seeds: found {seed}, allowed 0 to 2**32 - 1")
 
 
 def check_device(name: str) -> None:
@@ -479,10 +505,8 @@ def carry_out(
     state = load_checkpoint(checkpoint, config, resume=resume, free=free)
     if state is not None and state["step"] >= config.num_steps:
         _check_length(folder, state, config.num_steps)
-        if result_file.exists():
-            result = finite(json.loads(result_file.read_text(encoding="utf-8")))
-            if result.get("steps") == state["step"]:  # otherwise of this run when it was shorter
-                return result
+        if (done := _result_there(result_file, state["step"])) is not None:
+            return done
     experiment = make_experiment(config)
     with held(folder):
         state = load_checkpoint(checkpoint, config, resume=resume, free=free)  # again, now that no one else writes it
@@ -493,6 +517,15 @@ def carry_out(
         result = finite(experiment.result())
         write_json(result_file, result)
     return result
+
+
+def _result_there(file: Path, step: int) -> dict[str, Any] | None:
+    """The result of a run that has come to `step`; None where the checkpoint has to tell: of this run when it was shorter, or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return finite(found) if isinstance(found, dict) and found.get("steps") == step else None
 
 
 def _update(experiment: Experiment, folder: Path, tensorboard: bool, progress: bool) -> None:
@@ -539,7 +572,7 @@ def due(before: int, step: int, every: int, total: int) -> bool:
 # Matrices of runs
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Cell:
     """What one row of a results table stands for.
 
@@ -605,7 +638,8 @@ def members(
         ValueError: if cells or seeds are missing, repeated or malformed, or a setting is out of range.
     """
     parsed = [parse_cell(cell) for cell in cells]
-    check_each_once(cells=parsed, seeds=seeds)
+    check_each_once(cells=parsed)
+    check_seeds(seeds)
     given, of_arms = given or {}, of_arms or {}
     matrix = []
     for seed in seeds:
@@ -814,6 +848,9 @@ def main(
     with one_line_errors(name):
         asked = plan(arguments)
         option, folder = asked.option, asked.option.run_folder
+        draws = draw is not None and option.figures
+        if draws and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("matplotlib is not installed; install it, or use --no-figures")
         jobs = asked.jobs if option.jobs is None else option.jobs
         results = run_members(
             run, asked.matrix, folder, jobs=jobs, resume=option.resume, tensorboard=option.tensorboard
@@ -821,9 +858,7 @@ def main(
         summary = {"preset": option.preset, **summarize(asked.matrix, results, **asked.more)}
         summary["configs"] = {member.name: dataclasses.asdict(member.config) for member in asked.matrix}
         write_json(folder / SUMMARY_FILE, summary)
-        if draw is not None and option.figures:
-            if importlib.util.find_spec("matplotlib") is None:
-                raise ValueError("matplotlib is not installed; install it, or use --no-figures")
+        if draw is not None and draws:
             draw(json.loads(json.dumps(summary)), folder)
     shown = table(summary)
     if draw is not None:

@@ -365,7 +365,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
     rows = []
     for cell, by_seed in lengths.items():
         statistics = common.spread(list(by_seed.values()))
-        baseline = common.spread(list(lengths.get(common.Cell("none", cell.window), {}).values()))["mean"]
+        baseline = common.mean(lengths.get(common.Cell("none", cell.window), {}).values())
         published = PUBLISHED[task]
         known, known_baseline = (published.get(arm, {}).get(cell.window) for arm in (cell.arm, "none"))
         rows.append(

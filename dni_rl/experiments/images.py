@@ -124,9 +124,7 @@ class ImagesConfig:
             rate = getattr(self, name)
             if rate is not None and not rate > 0.0:
                 raise ValueError(f"{name}: found {rate}, allowed above 0, or none for that of the layers")
-        if any(size < 1 for size in self.critic_hidden_sizes):
-            found = " ".join(map(str, self.critic_hidden_sizes))
-            raise ValueError(f"critic_hidden_sizes: found {found}, allowed positive sizes, or nothing for linear")
+        common.check_critic(self)
         if self.arm == "backprop" and (self.unlocked or self.update_probability != 1.0):
             raise ValueError("arm: 'backprop' is locked; leave out --unlocked and --update-probability")
 
@@ -653,7 +651,8 @@ def members(preset: str, arms: Sequence[str], seeds: Sequence[int], given: Mappi
     Raises:
         ValueError: if arms or seeds are missing, repeated or unknown, or a setting is out of range.
     """
-    common.check_each_once(arms=arms, seeds=seeds)
+    common.check_each_once(arms=arms)
+    common.check_seeds(seeds)
     known = (*ARMS, *(f"{arm}-{variant}" for arm in ("dni", "cdni") for variant in VARIANTS if variant))
     matrix = []
     for seed in seeds:
@@ -683,7 +682,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
                 "per_seed": {str(seed): result["error"] for seed, result in by_seed.items()},
                 **common.spread(errors),
                 "published": published,
-                "seconds": common.spread([result["seconds"] for result in by_seed.values()])["mean"],
+                "seconds": common.mean(result["seconds"] for result in by_seed.values()),
             }
         )
     return {
@@ -731,6 +730,7 @@ def plan(arguments: Sequence[str] | None = None) -> common.Plan:
         if option.seeds is not None or option.jobs is not None:
             raise ValueError("seeds, jobs: they belong to a matrix of runs; add --arms, or use --seed")
         config = make_config(option.preset, **given)
+        common.check_seeds((config.seed,))
         return common.Plan(option, [common.Member("", common.Cell(config.arm, config.num_layers), config)])
     if "arm" in given or "seed" in given:
         raise ValueError("arm, seed: they belong to one run; leave out --arms, or use --arms and --seeds alone")

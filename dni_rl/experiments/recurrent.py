@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import dni_rl
 from dni_rl.cores.base import StateHistory, UnrolledState
-from dni_rl.experiments.common import check_allowed, check_at_least
+from dni_rl.experiments.common import check_allowed, check_at_least, check_critic
 
 ARMS = ("none", "dni", "dni_recent", "dni_aux", "sobolev", "bp_lambda", "timescales", "timescales_dni")
 BITS_PER_NAT = 1.0 / math.log(2.0)
@@ -44,7 +44,8 @@ class WindowConfig:
     critic_scale: float = 0.1  # the paper's; where it is applied, so that it discounts per cut as well
     gradient_discount: float = 1.0  # per cut
     max_norm_ratio: float | None = None  # bound of the synthetic gradient, in norms of the true one
-    warmup_updates: int = 100  # the critic learns, but is not believed; without, the auxiliary task starts with a burst
+    # The critic learns, but is not believed; without, the auxiliary task starts with a burst. Not of bp_lambda
+    warmup_updates: int = 100
     recent_steps: int = 12  # of dni_recent: how many inputs
     auxiliary_cost: float = 0.02  # a guess: the paper gives none
     lambda_: float = 0.9  # of bp_lambda, per window
@@ -59,6 +60,7 @@ class WindowConfig:
         counts = ("window", "hidden_size", "batch_size", "num_steps", "log_every_steps", "checkpoint_every_steps")
         check_at_least(self, 1, *counts, "recent_steps")
         check_at_least(self, 2, "period")
+        check_critic(self)
         for name in ("learning_rate", "critic_learning_rate"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, allowed above 0")

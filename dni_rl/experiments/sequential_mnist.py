@@ -55,7 +55,7 @@ class SequentialMnistConfig:
     critic_hidden_sizes: tuple[int, ...] = (30,)
     critic_scale: float = 1.0  # at every cut; the one loss lies many of them away
     gradient_discount: float = 1.0  # at every cut
-    warmup_updates: int = 100  # windows in which the critic learns, but is not believed
+    warmup_updates: int = 100  # windows in which the critic learns, but is not believed; not of bp_lambda
     lambda_: float = 0.9  # of bp_lambda, per window
     num_steps: int = 48_000  # batches, one update each: 40 epochs of MNIST
     log_every_steps: int = 100
@@ -68,6 +68,7 @@ class SequentialMnistConfig:
         common.check_allowed(self, arm=ARMS, dataset=DATASETS)
         counts = ("window", "hidden_size", "batch_size", "num_steps")
         common.check_at_least(self, 1, *counts, "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+        common.check_critic(self)
         for name in ("learning_rate", "critic_learning_rate", "max_gradient_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0.0:
@@ -274,7 +275,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
     truncated BPTT, 1 full BPTT, and None where either is missing or they are the same cell.
     """
     cells = common.by_cell(matrix, results)
-    means = {cell: common.spread([r["error"] for r in by_seed.values()])["mean"] for cell, by_seed in cells.items()}
+    means = {cell: common.mean(r["error"] for r in by_seed.values()) for cell, by_seed in cells.items()}
     full = max((cell for cell in cells if cell.arm == "none"), key=lambda cell: cell.window, default=None)
     rows = []
     for cell, by_seed in cells.items():
@@ -290,7 +291,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
                 "gap_closed": (truncated - error) / gap
                 if gap and error is not None and truncated is not None
                 else None,
-                "seconds": common.spread([result["seconds"] for result in by_seed.values()])["mean"],
+                "seconds": common.mean(result["seconds"] for result in by_seed.values()),
             }
         )
     return {

@@ -145,7 +145,7 @@ class FeedbackAlignment(Signal):
     """Fixed random weights in place of those above.
 
     Args:
-        layers: of the net; feedback has the shape of their weights, and their scale.
+        layers: of the net; feedback has the shape of their weights [P, H], and the standard deviation H^-1/2.
         generator: draws them.
     """
 
@@ -165,7 +165,7 @@ class DirectFeedbackAlignment(Signal):
     """Fixed random weights from the output's error to every activation.
 
     Args:
-        layers: of the net.
+        layers: of the net; feedback to H units has the standard deviation H^-1/2.
         generator: draws them.
     """
 

@@ -77,6 +77,7 @@ class TimescalesConfig:
         common.check_allowed(self, arm=ARMS, dataset=DATASETS)
         sizes = ("window", "hidden_size", "message_size", "num_steps", "log_every_steps", "checkpoint_every_steps")
         common.check_at_least(self, 1, *sizes, "eval_every_steps", "eval_windows")
+        common.check_critic(self)
         if self.batch_size < 2:
             raise ValueError(f"batch_size: found {self.batch_size}, allowed 2 or more, for batch normalisation")
         for name in ("learning_rate", "critic_learning_rate"):
@@ -413,7 +414,7 @@ def summarize(matrix: Sequence[common.Member], results: Mapping[str, dict[str, A
         published = matrix[0].config.dataset == "mnist"
         row["published_b_error"] = PUBLISHED_B_ERROR.get((cell.arm, cell.window)) if published else None
         row["published_a_steps_ratio"] = PUBLISHED_STEPS_RATIO.get((cell.arm, cell.window)) if published else None
-        row["seconds"] = common.spread([result["seconds"] for result in found])["mean"]
+        row["seconds"] = common.mean(result["seconds"] for result in found)
         rows.append(row)
     return {"experiment": "timescales", "dataset": matrix[0].config.dataset, "cells": rows}
 
@@ -425,7 +426,7 @@ def _steps_ratio(
         return None
     threshold = max(result[name] for result in baseline)
     took, locked = (
-        common.spread([common.reached(result["curve"], name, threshold, "step") for result in runs])["mean"]
+        common.mean(common.reached(result["curve"], name, threshold, "step") for result in runs)
         for runs in (results, baseline)
     )
     return took / locked if took is not None and locked else None

@@ -185,7 +185,8 @@ def members(
         ValueError: if a part or an arm is unknown, there is nothing to run, or a setting is out of range.
     """
     seeds = PRESETS[preset]["seeds"] if seeds is None else seeds
-    common.check_each_once(parts=parts, seeds=seeds, **({} if arms is None else {"arms": arms}))
+    common.check_each_once(parts=parts, **({} if arms is None else {"arms": arms}))
+    common.check_seeds(seeds)
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"parts: found {unknown[0]!r}, allowed {', '.join(PARTS)}")
     allowed = {arm for part in parts for arm in ARMS[part]}

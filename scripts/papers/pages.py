@@ -296,23 +296,26 @@ def _pages() -> list[str]:
 
 
 def report(presets: Sequence[str], runs: Path, output: Path) -> int:
-    """Writes all pages. Returns 1 if there was nothing to write, otherwise 0."""
+    """Writes all pages, and says of those that cannot be written why. Returns 1 if none was written, otherwise 0."""
     lines: dict[str, str] = {}
+    refused = False
     for page in _pages():
         of_page = [entry for entry in ENTRIES if (entry.page or entry.name) == page]
         try:
             line = write_page(page, of_page, presets, runs, output)
-        except ValueError as problem:
+        except (ValueError, OSError) as problem:
             print(f"experiments.py: {problem}", file=sys.stderr)
+            refused = True
             continue
         if line is not None:
             lines[page] = line
             print(line)
     if not lines:
-        print(
-            f"--runs: found no finished runs of preset {' or '.join(presets)} in {runs}; make some with `experiments.py run`",
-            file=sys.stderr,
-        )
+        if not refused:
+            print(
+                f"--runs: found no finished runs of preset {' or '.join(presets)} in {runs}; make some with `experiments.py run`",
+                file=sys.stderr,
+            )
         return 1
     write_list(output, lines)
     return 0

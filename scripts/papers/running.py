@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from commandline import why_it_failed
 from dni_rl.experiments import common
 from papers.entries import Entry
 
@@ -69,12 +70,8 @@ def run_entry(entry: Entry, preset: str, runs: Path, jobs: int | None = None, de
                 call = {"date": date, "seconds": round(time.monotonic() - started, 1), "runs": made}
                 _add_record(folder, call | _machine(device))
         log.seek(start)
-        lines = log.read().decode(errors="replace").strip().splitlines()
-    if code == 0:
-        return None
-    if code < 0:  # it had no time to say why
-        return f"ended by signal {-code}, {signal.strsignal(-code)}"
-    return lines[-1].rpartition("\r")[2].strip() if lines else f"exit code {code}"
+        output = log.read().decode(errors="replace")
+    return None if code == 0 else why_it_failed(code, output)
 
 
 def _results_there(folder: Path) -> dict[str, Any]:

@@ -280,12 +280,12 @@ def copy_comparisons(sections: Mapping[str, dict[str, Any]]) -> Iterator[Compari
             {(row["arm"], row["window"]): row["published_ratio"] for row, _ in rows_of(found, score)}
         )
     for task, cells in lengths.items():
-        for (arm, window), of_seeds in cells.items():
+        for (arm, window), solved in cells.items():
             baseline = cells.get(("none", window), {})
             if arm != "none" and baseline:
                 yield Comparison(
-                    f"{task}: `{arm}` over `none`, window {window} (seeds: {len(of_seeds)}, {len(baseline)})",
-                    ratio([*of_seeds.values()], [*baseline.values()]),
+                    f"{task}: `{arm}` over `none`, window {window} (seeds: {len(solved)}, {len(baseline)})",
+                    ratio([*solved.values()], [*baseline.values()]),
                     published=published[task][arm, window],
                     at_least=1.7 if task == "copy" and arm in ("dni", "dni_recent") else None,
                 )

@@ -195,6 +195,7 @@ def test_unknown_names_are_one_line(tmp_path, capsys):
         (["--only", "coppy"], "--only: found coppy; allowed with --preset smoke: images, images_p0.2, images_unlocked"),
         (["--only", "copy_aux"], "--only: found copy_aux; allowed with --preset smoke: images"),
         (["--jobs", "0"], "--jobs: found 0; allowed an integer of at least 1"),
+        (["--runs", "/proc/x"], "--runs: found /proc/x, which cannot be made or written (No such file or directory); "),
     ):
         with pytest.raises(SystemExit):
             run(tmp_path, *arguments)
@@ -661,6 +662,14 @@ def test_nothing_to_report_is_one_line(tmp_path, capsys):
     assert report(tmp_path, tmp_path / "pages") == 1
     assert "--runs: found no finished runs of preset laptop" in capsys.readouterr().err
     assert not (tmp_path / "pages").exists()
+
+
+def test_a_folder_that_pages_cannot_be_written_to_is_one_line(tmp_path, capsys):
+    fabricate(tmp_path, "images", errors({"backprop": (0.02,)}))
+    (tmp_path / "file").write_text("")
+    assert report(tmp_path, tmp_path / "file") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("experiments.py: [Errno 17] File exists: ") and shown.count("\n") == 1
 
 
 def test_a_program_without_a_view_has_its_own_table(monkeypatch):

@@ -87,7 +87,7 @@ class SigmoidGradientCritic(GradientRegression):
         return net(torch.cat([joined, context.to(joined.dtype)], dim=-1)) * self.target_rms
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Case:
     """A model, a loss, and what the lower half of the model learns from.
 

@@ -50,6 +50,7 @@ class UnderstandingConfig:
         counts = ("num_steps", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "num_points")
         common.check_at_least(self, 1, *counts, "hidden_size", "num_probed")
         common.check_at_least(self, 2, "num_layers", "batch_size")
+        common.check_critic(self)
         common.check_at_least(self, 2 * images.NUM_CLASSES, "num_shown")
         for name in (
             "learning_rate",

@@ -56,11 +56,11 @@ def _rdm_summary(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
     rows = []
     for arm, found in by_arm.items():
         layers = [
-            {name: common.spread([of_layer[name] for of_layer in of_seeds])["mean"] for name in of_seeds[0]}
+            {name: common.mean(of_layer[name] for of_layer in of_seeds) for name in of_seeds[0]}
             for of_seeds in zip(*(result["layers"] for result in found), strict=True)
         ]
         errors = [result["error"] for result in found]
-        seconds = common.spread([result["seconds"] for result in found])["mean"]
+        seconds = common.mean(result["seconds"] for result in found)
         rows.append({"arm": arm, "per_seed": errors, **common.spread(errors), "seconds": seconds, "layers": layers})
     return {"rows": rows}
 
@@ -69,9 +69,9 @@ def _signals_summary(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[
     """Test errors and cosines with the true gradient by signal, and the identities."""
     rows = []
     for arm, found in by_arm.items():
-        cosines = [common.spread(of_layer)["mean"] for of_layer in zip(*(r["cosines"] for r in found), strict=True)]
+        cosines = [common.mean(of_layer) for of_layer in zip(*(r["cosines"] for r in found), strict=True)]
         curve = [
-            {"step": points[0]["step"], "error": common.spread([point["error"] for point in points])["mean"]}
+            {"step": points[0]["step"], "error": common.mean(point["error"] for point in points)}
             for points in common.by_step([result["curve"] for result in found])
         ]
         errors = [result["error"] for result in found]

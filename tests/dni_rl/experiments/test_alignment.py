@@ -108,6 +108,15 @@ def test_points_are_distinct_patterns_on_the_circle_seen_once():
     assert alignment.Points.of(small()).told.tolist() == [0, 0, 0, 0, 0, 1]
 
 
+def test_seeds_and_steps_have_other_noise():
+    first, same, other = (Experiment(small(task="learned", input_noise=0.1, seed=seed)) for seed in (0, 0, 1))
+    other.points = first.points
+    inputs, _ = first.batch()
+    assert torch.equal(inputs, same.batch()[0]) and not torch.equal(inputs, other.batch()[0])
+    same.step = 1
+    assert not torch.equal(inputs, same.batch()[0])
+
+
 def test_the_net_has_the_spectral_radius_it_is_given():
     core = alignment.LinearCore(3, 20, 0.8)
     assert torch.linalg.eigvals(core.recurrent).abs().max().item() == pytest.approx(0.8)
@@ -365,6 +374,16 @@ def test_nothing_is_done_twice(smoke, capsys):
     alignment.main(["--run-folder", str(smoke), "--resume", "--no-figures"])
     assert capsys.readouterr().out == (smoke / "table.md").read_text()
     assert (smoke / "fixed-bp_1-1-seed0/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_cosines_are_means_over_the_last_tenth_of_the_updates():
+    experiment = Experiment(small())
+    experiment.step = 100
+    for step, cosine in ((90, 0.0), (95, 0.5), (100, 1.0)):
+        found = {"loss": 1.0 - cosine, "cosines": [cosine] * 5, "misalignment": 1.0 - cosine, "relative_error": 0.5}
+        experiment.curve.append({"step": step, **found})
+    result = experiment.result()
+    assert result["cosines"] == [0.75] * 5 and result["loss"] == 0.25 and result["aligned_after"] == 99.0
 
 
 def test_the_summary_averages_seeds_and_says_when_every_one_was_aligned():

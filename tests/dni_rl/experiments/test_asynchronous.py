@@ -155,6 +155,34 @@ def test_a_run_with_processes_goes_on_from_its_checkpoint(tmp_path):
     assert whole["staleness_counts"] == [{"0": 4, "1": 4, "2": 22}] * 2
 
 
+def test_runs_that_waited_in_vain_are_resumed_with_a_longer_timeout(tmp_path):
+    shorter, longer, other = (
+        asynchronous.make_config("smoke", **settings)
+        for settings in ({}, {"timeout_sec": 600.0}, {"timeout_sec": 600.0, "batch_size": 16})
+    )
+    assert asynchronous._start_results(shorter, tmp_path, False) == asynchronous._start_results(longer, tmp_path, True)
+    with pytest.raises(ValueError, match=r"other settings \(batch_size\)"):
+        asynchronous._start_results(other, tmp_path, True)
+
+
+@pytest.mark.parametrize("damaged", ['{"config": {', "[]", '{"runs": {}}'])
+def test_damaged_results_are_one_line_and_made_again_once_they_are_removed(damaged, tmp_path, capsys):
+    arguments = ["--no-backprop", "--no-unlocked", "--staleness-bounds", "--num-steps", "4", "--no-tensorboard"]
+    arguments += ["--update-probabilities", "1", "--run-folder", str(tmp_path)]
+    asynchronous.main(arguments)
+    whole, table = results(tmp_path), capsys.readouterr().out
+    file = tmp_path / asynchronous.RESULTS_FILE
+    file.write_text(damaged)
+    with pytest.raises(SystemExit):
+        asynchronous.main([*arguments, "--resume"])
+    shown = capsys.readouterr().err
+    assert f"{file}: found no results that can be read; remove it" in shown and shown.count("\n") == 1
+    assert file.read_text() == damaged
+    file.unlink()
+    asynchronous.main([*arguments, "--resume"])
+    assert results(tmp_path) == whole and capsys.readouterr().out == table
+
+
 def test_critics_have_a_learning_rate_of_their_own_in_every_run(tmp_path, monkeypatch):
     config = asynchronous.make_config("smoke", critic_learning_rate=0.5, learning_rate_drop_steps=(50,))
     experiment = images.Experiment(config.net("cdni"), 64)
@@ -324,6 +352,7 @@ def test_presets_state_the_papers_settings():
         (["--num-layers", "1"], "num_layers: found 1"),
         (["--threads", "0"], "threads: found (0,)"),
         (["--seeds", "1", "1"], "seeds: found 1 1, allowed one or more, each once"),
+        (["--seeds", "-1"], "seeds: found -1, allowed 0 to 2**32 - 1"),
         (["--device", "cuda:0"], "device: found 'cuda:0', allowed cpu, cuda"),
         (["--device", "gpu"], "device: found 'gpu', allowed cpu, cuda"),
     ],

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import io
 import itertools
@@ -150,6 +151,40 @@ def test_members_take_settings_of_all_then_of_the_arm_then_of_the_user():
     assert [member.name for member in found] == ["a-2-seed4", "b-3-seed4", "a-2-seed5", "b-3-seed5"]
     assert found[0].config == {"arm": "a", "window": 2, "seed": 4, "x": 1, "y": 1, "z": 3}
     assert found[3].config == {"arm": "b", "window": 3, "seed": 5, "x": 1, "y": 2, "z": 3}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed", "num_programs"),
+    [
+        ("critic_hidden_sizes", (4, 0), "found 4 0, allowed positive sizes, or nothing for linear", 6),
+        ("critic_scale", -1.0, "found -1.0, allowed 0 or more", 4),
+        ("warmup_updates", -1, "found -1, allowed 0 or more", 4),
+        ("auxiliary_cost", math.nan, "found nan, allowed 0 or more", 2),
+        ("gradient_discount", 1.5, "found 1.5, allowed 0 to 1", 3),
+        ("max_norm_ratio", 0.0, "found 0.0, allowed above 0, or none for no bound", 2),
+    ],
+)
+def test_settings_of_critics_are_refused_before_any_run_also_by_arms_without_one(setting, value, allowed, num_programs):
+    # of backpropagation, where there is such an arm
+    first = [plan_of(program).matrix[0].config for program in PROGRAMS]
+    having = [config for config in first if hasattr(config, setting)]
+    assert len(having) == num_programs
+    for config in having:
+        with pytest.raises(ValueError, match=f"{setting}: {allowed}"):
+            dataclasses.replace(config, **{setting: value})
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_seeds_out_of_range_are_refused_by_name(program, seed):
+    with pytest.raises(ValueError, match=rf"seeds: found {seed}, allowed 0 to 2\*\*32 - 1"):
+        plan_of(program, "--seeds", "0", seed)
+
+
+def plan_of(program, *options):
+    """What a program would do, of images a matrix."""
+    arms = ["--arms"] if program == "images" else []
+    return importlib.import_module(f"dni_rl.experiments.{program}").plan([*arms, *options])
 
 
 CURVE = [
@@ -347,6 +382,16 @@ def test_the_result_of_a_shorter_run_is_not_taken_for_that_of_a_longer_one(tmp_p
     assert carry_out(8) == {"steps": 8} and json.loads((tmp_path / "result.json").read_text()) == {"steps": 8}
 
 
+@pytest.mark.parametrize("damaged", ['{"steps": ', "[]", "\xff"])
+def test_a_damaged_result_is_made_again_from_the_checkpoint(damaged, tmp_path):
+    def carry_out():
+        return common.carry_out(Count, CountConfig(), tmp_path, resume=True, tensorboard=False)
+
+    carry_out()
+    (tmp_path / "result.json").write_bytes(damaged.encode("latin-1"))
+    assert carry_out() == {"steps": 4} == json.loads((tmp_path / "result.json").read_text())
+
+
 def test_a_run_that_diverges_has_a_result_without_the_numbers_that_it_lacks(tmp_path):
     class Diverging(Count):
         def figures(self):
@@ -499,6 +544,14 @@ def test_a_program_writes_its_summary_and_where_it_draws_a_table(tmp_path, capsy
         with pytest.raises(SystemExit) as stopped:
             main(tmp_path / "c", *arguments)
         assert stopped.value.code == code and capsys.readouterr().err == error
+
+
+def test_figures_that_cannot_be_drawn_are_refused_before_the_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        importlib.import_module("dni_rl.experiments.alignment").main(["--run-folder", str(tmp_path / "run")])
+    assert capsys.readouterr().err == "alignment: matplotlib is not installed; install it, or use --no-figures\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_curves_are_joined_where_all_have_a_point():

@@ -1,6 +1,7 @@
 """Copy and repeat copy: the tasks symbol by symbol, the curriculum, every arm, resuming."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -172,8 +173,22 @@ def test_all_arms_of_one_core_start_as_truncated_bptt():
         torch.testing.assert_close(nets["timescales_dni"][name], value)
 
 
-def core_after_updates(arm):
-    experiment = copy.Experiment(small(arm=arm))
+def test_errors_are_in_bits():
+    experiment = copy.Experiment(small(arm="none", learning_rate=1e-12, average_episodes=8))
+    for parameter in experiment.learner.net["readout"].parameters():
+        nn.init.zeros_(parameter)  # two symbols and the stop symbol are equally likely
+    seen = [float(experiment.update()["train/bits"]) for _ in range(12)]
+    assert {round(bits, 3) for bits in seen} <= {0.0, 1.585} and max(seen) > 0  # log2(3), where anything is predicted
+    assert experiment.curriculum.last_average == pytest.approx(math.log2(3))
+
+
+def test_seeds_read_other_episodes():
+    first, same, other = (copy.Experiment(small(seed=seed)).streams.take(20) for seed in (0, 0, 1))
+    assert torch.equal(first.inputs, same.inputs) and not torch.equal(first.inputs, other.inputs)
+
+
+def core_after_updates(arm, **settings):
+    experiment = copy.Experiment(small(arm=arm, **settings))
     for _ in range(8):
         experiment.update()
     return nn.utils.parameters_to_vector(experiment.learner.core.parameters())
@@ -194,6 +209,12 @@ def core_after_updates(arm):
 def test_every_arm_changes_what_the_core_learns(arm, without):
     found, plain = core_after_updates(arm), core_after_updates(without)
     assert found.shape != plain.shape or not torch.allclose(found, plain)
+
+
+def test_lambda_is_that_of_the_run():
+    assert not torch.allclose(
+        core_after_updates("bp_lambda", lambda_=0.0), core_after_updates("bp_lambda", lambda_=1.0)
+    )
 
 
 def test_the_critic_stands_in_at_the_cuts_inside_a_window_of_two_levels(monkeypatch):

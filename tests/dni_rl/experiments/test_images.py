@@ -119,6 +119,9 @@ def test_critics_and_input_models_may_have_learning_rates_of_their_own():
         found = [group for optimizer in experiment.optimizers for group in optimizer.param_groups]
         assert [g["lr"] for g in found] == pytest.approx([own.get(id(g["params"][0]), 1.0) * factor for g in found])
         assert len({g["lr"] for g in found}) == 3
+    rates = {"learning_rate": 1.0, "critic_learning_rate": 0.5, "learning_rate_drop_steps": ()}
+    experiment = images.Experiment(images.make_config("smoke", unlocked=True, **rates), 64)
+    assert {o.param_groups[0]["lr"] for o in experiment.optimizers[-len(experiment.net.input_models) :]} == {1.0}
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
@@ -129,6 +132,8 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     assert first.sort().values.tolist() == second.sort().values.tolist() == labels.tolist()
     assert not torch.equal(first, second)
     assert torch.equal(batches[1][1], first[5:])  # the order depends on the step alone
+    other = images.Batches(data.Images(batches.images, labels), 5, 1, "cpu")
+    assert not torch.equal(other[0][1], first[:5])  # and on the seed
 
 
 def test_augmented_images_are_shifted_and_mirrored_views():
@@ -330,6 +335,15 @@ def test_layers_of_a_cnn_learn_now_and_then():
     assert len({tuple(m) for m in moved}) > 2  # each by itself
 
 
+def test_who_learns_depends_on_the_seed():
+    first, same, other = (
+        images.Experiment(images.make_config("smoke", update_probability=0.5, seed=seed), 64).net.get_extra_state()
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first["generator"], same["generator"])
+    assert not torch.equal(first["generator"], other["generator"])
+
+
 @pytest.mark.parametrize("arm", ["dni", "cdni"])
 def test_greedy_critics_start_at_zero_or_where_the_published_ones_did(arm):
     for start, unit in (("zero", "rms"), ("zero", "batch_mean"), ("random_bias", "rms"), ("random_bias", "batch_mean")):
@@ -446,6 +460,7 @@ def test_presets_state_the_papers_settings():
         (["--critic-start", "random_bias"], "critic_start, target_unit: found random_bias, rms, allowed zero, rms"),
         (["--model", "greedy_cnn", "--unlocked"], "model: greedy_cnn has 4 layers"),
         (["--model", "greedy_cnn", "--dataset", "synthetic"], "dataset: found 'synthetic', too small"),
+        (["--seed", "-1"], "seeds: found -1, allowed 0 to 2**32 - 1"),
         (["--seeds", "0"], "seeds, jobs: they belong to a matrix of runs; add --arms"),
         (["--arms", "dni", "--seed", "1"], "arm, seed: they belong to one run"),
         (["--arms", "backprop-published"], "arms: found 'backprop-published', allowed backprop, none"),

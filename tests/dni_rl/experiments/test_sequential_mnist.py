@@ -176,6 +176,31 @@ def test_arms_start_as_truncated_backpropagation_and_then_part():
         assert not any(torch.allclose(later[arm], later[other]) for other in ARMS[:i])
 
 
+@pytest.mark.parametrize("arm", ARMS[1:])
+def test_critics_have_the_settings_of_the_run(arm):
+    settings = {"critic_scale": 0.25, "gradient_discount": 0.5, "critic_learning_rate": 0.125}
+    experiment = sequential_mnist.Experiment(small(arm=arm, **settings))
+    critic, is_linear = experiment.critic, arm == "bp_lambda"
+    assert (critic.scale, critic.gradient_discount) == (0.25, 0.5)
+    assert is_linear or any(4 in parameter.shape for parameter in critic.parameters())
+    assert experiment.critic_optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_lambda_is_that_of_the_run():
+    assert not torch.allclose(net_after(6, "bp_lambda", lambda_=0.0), net_after(6, "bp_lambda", lambda_=1.0))
+
+
+def test_seeds_read_images_in_other_orders():
+    first, same, other = (sequential_mnist.Experiment(small(seed=seed)).batches[0][0] for seed in (0, 0, 1))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_the_score_is_the_mean_over_the_last_tenth_of_training():
+    experiment = sequential_mnist.Experiment(small())
+    experiment.curve = [{"step": step, "error": error} for step, error in ((90, 0.75), (95, 0.5), (100, 0.25))]
+    assert experiment.result()["error"] == 0.375
+
+
 def test_the_nets_gradient_is_clipped():
     experiment = sequential_mnist.Experiment(small(arm="none", max_gradient_norm=1e-3))
     experiment.optimizer = torch.optim.SGD(experiment.net.parameters(), 1.0)

@@ -193,6 +193,20 @@ def test_random_feedback_depends_on_the_seed_alone():
         assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_random_feedback_has_the_scale_of_the_units_below():
+    layers = [signals.Layer(9, 400), signals.Layer(400, 100), signals.Layer(100, 40, rectify=False)]
+    for name in ("fa", "dfa"):
+        signal = signals.make_signal(name, layers)
+        assert [buffer.std().item() for buffer in signal.buffers()] == pytest.approx([0.05, 0.1], rel=0.05)
+
+
+def test_critics_have_the_hidden_layers_that_are_asked_for():
+    for name in ("sg", "sg_prop"):
+        signal = signals.make_signal(name, net(), critic_hidden_sizes=(7,))
+        critics = list(signal.critics.values())
+        assert critics and all(any(7 in p.shape for p in critic.parameters()) for critic in critics)
+
+
 def test_what_makes_no_sense_is_refused(x, y):
     with pytest.raises(ValueError, match="signal: found 'magic', allowed backprop, sg"):
         signals.make_signal("magic", net())

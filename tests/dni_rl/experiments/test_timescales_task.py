@@ -211,6 +211,30 @@ def test_all_decoupled_arms_start_alike_and_then_part():
     assert torch.equal(parameters_after(4, "dni", warmup_updates=4), later["none"])
 
 
+@pytest.mark.parametrize("arm", ["dni", "cdni"])
+def test_critics_have_the_settings_of_the_run(arm):
+    settings = {"critic_hidden_sizes": (5,), "critic_scale": 0.25, "warmup_updates": 3, "critic_learning_rate": 0.125}
+    experiment = timescales.Experiment(small(arm=arm, **settings))
+    critic = experiment.critic
+    assert (critic.scale, critic.warmup_updates) == (0.25, 3) and any(5 in p.shape for p in critic.parameters())
+    assert experiment.optimizers["critic"].param_groups[0]["lr"] == 0.125
+
+
+def test_seeds_learn_from_other_streams_and_are_tested_on_the_same():
+    first, other = (timescales.Experiment(small(seed=seed)) for seed in (0, 1))
+    assert torch.equal(first.test_streams.window(0)[0], other.test_streams.window(0)[0])
+    assert not torch.equal(first.train_streams.window(0)[0], other.train_streams.window(0)[0])
+
+
+def test_scores_are_means_over_the_last_tenth_of_training():
+    experiment = timescales.Experiment(small())
+    experiment.curve = [
+        {"step": step, "a_error": error, "b_error": 2 * error} for step, error in ((90, 0.5), (95, 0.375), (100, 0.125))
+    ]
+    result = experiment.result()
+    assert (result["a_error"], result["b_error"]) == (0.25, 0.5)
+
+
 @pytest.mark.parametrize("arm", ["backprop", "dni"])
 @pytest.mark.parametrize("carry_state", [False, True])
 def test_states_are_empty_at_every_start_or_carried_for_ever(arm, carry_state):

@@ -257,6 +257,8 @@ def test_a_deep_net_learns_and_its_layers_are_described(arm, tmp_path):
         same = np.kron(np.eye(10), np.ones((2, 2))) > 0  # images are in the order of their labels
         assert layer["between"] == pytest.approx(matrix[~same].mean(), abs=1e-3)
         assert layer["within"] == pytest.approx(matrix[same & ~np.eye(20, dtype=bool)].mean(), abs=1e-3)
+        away = np.linalg.norm((matrix - matrices[-1].astype(np.float64))[same])
+        assert layer["distance_to_last"] == pytest.approx(away, abs=1e-2)
         assert layer["within"] < layer["between"] and 0 < layer["probe_error"] < 0.8
 
 
