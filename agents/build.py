@@ -128,7 +128,7 @@ def build_model(config: ModelConfig, spec: EnvSpec) -> ActorCritic:
 
 def build_critic(config: CriticConfig, model: ActorCritic, spec: EnvSpec) -> dni_rl.ErrorCritic | None:
     """The error critic, or None for truncated BPTT and RTRL. ValueError if a context is asked for that does not exist."""
-    if config.kind in ("none", "rtrl"):
+    if not config.predicts:
         return None
     if config.kind == "cdni" and not spec.context_size:
         raise ValueError(

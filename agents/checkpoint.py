@@ -10,6 +10,8 @@ import logging
 import pickle
 import random
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +66,15 @@ def save_checkpoint(directory: str | Path, state: dict[str, Any], step: int) -> 
     return current
 
 
-def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint back.
 
     Args:
         path: a folder that `save_checkpoint` wrote to: its checkpoint, or with a warning the previous one where that is
             damaged; or one checkpoint file, and then exactly this one.
-        map_location: where the tensors go.
 
     Returns:
-        The state, with "step".
+        The state, with "step"; tensors on the CPU.
 
     Raises:
         ValueError: if there is no usable checkpoint; the message tells what is wrong with each file.
@@ -85,7 +86,7 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         problem = _damage(file)
         if not problem:
             try:
-                state = _read(file, map_location)
+                state = _read(file)
             except (pickle.UnpicklingError, RuntimeError) as error:
                 # the checksum holds, so the file is as it was written: perhaps by another version of PyTorch
                 problem = f"PyTorch {torch.__version__} cannot read it ({str(error).splitlines()[0]})"
@@ -104,13 +105,17 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     raise ValueError(f"no usable checkpoint: {'; '.join(problems)}; {way_out}")
 
 
-def foreign_checkpoint(path: Path, error: Exception) -> ValueError:
-    """The error for a sound checkpoint that holds something else; on one line, which those of PyTorch are not."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return ValueError(
-        f"{path}: found a checkpoint of another program or version ({reason}); allowed one that scripts/train.py has written as it and "
-        "the environment are now; start a new run"
-    )
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Meanwhile an error means that a sound checkpoint holds something else: ValueError in one line, which those of PyTorch are not."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{path}: found a checkpoint of another program or version ({reason}); allowed one that scripts/train.py has written as it "
+            "and the environment are now; start a new run"
+        ) from error
 
 
 def rng_state() -> dict[str, Any]:
@@ -170,7 +175,7 @@ def _damage(file: Path) -> str:
     return "" if digest == header[len(_MAGIC) :] else "truncated or altered, the checksum does not match"
 
 
-def _read(file: Path, map_location: str | torch.device) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     with open(file, "rb") as stream:
         stream.seek(_HEADER_SIZE)
-        return torch.load(io.BytesIO(stream.read()), map_location=map_location, weights_only=True)
+        return torch.load(io.BytesIO(stream.read()), map_location="cpu", weights_only=True)

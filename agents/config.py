@@ -183,6 +183,9 @@ class ModelConfig(_Section):
             )
 
 
+NO_CRITIC = ("none", "rtrl")  # kinds of critic that are none
+
+
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig(_Section):
     """The error critic, which predicts the gradient of the losses beyond a window (Jaderberg et al. 2017)."""
@@ -261,6 +264,11 @@ class CriticConfig(_Section):
     """Clips the norm of the critic's gradient; null: no clipping."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of the critic, relative to the learning rate."""
+
+    @property
+    def predicts(self) -> bool:
+        """Whether there is a critic of the core's state; otherwise the settings of one may stand, but nothing reads them."""
+        return self.kind not in NO_CRITIC
 
     def __post_init__(self):
         super().__post_init__()

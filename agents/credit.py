@@ -20,7 +20,7 @@ from agents.build import build_environment, spread_seeds
 from agents.checkpoint import rng_state, set_rng_state
 from agents.config import TrainConfig
 from agents.learner import Learner, Windows, make_windows, with_inputs
-from agents.losses import actor_critic_loss, normalized_advantages
+from agents.losses import normalized_advantages
 from agents.rollout import Actor, Rollout
 from dni_rl.horizon import CreditHorizon, credit_horizon
 from envs.timestep import EnvSpec
@@ -179,23 +179,13 @@ def _with_inputs(rollout: Rollout, learner: Learner, averages: Tensor | None) ->
 
 
 def _losses(learner: Learner, windows: Windows) -> Callable[[Tensor], Tensor]:
-    """Maps outputs [T, B, H] to losses [T, B]. At the policy that acted, the gradient of PPO's is that of A2C's."""
-    algorithm, advantage = learner.algorithm, windows.advantage
-    if algorithm.normalize_advantages:
-        advantage = normalized_advantages(advantage, windows.valid)
+    """Maps outputs [T, B, H] to losses [T, B]."""
+    if learner.algorithm.normalize_advantages:
+        windows = replace(windows, advantage=normalized_advantages(windows.advantage, windows.valid))
 
     def losses(outputs: Tensor) -> Tensor:
         logits, values = learner.model.heads(outputs, windows.privileged)
-        return actor_critic_loss(
-            logits,
-            values,
-            windows.action,
-            advantage,
-            windows.value_target,
-            windows.valid,
-            entropy_cost=learner.entropy_cost,
-            baseline_cost=algorithm.baseline_cost,
-        ).total
+        return learner.losses(logits, values, windows).total
 
     return losses
 

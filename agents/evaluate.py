@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from agents.build import EVALUATION_KEY, build_environment, build_model, spread_seeds
-from agents.checkpoint import foreign_checkpoint, load_checkpoint
+from agents.checkpoint import load_checkpoint, restoring
 from agents.config import TrainConfig, from_dict
 from agents.model import ActorCritic
 from envs.timestep import Environment, EnvSpec, TimeStep, least_return
@@ -63,10 +63,8 @@ def load_policy(run: Path) -> tuple[Policy, Callable[[int, int], Environment]]:
         ImportError: if the environment needs a package that is missing.
     """
     checkpoint = load_checkpoint(run)
-    try:  # not the file beside it, which may have been changed since
-        config = from_dict(checkpoint["config"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise foreign_checkpoint(run, error) from error
+    with restoring(run):
+        config = from_dict(checkpoint["config"])  # not the file beside it, which may have been changed since
 
     def make_environment(num_envs: int, seed: int) -> Environment:
         (env_seed,) = spread_seeds(seed, 1, key=EVALUATION_KEY)
@@ -78,11 +76,9 @@ def load_policy(run: Path) -> tuple[Policy, Callable[[int, int], Environment]]:
         model = build_model(config.model, probe.spec)
     finally:
         probe.close()
-    try:
+    with restoring(run):
         model.load_state_dict(checkpoint["learner"]["model"])
         step = int(checkpoint["step"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise foreign_checkpoint(run, error) from error
     return Policy(model.eval(), config, step), make_environment
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import dni_rl
 from agents.build import build_auxiliary
 from agents.config import AlgorithmConfig, CriticConfig
-from agents.losses import actor_critic_loss, generalized_advantages, normalized_advantages
+from agents.losses import ActorCriticLoss, actor_critic_loss, generalized_advantages, normalized_advantages
 from agents.model import ActorCritic
 from agents.parallel import ALONE, Workers
 from agents.rollout import Rollout
@@ -41,7 +41,8 @@ class Windows:
         observation, action_tm1, reward, first: [K, N, ...] what the network reads.
         action, advantage, value_target, behaviour_log_prob: [K, N].
         valid: [K, N] bool, False at LAST steps, whose action does nothing.
-        alive: [N], 0 where the episode ended at the window's end.
+        alive: [K + 1, N] bool, False where nothing follows the state before a step, or at the window's end: steps between two episodes, and
+            ends of them. What `dni_rl.backward` takes.
         context: [K + 1, N, Z] what error critics are told, or None.
         privileged: [K, N, Z] what the value function is told, or None.
         state: tuple of [N, n] the actor's state at the start of each window.
@@ -107,8 +108,8 @@ def make_windows(rollout: Rollout, bptt_horizon: int, discount: float, gae_lambd
         value_target=windows(advantage + rollout.value[:-1]),
         behaviour_log_prob=windows(log_prob),
         valid=windows(valid),
-        # Nothing follows a LAST step, and nothing before a FIRST step is remembered.
-        alive=~(rollout.first | rollout.last)[K::K].flatten(),
+        # Nothing follows the state before a LAST step, and nothing before a FIRST step is remembered.
+        alive=torch.cat([windows(valid), ~(rollout.first | rollout.last)[K::K].flatten().unsqueeze(0)]),
         context=context,
         privileged=None if rollout.privileged is None else windows(rollout.privileged[:-1]),
         state=tuple(s.flatten(0, 1) for s in rollout.states),
@@ -132,7 +133,7 @@ def with_inputs(
     Returns:
         The rollout, and the averages that it ends with, or None where there are none.
     """
-    if not (config.future_steps or config.past_steps) or config.kind in ("none", "rtrl"):
+    if not (config.future_steps or config.past_steps) or not config.predicts:
         return rollout, None
     contexts = [rollout.context] if config.kind == "cdni" and rollout.context is not None else []
     # of the states before each of the T + 1 observations; the state behind the last one is not there
@@ -157,7 +158,7 @@ def select_sequences(windows: Windows, environments: Tensor, num_envs: int) -> W
         environments: [M] int64 indices of environments.
         num_envs: B.
     """
-    W = windows.alive.shape[0] // num_envs
+    W = windows.alive.shape[1] // num_envs
     return _select(
         windows, (torch.arange(W, device=environments.device).unsqueeze(1) * num_envs + environments).flatten()
     )
@@ -165,10 +166,10 @@ def select_sequences(windows: Windows, environments: Tensor, num_envs: int) -> W
 
 def windows_in_order(windows: Windows, num_envs: int) -> Iterator[Windows]:
     """The windows of a rollout one after the other, each with N = num_envs."""
-    if len(windows.alive) == num_envs:
+    if windows.alive.shape[1] == num_envs:
         yield windows
         return
-    for rows in torch.arange(len(windows.alive), device=windows.alive.device).split(num_envs):
+    for rows in torch.arange(windows.alive.shape[1], device=windows.alive.device).split(num_envs):
         yield _select(windows, rows)
 
 
@@ -188,7 +189,7 @@ def _select(windows: Windows, rows: Tensor) -> Windows:
         value_target=pick(windows.value_target),
         behaviour_log_prob=pick(windows.behaviour_log_prob),
         valid=pick(windows.valid),
-        alive=windows.alive[rows],
+        alive=pick(windows.alive),
         context=None if windows.context is None else pick(windows.context),
         privileged=None if windows.privileged is None else pick(windows.privileged),
         state=tuple(s[rows] for s in windows.state),
@@ -344,32 +345,19 @@ class Learner:
             weight: of each loss in the model's gradient; None for the mean over this batch.
             fit: whether the critics learn, too.
         """
-        algorithm, model, critic = self.algorithm, self.model, self.critic
+        model, critic, alive = self.model, self.critic, batch.alive
         state = dni_rl.cut(batch.state)
         inputs = model.core_inputs(batch.observation, batch.action_tm1, batch.reward, batch.first)
         context = batch.context if critic is not None and critic.context_size else None
         with self._recording(fit):
             outputs, next_state, bootstraps = self._unroll(batch, inputs, state, context)
-        logits, values = model.heads(outputs, batch.privileged)
-        alive = torch.cat([batch.valid, batch.alive.unsqueeze(0)])  # nothing follows the state before a LAST step
-        loss = actor_critic_loss(
-            logits,
-            values,
-            batch.action,
-            batch.advantage,
-            batch.value_target,
-            batch.valid,
-            entropy_cost=self.entropy_cost,
-            baseline_cost=algorithm.baseline_cost,
-            behaviour_log_probs=batch.behaviour_log_prob if algorithm.name == "ppo" else None,
-            clip_ratio=algorithm.clip_ratio,
-        )
+        loss = self.losses(*model.heads(outputs, batch.privileged), batch)
         total, metrics = loss.total, loss.metrics
         if bootstraps is not None:
             total = total + bootstraps
         if self.auxiliary is not None and critic is not None:
             assert isinstance(next_state, UnrolledState)
-            num_windows = algorithm.rollout_length // self.window_length
+            num_windows = self.algorithm.rollout_length // self.window_length
             targets, valid = dni_rl.later_synthetic_gradients(critic, next_state, num_windows, alive, context)
             auxiliary_loss = self.auxiliary(outputs, targets, valid)
             total = total + auxiliary_loss
@@ -420,6 +408,21 @@ class Learner:
                 metrics[f"sg/interface_{level}/target_variance"] = found.target_variance
                 metrics[f"sg/interface_{level}/cosine"] = found.cosine
         return metrics
+
+    def losses(self, logits: Tensor, values: Tensor, windows: Windows) -> ActorCriticLoss:
+        """What is minimised, [K, N], of logits [K, N, A] and values [K, N]; advantages are taken as the windows have them."""
+        return actor_critic_loss(
+            logits,
+            values,
+            windows.action,
+            windows.advantage,
+            windows.value_target,
+            windows.valid,
+            entropy_cost=self.entropy_cost,
+            baseline_cost=self.algorithm.baseline_cost,
+            behaviour_log_probs=windows.behaviour_log_prob if self.algorithm.name == "ppo" else None,
+            clip_ratio=self.algorithm.clip_ratio,
+        )
 
     @contextmanager
     def _recording(self, fit: bool) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from agents.build import build_critic, build_environment, build_interfaces, build_model, seed_global_generators
-from agents.checkpoint import foreign_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from agents.checkpoint import load_checkpoint, restoring, rng_state, save_checkpoint, set_rng_state
 from agents.config import CONFIG_FILE, TrainConfig, from_dict, require_device, save_config, to_dict
 from agents.credit import check_credit, credit_figure, measure_credit
 from agents.learner import COSINE, Learner
@@ -201,10 +201,8 @@ def train(config: TrainConfig, resume: Path | None = None, workers: Workers = AL
 def _train(config: TrainConfig, resume: Path | None, directory: Path, workers: Workers, lock: IO[bytes] | None) -> None:
     checkpoint = workers.from_first(partial(_checkpoint_to_continue, resume, directory, workers))
     if checkpoint is not None:
-        try:
+        with restoring(resume or directory):
             saved = from_dict(checkpoint["config"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise foreign_checkpoint(resume or directory, error) from error
         _check_resumable(config, saved)
         _check_length(config, saved, checkpoint["step"])
         _check_place(config, saved, directory)
@@ -212,10 +210,8 @@ def _train(config: TrainConfig, resume: Path | None, directory: Path, workers: W
     trainer = Trainer(config, workers)
     try:
         if checkpoint is not None:
-            try:
+            with restoring(resume or directory):
                 trainer.load_state_dict(checkpoint)
-            except (KeyError, TypeError, RuntimeError) as error:
-                raise foreign_checkpoint(resume or directory, error) from error
             if not trainer.environment.resumable:
                 _log.warning(
                     "%s: the state of this environment cannot be saved; new episodes start at step %d",
@@ -368,7 +364,7 @@ def _way_out(culprit: str, config: TrainConfig) -> str:
     """What may help against numbers that are not finite, by where they came in."""
     if culprit in [f"rollout.{name}" for name in _FROM_ENVIRONMENT]:
         return f"the environment returned it, so look for the cause in {config.env.id}"
-    has_bound = config.critic.kind not in ("none", "rtrl", "bp_lambda")
+    has_bound = config.critic.predicts and config.critic.kind != "bp_lambda"
     bound = ", or bound the synthetic gradient with a (smaller) critic.max_norm_ratio" if has_bound else ""
     return f"lower algorithm.learning_rate{bound}"
 
@@ -515,9 +511,8 @@ def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
             f"run.device: found {config.run.device!r}; allowed {old_type}, as in the run to resume, because the states of its random "
             f"generators fit no other kind of device; set --run.device {saved.run.device}, or start a new run"
         )
-    allowed = replace(
-        saved, run=replace(config.run, seed=saved.run.seed)
-    )  # how it runs may change, what it computes may not
+    # How it runs may change, what it computes may not.
+    allowed = replace(saved, run=replace(config.run, seed=saved.run.seed))
     if allowed != config:
         old, new = to_dict(allowed), to_dict(config)
         key = next(f"{s}.{k}" for s in new for k in new[s] if new[s][k] != old[s][k])
@@ -529,7 +524,7 @@ def _check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
 
 def _check_length(config: TrainConfig, saved: TrainConfig, step: int) -> None:
     """A run may be made longer, or end earlier. Not where its rates fall with its length: they would rise again, or end too high."""
-    run, algorithm = config.run, config.algorithm
+    run = config.run
     if run.total_steps == saved.run.total_steps:
         return
     if run.total_steps < step:
@@ -537,7 +532,7 @@ def _check_length(config: TrainConfig, saved: TrainConfig, step: int) -> None:
             f"run.total_steps: found {run.total_steps}; allowed at least {step}, the step of the checkpoint to resume; leave it out, or "
             "train longer"
         )
-    annealed = [name for name in ("anneal_learning_rate", "anneal_entropy") if getattr(algorithm, name)]
+    annealed = [name for name in ("anneal_learning_rate", "anneal_entropy") if getattr(config.algorithm, name)]
     if annealed:
         raise ValueError(
             f"run.total_steps: found {run.total_steps}; allowed {saved.run.total_steps}, as in the run to resume, by whose length its "

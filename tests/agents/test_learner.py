@@ -80,8 +80,8 @@ def test_windows_are_cuts_of_the_rollout():
         torch.testing.assert_close(windows.behaviour_log_prob[:, rows], log_prob)
         end = 2 * w + 2
         ended = rollout.first[end] | rollout.last[end]
-        assert torch.equal(windows.alive[rows], ~ended)
-    assert 0 < windows.alive.sum() < len(windows.alive)
+        assert torch.equal(windows.alive[:, rows], torch.stack([*~rollout.last[part], ~ended]))
+    assert 0 < windows.alive[-1].sum() < len(windows.alive[-1])
 
 
 # Value targets
@@ -152,7 +152,7 @@ def test_value_target_of_a_rollout_of_one_step(terminates, target):
     )
     windows = make_windows(rollout, 1, 0.5, 0.9)
     assert windows.value_target.tolist() == [[target]]
-    assert windows.alive.tolist() == [False]
+    assert windows.alive.tolist() == [[True], [False]]
 
 
 @pytest.mark.parametrize("same_step", [False, True])
@@ -275,7 +275,7 @@ def test_nothing_is_predicted_beyond_the_end_of_an_episode():
     with torch.no_grad():
         critic.net[-1].bias.fill_(1.0)  # predicts 1 everywhere
     learner = make_learner(model, critic, K=2)
-    alive = make_windows(rollout, 2, DISCOUNT, LAMBDA).alive
+    alive = make_windows(rollout, 2, DISCOUNT, LAMBDA).alive[-1]
     metrics = learner.update(rollout)
     norm_of_ones = sum(model.core.state_sizes) ** 0.5
     assert metrics["sg/synthetic_norm"].item() == pytest.approx(alive.float().mean().item() * norm_of_ones, rel=1e-5)

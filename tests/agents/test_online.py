@@ -236,4 +236,4 @@ def test_windows_in_order_are_the_columns_of_all_windows():
         assert torch.equal(part.observation, rollout.observation[2 * w : 2 * w + 2])
         assert torch.equal(part.context, rollout.context[2 * w : 2 * w + 3])
         assert all(torch.equal(s, stored[w]) for s, stored in zip(part.state, rollout.states, strict=True))
-        assert torch.equal(part.alive, windows.alive[w * B : (w + 1) * B])
+        assert torch.equal(part.alive, windows.alive[:, w * B : (w + 1) * B])

@@ -91,7 +91,7 @@ def test_the_credit_horizon_is_measured_with_them():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match=r"critic\.past_steps: found 2; allowed .*of at least 2|past_steps"):
+    with pytest.raises(ValueError, match=r"critic\.past_steps: found \[1\]; allowed .*of at least 2"):
         make_trainer("dni", past_steps=[1])
     with pytest.raises(ValueError, match=r"critic\.past_steps: .*allowed .* with critic\.kind bp_lambda"):
         make_trainer("bp_lambda", hidden_sizes=[], normalize_targets=False, past_steps=[2])
