@@ -47,6 +47,20 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def why_it_failed(code: int, output: str) -> str:
+    """The reason why a program ended with another exit code than 0, in one line, from what it wrote last.
+
+    That is the last line; after a traceback, the exception before it, as a message of several lines ends without the type.
+    """
+    if code < 0:  # it had no time to say why
+        return f"ended by signal {-code}, {signal.strsignal(-code)}"
+    _, traceback, rest = output.rstrip().rpartition("Traceback (most recent call last):\n")
+    lines = rest.split("\n")
+    last = lines[-1].rpartition("\r")[2].strip()  # of a progress bar, as it looked in the end
+    raised = next((line for line in lines if line and not line[0].isspace()), last) if traceback else last
+    return (raised if raised == last else f"{raised} ... {last}") or f"exit code {code}"
+
+
 def stop_as_ctrl_c_does() -> None:
     """Has SIGTERM and SIGHUP raise KeyboardInterrupt, unless they are ignored, as SIGHUP is under nohup."""
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -40,7 +40,7 @@ from comparison.board import write_board
 from comparison.matrix import Member, load_matrix, members
 from comparison.outcome import check_nothing_is_lost, collect, kept_failures, kept_rows, refusal
 from comparison.report import PROGRAM, command_of, reading_of, write_report
-from comparison.running import read_record, run_all
+from comparison.running import noted_failure, run_all
 
 
 def main() -> int:
@@ -118,7 +118,7 @@ def main() -> int:
     # Again, as where the metric is not logged there are neither rows nor further runs.
     check_report(m for m in todo if m.name in now_failed or (m.method, m.task, m.seed) in there)
     for member in members(matrix):
-        why = refusal(matrix, member, runs) or read_record(runs / member.name).get("failure")
+        why = refusal(matrix, member, runs) or noted_failure(member, runs)
         if why and member.name not in kept:
             failures[member.name] = why
         elif (runs / member.name).exists():

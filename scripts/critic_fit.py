@@ -22,8 +22,7 @@ from torch import Tensor, nn
 import dni_rl
 from agents.build import build_environment, spread_seeds
 from agents.config import TrainConfig, load_config
-from agents.learner import Windows, make_windows
-from agents.losses import actor_critic_loss
+from agents.learner import Learner, Windows, make_windows
 from agents.rollout import Actor
 from agents.train import Trainer
 from commandline import OneLineParser
@@ -34,6 +33,8 @@ from reading import handwritten, write_above
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR, WINDOW = 40, 8
 POSITIONS = (8, 24, 38)
+TRAINED_STEPS = 400_000  # of the agent, before it is frozen
+ROLLOUTS = 8  # of 256 environments and 128 steps each, for the true gradient
 REPORTED_UPDATES = (50, 100, 200, 400)
 MADE_BY = "Made by `python scripts/critic_fit.py`"  # stands on the page
 
@@ -57,7 +58,7 @@ def variants(state_sizes: tuple[int, ...], context_size: int) -> dict[str, dni_r
         )
 
     alone = critic((128,), 0.98)
-    alone.net = MLPAlone(sum(state_sizes) + context_size, 128, sum(state_sizes))  # type: ignore[assignment]
+    alone.net = MLPAlone(sum(state_sizes) + context_size, 128, sum(state_sizes))
     return {
         "MLP without a linear path, g = 0.98": alone,
         "linear, g = 0.98": critic((), 0.98),
@@ -66,41 +67,32 @@ def variants(state_sizes: tuple[int, ...], context_size: int) -> dict[str, dni_r
     }
 
 
-def losses_of(config: TrainConfig, trainer: Trainer, windows: Windows, state: State) -> tuple[Tensor, State]:
+def losses_of(learner: Learner, windows: Windows, state: State) -> tuple[Tensor, State]:
     """Unreduced losses of the frozen agent, and the state after the windows."""
-    logits, values, end = trainer.learner.model.unroll(
+    logits, values, end = learner.model.unroll(
         windows.observation, windows.action_tm1, windows.reward, windows.first, state, windows.privileged
     )
-    algorithm = config.algorithm
-    loss = actor_critic_loss(
-        logits,
-        values,
-        windows.action,
-        windows.advantage,
-        windows.value_target,
-        windows.valid,
-        entropy_cost=algorithm.entropy_cost,
-        baseline_cost=algorithm.baseline_cost,
-    )
-    return loss.total, end
+    return learner.losses(logits, values, windows).total, end
 
 
-def true_cue_gradients(config: TrainConfig, trainer: Trainer, seed: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+def true_cue_gradients(
+    config: TrainConfig, trainer: Trainer, env_seed: int, actor_seed: int
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """By position: the gradient that carries the cue [n], and states [N, n] and contexts [N, Z] there."""
-    environment = build_environment(replace(config.env, num_envs=256), seed, trainer.device)
+    environment = build_environment(replace(config.env, num_envs=256), env_seed, trainer.device)
     names = environment.context_names  # type: ignore[attr-defined]
     cue, position = names.index("cue"), names.index("position")
     length, reach = 128, 64  # losses up to `reach` steps ahead are inside the rollout: an episode is shorter
-    actor = Actor(environment, trainer.learner.model, rollout_length=length, bptt_horizon=length, seed=seed)
+    actor = Actor(environment, trainer.learner.model, rollout_length=length, bptt_horizon=length, seed=actor_seed)
     found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {p: [] for p in POSITIONS}
-    for _ in range(8):
+    for _ in range(ROLLOUTS):
         windows = make_windows(actor.collect(), length, config.algorithm.discount, config.algorithm.gae_lambda)
-        losses, end = losses_of(config, trainer, windows, dni_rl.cut(windows.state))
+        losses, end = losses_of(trainer.learner, windows, dni_rl.cut(windows.state))
         losses.sum().backward()
         assert isinstance(end, UnrolledState) and windows.context is not None
         gradient, states = torch.cat(end.history.gradients, -1), torch.cat(end.history.states, -1)
         context = windows.context[:-1]
-        inside = (torch.arange(length) < length - reach).unsqueeze(1) & ~windows.first
+        inside = (torch.arange(length) < length - reach).unsqueeze(1) & ~windows.first & windows.valid
         for p in POSITIONS:
             rows = ((context[..., position] * CORRIDOR).round() == p) & inside
             found[p].append((gradient[rows], states[rows], context[rows]))
@@ -132,20 +124,21 @@ def experiment(seed: int) -> list[dict]:
         run=replace(config.run, seed=seed, total_steps=1_000_000),
     )
     trainer = Trainer(config)
-    while trainer.step < 400_000:
+    while trainer.step < TRAINED_STEPS:
         trainer.update()
-    truth = true_cue_gradients(config, trainer, seed)
+    *_, env_seed, actor_seed, truth_env_seed, truth_actor_seed = spread_seeds(seed, 16)  # training has the first few
+    truth = true_cue_gradients(config, trainer, truth_env_seed, truth_actor_seed)
     context_size = trainer.environment.spec.context_size
     rows = []
     for name, critic in variants(trainer.learner.model.core.state_sizes, context_size).items():
         torch.manual_seed(seed)
         optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3, betas=(0.9, 0.99))
-        environment = build_environment(replace(config.env, num_envs=64), spread_seeds(seed, 1)[0], trainer.device)
-        actor = Actor(environment, trainer.learner.model, rollout_length=16, bptt_horizon=WINDOW, seed=seed)
+        environment = build_environment(replace(config.env, num_envs=64), env_seed, trainer.device)
+        actor = Actor(environment, trainer.learner.model, rollout_length=16, bptt_horizon=WINDOW, seed=actor_seed)
         for update in range(1, REPORTED_UPDATES[-1] + 1):
             windows = make_windows(actor.collect(), WINDOW, config.algorithm.discount, config.algorithm.gae_lambda)
             state = dni_rl.cut(windows.state)
-            losses, end = losses_of(config, trainer, windows, state)
+            losses, end = losses_of(trainer.learner, windows, state)
             optimizer.zero_grad()
             report = dni_rl.backward(
                 losses, start=state, end=end, critic=critic, alive=windows.alive, context=windows.context

@@ -16,6 +16,7 @@ the step after an episode's end, which is gymnasium's default.
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -65,14 +66,16 @@ def train(
     env_seed, model_seed, action_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(3))
     torch.manual_seed(model_seed)
     envs.exports.register()
-    options = {"corridor_length": 8, "num_distractors": 2} if env_id == "dni_rl/PassiveTMaze-v0" else {}
+    options: dict[str, Any] = {}
+    if env_id == "dni_rl/PassiveTMaze-v0":
+        options = {"corridor_length": 8, "num_distractors": 2}
     environment = gymnasium.make_vec(env_id, num_envs=NUM_ENVS, **options)
-    spaces = environment.single_observation_space, environment.single_action_space
-    if not isinstance(spaces[0], gymnasium.spaces.Box) or not isinstance(spaces[1], gymnasium.spaces.Discrete):
+    observed, acted = environment.single_observation_space, environment.single_action_space
+    if not isinstance(observed, gymnasium.spaces.Box) or not isinstance(acted, gymnasium.spaces.Discrete):
         raise gymnasium.error.Error(
-            f"--env-id: found {env_id} with {spaces[0]} and {spaces[1]}; allowed Box and Discrete; take another"
+            f"--env-id: found {env_id} with {observed} and {acted}; allowed Box and Discrete; take another"
         )
-    agent = Agent(int(np.prod(environment.single_observation_space.shape)), int(environment.single_action_space.n))
+    agent = Agent(int(np.prod(observed.shape)), int(acted.n))
     optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3, eps=1e-8)
     critic = critic_optimizer = None
     if critic_kind == "dni":

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from agents.checkpoint import foreign_checkpoint, load_checkpoint
+from agents.checkpoint import load_checkpoint, restoring
 from agents.config import TrainConfig, from_dict, to_dict
 from agents.credit import credit_figure, measure_credit
 from agents.metrics import read_metrics
@@ -69,9 +69,8 @@ class Measured:
         """Critic and what it is told, window, core if no LSTM; of a bare measurement, what the agent was trained by."""
         core = "" if self.config.model.core == "lstm" else f", {self.config.model.core}"
         critic = self.config.critic
-        is_told = critic.kind not in ("none", "rtrl")  # otherwise the settings of a critic may stand, but there is none
-        past = ", past observations" if critic.past_steps and is_told else ""
-        future = ", future inputs" if critic.future_steps and is_told else ""
+        past = ", past observations" if critic.past_steps and critic.predicts else ""
+        future = ", future inputs" if critic.future_steps and critic.predicts else ""
         bare = ", critics left out" if self.bare else ""
         return f"{critic.kind}{past}{future}, K = {self.config.algorithm.bptt_horizon}{core}{bare}"
 
@@ -148,10 +147,8 @@ def measure(
         ValueError: in one line, if the checkpoint is missing, damaged or of something else.
     """
     checkpoint = load_checkpoint(path)
-    try:
+    with restoring(path):
         config = from_dict(checkpoint["config"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise foreign_checkpoint(path, error) from error
     run = replace(
         config.run,
         device="cpu",
@@ -161,10 +158,8 @@ def measure(
     config = replace(config, run=run)
     trainer = Trainer(config)
     try:
-        try:
+        with restoring(path):
             trainer.learner.load_state_dict(checkpoint["learner"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise foreign_checkpoint(path, error) from error
         learner = trainer.learner
         is_bare = learner.critic is None and not learner.interfaces and learner.sensitivity is None
         results, logged = _metrics(path if path.is_dir() else path.parent, checkpoint["step"])

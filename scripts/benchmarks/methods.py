@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.config import TrainConfig, from_dict
+from agents.config import NO_CRITIC, TrainConfig, from_dict
 
 WINDOW, PERIODS = 8, (1, 8)  # of all methods but those of windows of one step; ticks of the multi-timescale levels
 PLAIN = "none"
@@ -43,7 +43,7 @@ def methods(
         kind: str, *, window: int = WINDOW, core: str = "lstm", batch: int = num_envs, **critic: Any
     ) -> TrainConfig:
         # the bound and its yardstick belong to the method as it is used, see configs/tmaze.yaml
-        bound = {} if kind in ("none", "rtrl", "bp_lambda") else {"max_norm_ratio": 1.0}
+        bound = {} if kind in (*NO_CRITIC, "bp_lambda") else {"max_norm_ratio": 1.0}
         rollout = 2 if window == 1 else rollout_length
         return from_dict(
             {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,7 +54,7 @@ def recurrent_ppo(task: str) -> Update:
         from stable_baselines3.common.vec_env import VecTransposeImage
     except ImportError as error:
         raise SystemExit(f"benchmark.py: {error.name} is missing; pip install -e '.[benchmark]'") from None
-    shared = {"lstm_hidden_size": HIDDEN, "shared_lstm": True, "enable_critic_lstm": False}
+    shared: dict[str, Any] = {"lstm_hidden_size": HIDDEN, "shared_lstm": True, "enable_critic_lstm": False}
     if task == "minigrid":
         import minigrid.wrappers
 
@@ -103,7 +103,7 @@ def contenders(task: str) -> dict[str, Update]:
         env = EnvConfig(id="ALE/Breakout-v5", num_envs=NUM_ENVS, kwargs={"num_threads": 1})
         model = ModelConfig(torso_sizes=(512,), hidden_size=HIDDEN, previous_action=False, previous_reward=False)
 
-    def algorithm(name: str, window: int) -> AlgorithmConfig:
+    def algorithm(name: Literal["a2c", "ppo"], window: int) -> AlgorithmConfig:
         return AlgorithmConfig(name=name, rollout_length=ROLLOUT, bptt_horizon=window, epochs=4, minibatches=4)
 
     updates = {

@@ -1,5 +1,6 @@
 """`workers`: steps per second of several processes beside one."""
 
+import functools
 import os
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from agents.metrics import read_metrics
 from benchmarks.measuring import Ratio, in_turns, machine, markdown
 from benchmarks.methods import ROOT
+from commandline import why_it_failed
 
 
 def workers(options: Sequence[str], processes: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -28,18 +30,19 @@ def workers(options: Sequence[str], processes: int, steps: int, rounds: int) -> 
     forms = {"one process": (1, False), "together": (processes, True), "apart": (processes, False)}
     speeds = in_turns(
         {
-            name: lambda count=count, joined=joined: train_speed(options, count, joined, steps)
+            name: functools.partial(train_speed, options, count, joined, steps)
             for name, (count, joined) in forms.items()
         },
         rounds,
         "workers",
     )
-    rows = [
+    ratios = {name: Ratio.of(values, speeds["one process"]) for name, values in speeds.items()}
+    rows: list[dict[str, Any]] = [
         {
             "run": name,
             "processes": forms[name][0],
             "steps_per_second": statistics.median(values),
-            "ratio": vars(Ratio.of(values, speeds["one process"])),
+            "ratio": vars(ratios[name]),
             "measurements": values,
         }
         for name, values in speeds.items()
@@ -48,7 +51,7 @@ def workers(options: Sequence[str], processes: int, steps: int, rounds: int) -> 
         markdown(
             ("run", "processes", "steps/s", "ratio to one process"),
             [
-                (row["run"], str(row["processes"]), f"{row['steps_per_second']:,.0f}", str(Ratio(**row["ratio"])))
+                (row["run"], str(row["processes"]), f"{row['steps_per_second']:,.0f}", str(ratios[row["run"]]))
                 for row in rows
             ],
         )
@@ -89,8 +92,9 @@ def train_speed(options: Sequence[str], processes: int, together: bool, steps: i
             for command in commands
         ]
         errors = [process.communicate()[1] for process in started]
-        if any(process.returncode for process in started):
-            lines = [line for error in errors for line in error.splitlines() if line.strip()]
-            said = [line for line in lines if line.startswith("train.py: ")]  # torchrun goes on about what it saw of it
-            raise RuntimeError((said or lines[-1:] or ["train.py: failed"])[0])
+        for process, error in zip(started, errors, strict=True):
+            if process.returncode:
+                # torchrun goes on about what it saw of it
+                said = [line for line in error.splitlines() if line.startswith("train.py: ")]
+                raise RuntimeError(said[0] if said else why_it_failed(process.returncode, error))
         return sum(read_metrics(Path(scratch) / str(i))[-1]["charts/SPS"] for i in range(len(commands)))

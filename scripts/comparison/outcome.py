@@ -72,13 +72,13 @@ def kept_rows(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, dict[
     Raises:
         ValueError: if there is no such file, or it is not that of a report.
     """
-    rows, settings, _ = _earlier_report(matrix, runs, file)
+    earlier = _earlier_report(matrix, runs, file)
     experiments, kept = {}, {}
-    for pair, sections in settings.items():
+    for pair, sections in earlier.settings.items():
         with contextlib.suppress(ValueError):  # which train.py refuses today
             experiments[pair] = full_settings(sections)
     for member in members(matrix):
-        row, then = rows.get(member.name), experiments.get(f"{member.method} / {member.task}")
+        row, then = earlier.rows.get(member.name), experiments.get(f"{member.method} / {member.task}")
         if row is None or then is None or row["total_steps"] != member.total_steps:
             continue
         measures_the_same = all(row.get(name, matrix[name]) == matrix[name] for name in ("metric", "bar"))
@@ -99,9 +99,22 @@ def check_nothing_is_lost(matrix: dict[str, Any], runs: Path, file: Path, found:
     Raises:
         ValueError: if finished members of the earlier report would be missing from the new one, or nobody can tell.
     """
-    if not file.exists() or all(member.name in found or _counts(matrix, member, runs) for member in members(matrix)):
+    if not file.exists():
         return
-    lost = [name for name in _earlier_report(matrix, runs, file)[0] if name not in found]
+    is_whole = all(member.name in found or _counts(matrix, member, runs) for member in members(matrix))
+    try:
+        earlier = _earlier_report(matrix, runs, file)
+    except ValueError:
+        if is_whole:
+            return
+        raise
+    if earlier.unnamed:
+        method, task, seed = earlier.unnamed[0]
+        raise ValueError(
+            f"found {file}, which has finished runs that the matrix does not name ({len(earlier.unnamed)}, such as {method!r} on {task!r}, "
+            f"seed {seed}); allowed a report that loses none; name them as they are there, rename them there, or choose another --report"
+        )
+    lost = [name for name in earlier.rows if name not in found]
     if not lost:
         return
     kept = kept_rows(matrix, runs, file)
@@ -125,14 +138,29 @@ def check_nothing_is_lost(matrix: dict[str, Any], runs: Path, file: Path, found:
 
 def kept_failures(matrix: dict[str, Any], runs: Path, file: Path) -> dict[str, str]:
     """Why members failed that have no folder here, by name, as an earlier report has it; see `kept_rows`."""
-    failures = _earlier_report(matrix, runs, file)[2]
+    failures = _earlier_report(matrix, runs, file).failures
     return {m.name: failures[m.name] for m in members(matrix) if m.name in failures and not (runs / m.name).exists()}
 
 
-def _earlier_report(
-    matrix: dict[str, Any], runs: Path, file: Path
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]], dict[str, str]]:
-    """Of the JSON of a report: rows of members that have no finished run here, by name, settings by "<method> / <task>", failures."""
+@dataclass(frozen=True)
+class _EarlierReport:
+    """What the JSON of a report has.
+
+    Attributes:
+        rows: of members that have no finished run here, by name.
+        unnamed: method, task and seed of finished runs that are no members.
+        settings: sections of the configuration by "<method> / <task>".
+        failures: reasons by name of the member.
+    """
+
+    rows: dict[str, dict[str, Any]]
+    unnamed: list[tuple[str, str, int]]
+    settings: dict[str, dict[str, Any]]
+    failures: dict[str, str]
+
+
+def _earlier_report(matrix: dict[str, Any], runs: Path, file: Path) -> _EarlierReport:
+    """Reads it. ValueError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         earlier = {(row["method"], row["task"], row["seed"]): row for row in content["rows"] if row["finished"]}
@@ -148,7 +176,8 @@ def _earlier_report(
         for member in members(matrix)
         if (member.method, member.task, member.seed) in earlier and not _counts(matrix, member, runs)
     }
-    return rows, settings, failures
+    named = {(member.method, member.task, member.seed) for member in members(matrix)}
+    return _EarlierReport(rows, [key for key in earlier if key not in named], settings, failures)
 
 
 def settings_of(matrix: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -10,21 +10,21 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from agents.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
-from agents.config import CONFIG_FILE, from_dict, load_config, to_dict
+from agents.config import CONFIG_FILE, NO_CRITIC, from_dict, load_config, to_dict
 from agents.metrics import METRICS_FILE, read_metrics
+from commandline import why_it_failed
 from comparison.matrix import ROOT, Member
 from dni_rl.files import write_text
 
 EXPERIMENT = ("env", "model", "critic", "algorithm")  # sections of a configuration that say what a run is
-NO_CRITIC = ("none", "rtrl")  # kinds of critic that have no settings
 OF_ONE_KIND = {"auxiliary_cost": "dni_aux", "trace_lambda": "bp_lambda"}  # settings that no other kind of critic reads
 RECORD_FILE = "compare.json"  # in a run's folder: what only this script knows of it
 _in_flight: set[int] = set()  # processes, to be told to stop
@@ -167,7 +167,7 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
     folder = runs / member.name
     problem = made_with_other_settings(member, runs)
     # A run that failed after its last step, as one whose checkpoint could not be written, is not skipped either.
-    if problem is None and (not is_done(folder, member.total_steps) or read_record(folder).get("failure")):
+    if problem is None and (not is_done(folder, member.total_steps) or noted_failure(member, runs)):
         command = [sys.executable, str(ROOT / "scripts" / "train.py")]
         if (folder / CHECKPOINT_FILE).exists() or (folder / PREVIOUS_FILE).exists():
             command += ["--resume", str(folder), "--run.total_steps", str(member.total_steps)]
@@ -185,6 +185,7 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
         record["peak_memory_bytes"] = max(memory, record.get("peak_memory_bytes", 0))
         record.pop("horizon", None)  # of the run when it was shorter
         record["failure"] = None if code in (130, -2, -15) else problem  # an interrupted run has not failed
+        record["settings"] = member.settings
         write_record(folder, record)
     if problem is None and measure and "horizon" not in read_record(folder) and not has_logged_horizons(folder):
         with tempfile.TemporaryDirectory() as scratch:
@@ -199,7 +200,7 @@ def run(member: Member, runs: Path, device: str | None = None, measure: bool = F
 
 
 def execute(command: Sequence[str]) -> tuple[int, str | None, int]:
-    """Runs a command. Returns its exit code, None or the last line of its errors, and its largest resident set in bytes.
+    """Runs a command. Returns its exit code, None or the reason why it failed, and its largest resident set in bytes.
 
     Raises:
         CancelledError: if it was not started, as all are to stop.
@@ -223,9 +224,9 @@ def execute(command: Sequence[str]) -> tuple[int, str | None, int]:
         _in_flight.discard(process.pid)
         process.returncode = code = os.waitstatus_to_exitcode(status)
         errors.seek(0)
-        lines = errors.read().strip().splitlines()
+        written = errors.read()
     memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return code, None if code == 0 else (lines or [f"exit code {code}"])[-1], memory
+    return code, None if code == 0 else why_it_failed(code, written), memory
 
 
 def _stop_all() -> None:
@@ -245,10 +246,24 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def noted_failure(member: Member, runs: Path) -> str | None:
+    """Why a member failed in an earlier call, if it was this member then: folders are called by labels, which may come to mean others."""
+    record = read_record(runs / member.name)
+    return record.get("failure") if record.get("settings", member.settings) == member.settings else None
+
+
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Notes something of a run, also of one that has left nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RECORD_FILE, json.dumps(dict(record)))
+
+
+def _as_completed(pending: Iterable[Future[str | None]]) -> Iterator[Future[str | None]]:
+    """As in `concurrent.futures`, but looks up every second: a signal that comes just before a wait does not end it."""
+    left = set(pending)
+    while left:
+        done, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 def run_all(
@@ -290,7 +305,7 @@ def run_all(
     with ThreadPoolExecutor(jobs) as pool:
         try:
             pending = {pool.submit(work, member): member for member in todo}
-            ended = (future for future in as_completed(pending) if pending[future].name not in not_started)
+            ended = (future for future in _as_completed(pending) if pending[future].name not in not_started)
             for number, future in enumerate(ended, 1):
                 name, problem = pending[future].name, future.result()
                 print(f"{number} of {len(todo)}: {name}: {problem or 'done'}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agents.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from agents.config import from_dict, parse_train_config
+from commandline import why_it_failed
 from comparison.board import write_board
 from comparison.matrix import WINDOW, load_matrix, members
 from comparison.outcome import area_under, collect, interquartile_mean, kept_rows, summarise
 from comparison.report import figure, foretelling, markdown, mean_curve, write_report
-from comparison.running import execute, made_with_other_settings, read_record, run, run_all
+from comparison.running import execute, made_with_other_settings, noted_failure, read_record, run, run_all
 from scripts import compare
 
 MATRIX = {
@@ -525,6 +526,14 @@ def test_a_report_with_less_than_the_one_in_its_place_is_refused_before_anything
     assert len(json.loads(file.read_text())["rows"]) == 2 and "It works." in page.read_text()
     before = page.read_text(), file.read_text()
 
+    # nor are rows lost of what the matrix calls otherwise, or has no longer
+    write(tmp_path, methods={"critic": MATRIX["methods"]["critic"], "plain windows": MATRIX["methods"]["plain"]})
+    for options in (("--report-only",), ("--report-only", "--keep"), ("--keep",), ()):
+        problem = refusal(*options)
+        assert (
+            "which has finished runs that the matrix does not name (1, such as 'plain' on 'short', seed 0)" in problem
+        )
+
     # rows of other settings cannot be kept, and are not lost without a word either
     write(tmp_path, methods={**MATRIX["methods"], "plain": {"critic.kind": "none", "model.hidden_size": 9}})
     for options in (("--report-only",), ("--report-only", "--keep"), ("--keep", "--methods", "critic")):
@@ -700,7 +709,7 @@ def test_what_was_interrupted_is_resumed(tmp_path, monkeypatch):
     assert "--config" in commands[0] and "--run.device" not in commands[0]
     resumed = ["--resume", str(folder), "--run.total_steps", "1024", "--run.device", "cuda:1"]
     assert commands[1][2:] == resumed
-    assert read_record(folder) == {"peak_memory_bytes": 5, "failure": None}
+    assert read_record(folder) == {"peak_memory_bytes": 5, "failure": None, "settings": member.settings}
 
 
 def test_a_run_that_failed_after_its_last_step_is_gone_on_with(tmp_path, monkeypatch):
@@ -721,7 +730,9 @@ def test_an_interrupted_member_is_not_kept_as_failed(tmp_path, monkeypatch, code
     member = next(members(load_matrix(write(tmp_path))))
     monkeypatch.setattr("comparison.running.execute", lambda command: (code, "no", 5))
     assert run(member, tmp_path) == "no"
-    assert read_record(tmp_path / member.name)["failure"] == kept
+    assert noted_failure(member, tmp_path) == kept
+    relabelled = dataclasses.replace(member, settings={**member.settings, "model.hidden_size": 9})
+    assert noted_failure(relabelled, tmp_path) is None  # of another matrix, in which the labels meant something else
 
 
 def test_a_command_gives_its_code_its_last_line_and_its_memory():
@@ -794,7 +805,7 @@ def pool_waits_and_ends(monkeypatch):
         shutdown(pool, wait, **options)
 
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut)
-    monkeypatch.setattr("comparison.running.as_completed", lambda pending: waits.set() or as_completed(pending))
+    monkeypatch.setattr("comparison.running.wait", lambda *args, **options: waits.set() or wait(*args, **options))
     return waits, ends
 
 
@@ -805,7 +816,9 @@ def test_after_ctrl_c_a_member_starts_no_second_process(tmp_path, monkeypatch, p
 
     def run(*_):
         waits.wait(60)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(
+            threading.get_ident(), signal.SIGINT
+        )  # so that it does not end what the main thread waits in
         ended.append(ends.wait(60))
         execute([sys.executable, "-c", f"open({str(second)!r}, 'w')"])
 
@@ -1261,3 +1274,23 @@ def test_horizons_are_read_from_training_or_measured_once(tmp_path, monkeypatch)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         (found,) = collect(matrix, tmp_path)
         assert (found["horizon"], found["horizon_learning"]) == (3.0, learning)
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "why"),
+    [
+        (1, "", "exit code 1"),
+        (2, "warning\ntrain.py: no\n", "train.py: no"),
+        (1, "10 %\r20 %\rNaN\n", "NaN"),
+        (-9, "10 %", "ended by signal 9, Killed"),
+        (1, 'Traceback (most recent call last):\n  File "a"\n    x()\nKeyError: 1\n', "KeyError: 1"),
+        (
+            1,
+            'Traceback (most recent call last):\n  File "a"\nRuntimeError: loading:\n\n\tMissing key: "b"\n',
+            'RuntimeError: loading: ... Missing key: "b"',
+        ),
+        (1, 'Traceback (most recent call last):\n  File "a"\nKeyError: 1\n3 failed\n', "KeyError: 1 ... 3 failed"),
+    ],
+)
+def test_the_reason_of_a_failure_is_one_line_that_names_the_exception(code, output, why):
+    assert why_it_failed(code, output) == why

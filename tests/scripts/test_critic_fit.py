@@ -1,10 +1,13 @@
-"""The command line of the experiment on critics; the experiment itself takes hours."""
+"""The experiment on frozen agents, in small, and its command line."""
 
 import json
+import math
 import sys
 
 import pytest
+import torch
 
+import dni_rl
 from scripts import critic_fit
 
 
@@ -26,6 +29,30 @@ def test_bad_options_are_refused_before_anything_is_trained(monkeypatch, capsys,
     with pytest.raises(SystemExit) as ended:
         critic_fit.main()
     assert ended.value.code == 2 and f"critic_fit.py: {message}" in capsys.readouterr().err
+
+
+def test_critics_are_taught_what_the_agent_would_teach_them(monkeypatch):
+    """Every critic meets the same rollouts, and learns nothing from steps between two episodes, as in training."""
+    for name, value in {"TRAINED_STEPS": 1024, "ROLLOUTS": 1, "REPORTED_UPDATES": (3, 6), "CORRIDOR": 4}.items():
+        monkeypatch.setattr(critic_fit, name, value)
+    monkeypatch.setattr(critic_fit, "POSITIONS", (1, 2))
+    seen, backward = [], dni_rl.backward
+
+    def watched(losses, *, alive, **others):
+        seen.append(alive)
+        assert not losses[~alive[:-1]].any()
+        return backward(losses, alive=alive, **others)
+
+    monkeypatch.setattr(dni_rl, "backward", watched)
+    rows = critic_fit.experiment(3)
+    assert len(rows) == 4 * 2 * 2
+    seen = seen[-4 * 6 :]  # before these, the agent's own training
+    for row in rows:
+        assert -1.0 <= row["cosine"] <= 1.0 and math.isfinite(row["ratio"]), row
+    for alive in seen:
+        assert alive.shape == (critic_fit.WINDOW + 1, 2 * 64)
+    assert any((~alive[:-1]).any() for alive in seen)
+    assert all(torch.equal(a, b) for a, b in zip(seen[:6], seen[6:12], strict=True))
 
 
 def test_what_was_written_by_hand_stays(monkeypatch, tmp_path):
