@@ -157,6 +157,13 @@ def test_its_table_of_the_maze_counts_the_seeds_of_the_results():
                 "the same, constant rate (critic)": "conditioned critic, window 8, constant rate",
                 "BPTT, windows of 256, small updates": "full BPTT",
                 "the first of these two, constant rate": "full BPTT, constant rate",
+                "the same, rate held for half of the run (critic)": "conditioned critic, window 8, held rate",
+                "the same, rate held for half of the run (small)": "full BPTT, held rate",
+                "the same, rate held for half of the run (64)": "long BPTT, small updates, held rate",
+                "the same, rate held for half of the run (past)": "critic with past observations, window 8, held rate",
+                "BPTT, windows of 256, updates of 2,048 steps, rate held for half of the run": (
+                    "full BPTT, updates of 2048 steps, held rate"
+                ),
                 "the same, its value function told what the critic is told": "full BPTT, value told",
                 "BPTT, windows of 256, updates of 4,096 steps, constant rate": "full BPTT, updates of 4096 steps, constant rate",
                 "BPTT, windows of 64, small updates": "long BPTT, small updates",
