@@ -14,6 +14,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import json
 import math
 import re
 import sys
@@ -774,13 +775,15 @@ for _tag, _number in _NUMBERS.items():
 def load_yaml(text: str, source: str) -> Any:
     """What a YAML text holds, see `_Loader`. ValueError in one line, which begins with `source`, if it is none."""
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        data = yaml.load(text, _Loader)  # a SafeLoader
+        json.dumps(data, default=str, skipkeys=True)  # ValueError for an alias of what it stands in
+        return data
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ValueError(f"{source}{where}: found text that is not valid YAML ({problem})") from None
-    except ValueError as error:  # a date such as 2000-99-99
+    except ValueError as error:  # a date such as 2000-99-99, too
         raise ValueError(f"{source}: found text that is not valid YAML ({error})") from None
 
 

@@ -455,7 +455,7 @@ class Experiment(common.Experiment):
         return found
 
     def at_rest(self) -> tuple[Tensor, Tensor] | None:
-        """`critic_at_rest` of this run's arm, window and points without noise; None where there is no critic, or the net moves."""
+        """`critic_at_rest` of this run's arm, window and points without noise; None without a critic, of a net that moves or overflows."""
         config = self.config
         if self.critic is None or config.task == "learned":
             return None
@@ -469,7 +469,10 @@ class Experiment(common.Experiment):
                 told = self.points.told[inside]
                 local.append(true_gradients(self.core, self.readout, states[inside], targets[inside], told)[0])
             jacobian = torch.linalg.matrix_power(self.core.recurrent, n)
-        return critic_at_rest(states[cuts], torch.stack(local), jacobian, config.lambda_ or 0.0)
+        given = states[cuts], torch.stack(local), jacobian
+        if not all(one.isfinite().all() for one in given):
+            return None
+        return critic_at_rest(*given, config.lambda_ or 0.0)
 
     def cosines_at_rest(self) -> list[float] | None:
         """By lag, those of `at_rest`."""

@@ -100,6 +100,11 @@ class AsynchronousConfig:
             raise ValueError(
                 f"backprop_learning_rate: found {self.backprop_learning_rate}, allowed above 0, or none for learning_rate"
             )
+        if not runs(self):
+            raise ValueError(
+                "update_probabilities, staleness_bounds: found none of either, nor unlocked, nor backprop, allowed one run or more; leave "
+                "one of those options out"
+            )
         self.net(self.arm)  # checks the rest
 
     def net(self, arm: str, **settings: Any) -> images.ImagesConfig:

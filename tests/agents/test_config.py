@@ -445,6 +445,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(refusal, arguments, mes
         ("text", ": found 'text'; allowed a mapping with the sections env, model, critic, algorithm, run"),
         ("run: {seed: 1}\nrun: {seed: 2}", ", line 1: found text that is not valid YAML (the key 'run' appears twice)"),
         ("run: [", ", line 1: found text that is not valid YAML ("),
+        ("env: &here {kwargs: *here}", ": found text that is not valid YAML (Circular reference detected)"),
         ("run: {seed: 2000-99-99}", ": found text that is not valid YAML (month must be in 1..12)"),
     ],
 )

@@ -438,6 +438,12 @@ def test_presets_compare_bootstrapping_with_lambda_and_paper_keeps_the_papers_se
             assert {(m.config.hidden_size, m.config.spectral_radius) for m in matrix} == {(30, None)}
 
 
+def test_a_net_that_overflows_is_diverged(tmp_path, capsys):
+    options = ["--tasks", "fixed", "--cells", "dni@1", "--spectral-radius", "1e300", "--no-tensorboard", "--no-figures"]
+    alignment.main(["--preset", "smoke", *options, "--run-folder", str(tmp_path)])
+    assert "diverged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

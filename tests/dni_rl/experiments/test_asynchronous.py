@@ -165,6 +165,16 @@ def test_runs_that_waited_in_vain_are_resumed_with_a_longer_timeout(tmp_path):
         asynchronous._start_results(other, tmp_path, True)
 
 
+def test_a_command_line_that_leaves_no_run_is_refused_before_there_is_a_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--no-unlocked", "--no-backprop", "--staleness-bounds", "--update-probabilities"]
+    with pytest.raises(SystemExit) as stopped:
+        asynchronous.main([*options, "--run-folder", str(folder)])
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and "allowed one run or more" in shown and shown.count("\n") == 1
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("damaged", ['{"config": {', "[]", '{"runs": {}}'])
 def test_damaged_results_are_one_line_and_made_again_once_they_are_removed(damaged, tmp_path, capsys):
     arguments = ["--no-backprop", "--no-unlocked", "--staleness-bounds", "--num-steps", "4", "--no-tensorboard"]
