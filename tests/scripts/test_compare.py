@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from agents.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from agents.config import from_dict, parse_train_config
 from commandline import why_it_failed
+from comparison import running
 from comparison.board import write_board
 from comparison.matrix import WINDOW, load_matrix, members
 from comparison.outcome import area_under, collect, interquartile_mean, kept_rows, summarise
@@ -787,7 +788,13 @@ def test_members_in_flight_are_told_to_stop_by_whoever_told_this_process(tmp_pat
     ended = []
     monkeypatch.setattr("comparison.running.run", lambda *_: ended.append(execute([sys.executable, "-c", program])[0]))
     todo = list(members(load_matrix(write(tmp_path))))
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def stop():
+        while len(running._in_flight) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_all(todo, tmp_path, metric=MATRIX["metric"], jobs=2, devices=None, measure=False)
