@@ -116,15 +116,10 @@ def test_its_table_of_the_maze_counts_the_seeds_of_the_results():
         "the same, small updates (past)": ("tmaze", "critic with past observations, window 8, small updates"),
         "critic of the core's state alone, window 8": ("tmaze", "critic without context, window 8"),
         "the same, small updates (state)": ("tmaze", "critic without context, window 8, small updates"),
-        "the same, rate held for half of the run (privileged)": ("cooldown", "conditioned critic, window 8"),
-        "the same, rate held for half of the run (past)": ("cooldown", "critic with past observations, window 8"),
-        "the same, rate held for half of the run (state)": ("cooldown", "critic without context, window 8"),
         "plain truncated BPTT, window 8": ("tmaze", "plain truncated BPTT, window 8"),
-        "the same, rate held for half of the run (plain)": ("cooldown", "plain truncated BPTT, window 8"),
+        "the same, small updates (plain)": ("tmaze", "plain truncated BPTT, window 8, small updates"),
         "BPTT, window 64 (128 at corridor 80)": ("tmaze", "long BPTT"),
-        "the same, rate held for half of the run (long)": ("cooldown", "long BPTT"),
         "full BPTT, windows of six episodes": ("tmaze", "full BPTT"),
-        "the same, rate held for half of the run (full)": ("cooldown", "full BPTT"),
         "BPTT, windows of 64, 128 and 256, small updates": ("tmaze", "long BPTT, small updates"),
     }
     table = rows_of(README, "method | corridor 20 | corridor 40 | corridor 80 | corridor 160")
