@@ -222,7 +222,8 @@ class CriticConfig(_Section):
     backward pass. A2C fits once for a rollout, PPO once for each minibatch of the passes that the critic learns from."""
     fit_interval: PositiveCount = 1
     """Rollouts from one that the critic learns from to the next, of PPO with all its minibatches; in between its predictions are used
-    as they are, and cost little."""
+    as they are, and cost little. Each fit carries credit back by one window: over ten of them 2 was less sure than 1, and 4 in vain
+    (docs/results/cooldown.md)."""
     normalize_targets: bool = True
     """Whether each component of the critic's target is divided by its running RMS; false: as in the paper."""
     epochs: PositiveCount = 1
